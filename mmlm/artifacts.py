@@ -1,0 +1,208 @@
+"""Nouns at rest. A noun is a folder whose `artifact.json` is written last.
+
+    work = artifacts.begin(out, "shards", recipe=1, config=config, parents={"manifest": manifest})
+    if work.artifact: return work.artifact          # the same fingerprint is already there: untouched
+    ...                                             # write below work.path; what a killed run left is still there
+    return work.finish(counts={...}, digest_of=["manifest.parquet"])
+
+Fingerprint = kind + recipe version + config + digests of the parents (+ `extra`, such as the listing of a scan's
+sources). Digest = what the content is; two runs that made the same bytes have the same digest, so what depends
+on them is not made again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from mmlm import __version__
+from mmlm.config import Config, resolved
+from mmlm.errors import ArtifactError
+from mmlm.storage import sha256_file, sha256_json, write_json
+
+FORMAT = 1
+"""Version of the layout of `artifact.json`. A newer one is refused."""
+NAME = "artifact.json"
+WORK = ".work.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished noun. `parents` maps the name of each upstream noun to its digest; `counts` are the stage's figures."""
+
+    path: Path
+    kind: str
+    fingerprint: str
+    digest: str
+    recipe: int
+    config: dict[str, Any]
+    parents: dict[str, str]
+    counts: dict[str, Any]
+    seconds: float
+    format: int = FORMAT
+    run_id: str | None = None
+    code_version: str = __version__
+    created: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class ArtifactConflict(ArtifactError):
+    """The folder holds a noun, or unfinished work, of another fingerprint. `mmlm run` sets it aside and goes on."""
+
+    def __init__(self, path: Path, present: str, wanted: str) -> None:
+        self.path, self.present, self.wanted_fingerprint = path, present, wanted
+        super().__init__(
+            f"{path} holds {present[:12]}, made from another config or other inputs",
+            wanted=wanted[:12],
+            cure="choose another --out, remove that folder, or use `mmlm run`, which sets it aside",
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (ArtifactConflict, (self.path, self.present, self.wanted_fingerprint))
+
+
+def read(path: Path | str, kind: str | None = None) -> Artifact:
+    """The noun in folder `path`. Raises ArtifactError when it is not there, not finished, newer, or not a `kind`."""
+    path = Path(path)
+    try:
+        data = json.loads((path / NAME).read_text(encoding="utf-8"))
+        found = Artifact(**{**data, "path": path})
+    except (FileNotFoundError, NotADirectoryError):
+        state = "is not there" if not path.exists() else "is unfinished" if (path / WORK).exists() else f"has no {NAME}"
+        raise ArtifactError(
+            f"{path} {state}", wanted=f"a finished {kind or 'noun'}", cure="run the stage that makes it, or check the path"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{path / NAME} cannot be read ({error})", cure="make the noun again") from None
+    if found.format > FORMAT:
+        raise ArtifactError(
+            f"{path} has format {found.format}", wanted=f"at most {FORMAT}", cure="update mmlm: a newer one wrote it"
+        )
+    if kind and found.kind != kind:
+        raise ArtifactError(f"{path} holds a {found.kind}", wanted=f"a {kind}", cure="check the path")
+    return found
+
+
+def begin(
+    out: Path,
+    kind: str,
+    *,
+    recipe: int,
+    config: Config,
+    parents: Mapping[str, Artifact] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Work:
+    """Start, resume or find the noun `kind` in folder `out`.
+
+    Raises ArtifactConflict when another one is there, ArtifactError when another process works on it.
+    """
+    lineage = {name: parent.digest for name, parent in (parents or {}).items()}
+    plain = resolved(config)
+    wanted = sha256_json({"kind": kind, "recipe": recipe, "config": plain, "parents": lineage, "extra": extra or {}})
+    work = Work(Path(out), kind, wanted, recipe, plain, lineage, dict(extra or {}))
+    if (out / NAME).exists():
+        found = read(out)
+        if found.fingerprint != wanted or found.kind != kind:
+            raise ArtifactConflict(out, found.fingerprint, wanted)
+        work.artifact = found
+        return work
+    if (out / WORK).exists():
+        try:
+            started = json.loads((out / WORK).read_text())
+        except ValueError:
+            started = {"fingerprint": "unreadable"}
+        if started.get("fingerprint") != wanted:
+            raise ArtifactConflict(out, started.get("fingerprint", "unreadable"), wanted)
+        work.run_id = started.get("run_id")
+    elif out.exists() and any(out.iterdir()):
+        raise ArtifactError(f"{out} is not empty and holds no {kind}", cure="choose another --out: nothing is overwritten")
+    out.mkdir(parents=True, exist_ok=True)
+    work.lock()
+    work.note()
+    return work
+
+
+class Work:
+    """A noun being made. `artifact` is set when there is nothing to do."""
+
+    def __init__(
+        self, path: Path, kind: str, fingerprint: str, recipe: int,
+        config: dict[str, Any], parents: dict[str, str], extra: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.path, self.kind, self.fingerprint, self.recipe = path, kind, fingerprint, recipe
+        self.config, self.parents, self.extra = config, parents, extra
+        self.artifact: Artifact | None = None
+        self.run_id: str | None = None
+        self.started = time.time()
+        self._lock: TextIO | None = None
+
+    def lock(self) -> None:
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ArtifactError(
+                f"another process is working on {self.path}", cure="wait for it to end, or choose another --out"
+            ) from None
+
+    def note(self) -> None:
+        """Record whose work this is, so that only the same config and inputs continue it."""
+        write_json(self.path / WORK, {"fingerprint": self.fingerprint, "kind": self.kind, "run_id": self.run_id})
+
+    def track(self, run_id: str | None) -> None:
+        """Remember the MLflow run, so that a resumed stage continues the same one."""
+        self.run_id = run_id
+        self.note()
+
+    def release(self) -> None:
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def finish(
+        self, *, counts: Mapping[str, Any], digest_of: Iterable[str], extra: Mapping[str, Any] | None = None
+    ) -> Artifact:
+        """Write `artifact.json`, last. `digest_of` names the files (relative) whose bytes are the noun's content."""
+        digest = sha256_json({name: sha256_file(self.path / name) for name in sorted(digest_of)})
+        artifact = Artifact(
+            path=self.path, kind=self.kind, fingerprint=self.fingerprint, digest=digest, recipe=self.recipe,
+            config=self.config, parents=self.parents, counts=dict(counts), seconds=round(time.time() - self.started, 3),
+            run_id=self.run_id, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            extra={**self.extra, **(extra or {})},
+        )  # fmt: skip
+        row = asdict(artifact)
+        del row["path"]
+        write_json(self.path / NAME, row)
+        (self.path / WORK).unlink(missing_ok=True)
+        self.release()
+        return artifact
+
+
+def set_aside(path: Path, wanted: str) -> None:
+    """Move what `path` holds to `.aside/<noun>-<fingerprint>`; take the noun or work of `wanted` back if it lies there."""
+    shelf = path.parent / ".aside"
+    present = "unknown"
+    for name in (NAME, WORK):
+        if (path / name).exists():
+            try:
+                present = json.loads((path / name).read_text())["fingerprint"]
+            except (ValueError, KeyError):
+                present = f"unreadable-{int(time.time())}"
+            break
+    shelf.mkdir(exist_ok=True)
+    target = shelf / f"{path.name}-{present[:16]}"
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(path, target)
+    wanted_back = shelf / f"{path.name}-{wanted[:16]}"
+    if wanted_back.exists():
+        os.rename(wanted_back, path)

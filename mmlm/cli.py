@@ -1,0 +1,340 @@
+"""The command `mmlm`: one subcommand per verb, and those for people. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mmlm import __version__
+from mmlm.errors import ConfigError, GateFailed, Interrupted, MmlmError, explain_os_error
+
+VERBS = {
+    "scan": "read the raw corpora into a manifest: ids, hashes, splits, what was refused and why",
+    "shard": "turn the manifest's records into feature shards (WebDataset tars), with Ray",
+    "train": "train the fused Transformer on the shards, with DeepSpeed on all ranks",
+    "distill": "teach a smaller model from the trained one",
+    "evaluate": "score the models with intervals and write the report",
+    "register": "log the model in MLflow, compare it with the champion, move the alias or say why not",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 1 our fault, 2 wrong input, 3 failed gate, 4 resumable."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if not getattr(arguments, "command", None):
+        parser.print_help()
+        return 0
+    from mmlm.progress import Progress
+    from mmlm.world import apply_quiet_environment
+
+    apply_quiet_environment()
+    Progress.quiet = getattr(arguments, "quiet", False)
+    if os.environ.get("RANK") is None:
+        signal.signal(signal.SIGTERM, _stop)
+        return _guarded(arguments)
+    from mmlm.launch.leader import lead  # torchrun or Slurm made this process one rank of several
+
+    return lead(lambda: _guarded(arguments))
+
+
+def _guarded(arguments: argparse.Namespace) -> int:
+    """The command's exit code, whatever happens; people see a sentence, never a traceback."""
+    try:
+        return arguments.command(arguments) or 0
+    except KeyboardInterrupt:
+        return _fail(Interrupted("interrupted", cure="run the same command again to go on"), arguments)
+    except MmlmError as error:
+        return _fail(error, arguments)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        known = explain_os_error(error)
+        return _fail(known or error, arguments)
+    except Exception as error:
+        return _fail(error, arguments)
+
+
+def _stop(*_: Any) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Interrupted("asked to stop", cure="run the same command again to go on")
+
+
+def _fail(error: BaseException, arguments: argparse.Namespace) -> int:
+    if getattr(arguments, "debug", False):
+        traceback.print_exception(error)
+    if isinstance(error, MmlmError):
+        print(f"mmlm: {error}", file=sys.stderr)
+        return error.exit_code
+    text = str(error).strip().splitlines()
+    print(
+        f"mmlm: this is a fault of ours: {type(error).__name__}: {text[0] if text else ''}; `--debug` shows where",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their flags."""
+    parser = argparse.ArgumentParser(
+        prog="mmlm",
+        description="Raw text, pictures and sound in; an evaluated, registered and served multimodal model out.",
+        epilog="Begin with `mmlm run demo`, or `mmlm new my-story --data MY_FILES` and `mmlm run my-story`.",
+    )
+    parser.add_argument("--version", action="version", version=f"mmlm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    run = _command(commands, "run", "run a whole story: all stages in order; what is already there is skipped", _run)
+    _story_flags(run)
+    run.add_argument("--require-promotion", action="store_true", help="exit 3 when the champion stays")
+    for verb, text in VERBS.items():
+        command = _command(commands, verb, text, _verb)
+        command.set_defaults(verb=verb)
+        _story_flags(command)
+    _people(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, call: Callable[[argparse.Namespace], int | None]) -> Any:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.set_defaults(command=call, name=name)
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.add_argument("--quiet", action="store_true", help="no progress")
+    return command
+
+
+def _story_flags(command: Any) -> None:
+    command.add_argument("story", metavar="STORY", help="a built-in story (demo, stamps) or the folder of one")
+    command.add_argument("--out", type=Path, metavar="DIR", help="where everything goes (default: runs/STORY)")
+    command.add_argument("--data", type=Path, metavar="DIR", help="where the raw corpora lie; never part of identity")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting, such as train.seed=1"
+    )
+    command.add_argument("--tracking-uri", metavar="URI", help="MLflow (default: MLFLOW_TRACKING_URI, or sqlite in runs/)")
+    command.add_argument("--on", choices=["local", "ray"], default="local", help="here, or as a job of a Ray cluster")
+    command.add_argument("--address", metavar="URL", help="the Ray cluster's job address, such as http://127.0.0.1:8265")
+    command.add_argument("--workers", type=int, metavar="N", help="processes that make shards (default: one a core)")
+    command.add_argument("--ranks", type=int, metavar="N", help="training processes (default: one a GPU, or 2 on a CPU)")
+    command.add_argument("--stop-on-interrupt", action="store_true", help="with --on ray: Ctrl-C also stops the job")
+    command.add_argument("--inside-ray", action="store_true", help=argparse.SUPPRESS)
+
+
+def _people(commands: Any) -> None:
+    new = _command(commands, "new", "look at somebody's files and write a story for them", _new)
+    new.add_argument("story", type=Path, metavar="DIR", help="the story folder to write")
+    new.add_argument("--data", type=Path, required=True, metavar="PATH", help="a folder, CSV, JSON, JSONL or Parquet file")
+    new.add_argument("--name", help="the story's name (default: the folder's)")
+
+    predict = _command(commands, "predict", "answer one question by flags, or many by --input", _predict)
+    predict.add_argument("--model", required=True, metavar="URI", help="models:/NAME@champion, or a folder")
+    predict.add_argument("--text", help="the question")
+    predict.add_argument("--image", metavar="FILE")
+    predict.add_argument("--audio", metavar="FILE")
+    predict.add_argument("--input", type=Path, metavar="FILE.jsonl", help="one {text, image, audio} a line")
+    predict.add_argument("--json", action="store_true", help="print answers as JSON lines")
+    predict.add_argument("--tracking-uri", metavar="URI")
+
+    serve = _command(commands, "serve", "answer over HTTP: GET /health, POST /predict, and a page to try it", _serve)
+    serve.add_argument("--model", required=True, metavar="URI", help="models:/NAME@champion, or a folder")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--tracking-uri", metavar="URI")
+
+    inspect = _command(commands, "inspect", "say what is in a manifest, shard set, checkpoint or report", _inspect)
+    inspect.add_argument("path", type=Path, metavar="DIR")
+    inspect.add_argument("--json", action="store_true")
+
+    verify = _command(commands, "verify", "check every checksum and count of a shard set", _verify)
+    verify.add_argument("path", type=Path, metavar="DIR")
+
+    doctor = _command(commands, "doctor", "say what this machine can do, and what is missing", _doctor)
+    doctor.add_argument("--json", action="store_true")
+
+
+def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The story and the places that the flags describe. Tracking is opened here: it must start."""
+    from mmlm import story as stories
+    from mmlm.launch import local
+    from mmlm.tracking import Tracker
+
+    story = stories.load(arguments.story, arguments.set)
+    out = (arguments.out or Path("runs") / story.name).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    data = stories.data_folder(story, arguments.data, out)
+    launch: Any = local.choose(arguments.ranks)
+    if arguments.inside_ray:
+        from mmlm.launch import ray_train
+
+        launch = ray_train.ranks(arguments.ranks)
+    tracker = Tracker.start(arguments.tracking_uri, story=story.name, out=out)
+    places = stories.Places(
+        out=out, data=data, launch=launch, tracker=tracker, tracking_uri=tracker.uri, workers=arguments.workers,
+        ray_address="auto" if arguments.inside_ray else None,
+    )  # fmt: skip
+    return story, places
+
+
+def _say(text: str) -> None:
+    from mmlm.progress import Progress
+
+    if not Progress.quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.on == "ray" and not arguments.inside_ray:
+        return _submit(arguments, "run")
+    from mmlm import story as stories
+    from mmlm import summary
+
+    started = time.time()
+    story, places = _prepare(arguments)
+    with summary.PeakMemory() as memory, places.tracker:
+        stages = stories.run(story, places, _say)
+    written = summary.write(story, places, stages, time.time() - started, memory.peak)
+    print(summary.table(written, places.out))
+    if arguments.require_promotion and not written["registered"].get("promoted"):
+        raise GateFailed(f"the champion stays: {written['registered'].get('reason', '')}")
+    return 0
+
+
+def _verb(arguments: argparse.Namespace) -> int:
+    if arguments.on == "ray" and not arguments.inside_ray:
+        return _submit(arguments, arguments.verb)
+    from mmlm import story as stories
+
+    story, places = _prepare(arguments)
+    if getattr(story, arguments.verb) is None:
+        raise ConfigError(f"the story {story.name} has no {arguments.verb}.yaml")
+    started = time.time()
+    with places.tracker:
+        artifact, _ = stories.perform(story, arguments.verb, places)
+    state = "already there" if artifact.path.joinpath("artifact.json").stat().st_mtime < started else "done"
+    print(f"{arguments.verb}: {state}: {artifact.path}  {stories.describe(artifact.counts)}")
+    return 0
+
+
+def _submit(arguments: argparse.Namespace, verb: str) -> int:
+    from mmlm import story as stories
+    from mmlm.launch import ray_jobs
+
+    story = stories.load(arguments.story, arguments.set)
+    out = (arguments.out or Path("runs") / story.name).resolve()
+    place = str(story.folder.resolve()) if story.folder.resolve().parent != stories.library().resolve() else arguments.story
+    command = [sys.executable, "-m", "mmlm.cli", verb, place, "--out", str(out), "--inside-ray"]
+    if arguments.data:
+        command += ["--data", str(arguments.data.resolve())]
+    uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+    command += ["--tracking-uri", uri]
+    for override in arguments.set:
+        command += ["--set", override]
+    for flag in ("workers", "ranks"):
+        if getattr(arguments, flag):
+            command += [f"--{flag}", str(getattr(arguments, flag))]
+    if getattr(arguments, "require_promotion", False):
+        command.append("--require-promotion")
+    address = arguments.address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
+    ray_jobs.submit(command, address, stop_on_interrupt=arguments.stop_on_interrupt)
+    return 0
+
+
+def _new(arguments: argparse.Namespace) -> int:
+    from mmlm import scaffold
+
+    for line in scaffold.write_story(arguments.story, arguments.data, arguments.name):
+        print(line)
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from mmlm.publish.answering import Responder
+
+    one = {key: getattr(arguments, key) for key in ("text", "image", "audio") if getattr(arguments, key) is not None}
+    if bool(one) == bool(arguments.input):
+        raise ConfigError(
+            "nothing to answer" if not one else "both a question and --input",
+            wanted="--text, --image, --audio in any combination, or --input FILE.jsonl",
+        )
+    rows = _questions(arguments.input) if arguments.input else [one]
+    good = [row for row in rows if "error" not in row]
+    answers = iter(Responder.load(arguments.model, tracking_uri=arguments.tracking_uri).answer(good) if good else [])
+    failed = False
+    for row in rows:
+        answer = row if "error" in row else next(answers)
+        failed = failed or "error" in answer
+        if "error" in answer and not arguments.input:
+            print(f"mmlm: {answer['error']}", file=sys.stderr)
+        elif arguments.json or arguments.input:
+            print(json.dumps(answer, ensure_ascii=False))
+        else:
+            print(f"{answer['answer']}   ({answer['score']:.3f})")
+    return 2 if failed else 0
+
+
+def _questions(path: Path) -> list[dict[str, Any]]:
+    """One dict a line; a line that is not one becomes {"error"}. Relative media paths start at the working directory."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text", wanted="JSON lines with text, image, audio") from None
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            rows.append({"error": f"line {number} is not JSON ({error})"})
+            continue
+        rows.append(row if isinstance(row, dict) and "error" not in row else {"error": f"line {number} is not an object"})
+    if not rows:
+        raise ConfigError(f"{path} holds no questions", wanted='lines such as {"text": "…", "image": "…"}')
+    return rows
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from mmlm.publish.serve import serve
+
+    serve(arguments.model, port=arguments.port, host=arguments.host, tracking_uri=arguments.tracking_uri)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from mmlm import inspection
+
+    found = inspection.look(arguments.path)
+    print(json.dumps(found, ensure_ascii=False, indent=1) if arguments.json else inspection.words(found))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from mmlm.shards.verify import verify
+
+    problems = verify(arguments.path)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        print(f"mmlm: {arguments.path}: {len(problems)} problem(s); make the shards again", file=sys.stderr)
+        return 2
+    print(f"{arguments.path}: every checksum and count holds")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from mmlm import doctor
+
+    found = doctor.examine()
+    print(json.dumps(found, ensure_ascii=False, indent=1) if arguments.json else doctor.words(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

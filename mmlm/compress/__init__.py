@@ -1,0 +1,1 @@
+"""a smaller model: verb distill."""

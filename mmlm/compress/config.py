@@ -1,0 +1,21 @@
+"""Settings of distillation."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mmlm.model.config import ModelConfig
+from mmlm.train.config import LoopConfig
+
+
+class DistillConfig(LoopConfig):
+    """A smaller model learns from the teacher's logits and from the data (Hinton et al. 2015)."""
+
+    model: ModelConfig = ModelConfig(width=80)
+    """The student."""
+    temperature: float = Field(2.0, gt=0)
+    """Both distributions are softened by it; the divergence is multiplied by its square."""
+    task: float = Field(0.5, ge=0)
+    """Weight of the task loss beside the divergence from the teacher, whose weight is 1."""
+    scratch: bool = False
+    """Also train a `student-scratch`: same steps, no teacher."""

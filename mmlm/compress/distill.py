@@ -1,0 +1,64 @@
+"""Verb distill: ShardSet + teacher → a smaller Checkpoint, by the same loop as train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmlm import artifacts
+from mmlm.artifacts import Artifact
+from mmlm.compress.config import DistillConfig
+from mmlm.features import spec as feature_spec
+from mmlm.train.train import Launch, run_ranks, write_counts
+
+RECIPE = 1
+
+
+def distill(
+    config: DistillConfig, shards: Artifact, teacher: Artifact | None, *, out: Path, launch: Launch, tracker: Any
+) -> Artifact:
+    """Train the student on `shards`, led by `teacher`; without one, the same steps from the data alone.
+
+    Raises ArtifactError when the teacher was trained for other features than the shards hold.
+    """
+    if teacher:
+        feature_spec.require_same(feature_spec.load(teacher.path), feature_spec.load(shards.path))
+    parents = {"shards": shards, "teacher": teacher} if teacher else {"shards": shards}
+    work = artifacts.begin(out, "checkpoint", recipe=RECIPE, config=config, parents=parents)
+    if work.artifact:
+        return work.artifact
+    arguments = {
+        "config": config.model_dump(mode="json"),
+        "shards": str(shards.path),
+        "teacher": str(teacher.path) if teacher else None,
+        "out": str(out),
+    }
+    verb = "distill" if teacher else "distill-scratch"
+    return run_ranks(work, config, "mmlm.compress.distill:on_rank", arguments, launch, tracker, verb)
+
+
+def on_rank(config: dict[str, Any], shards: str, teacher: str | None, out: str) -> None:
+    """What each rank runs."""
+    import torch
+
+    from mmlm import world as worlds
+    from mmlm.config import parse
+    from mmlm.train import engine, weights
+    from mmlm.train.loop import fit
+    from mmlm.train.objectives import Answering, Distilling, Objective
+
+    settings = parse(DistillConfig, config, "distill")
+    world = worlds.from_environment()
+    device = engine.start(world)
+    torch.manual_seed(settings.seed)
+    spec = feature_spec.load(Path(shards))
+    student = weights.build(settings.model, spec)
+    objective: Objective = Answering(settings.loss, spec)
+    if teacher:
+        leader = weights.load_model(Path(teacher), spec).eval().requires_grad_(False).to(device)
+        if settings.precision == "bf16":
+            leader = leader.bfloat16()
+        objective = Distilling(settings.loss, spec, leader, settings.temperature, settings.task)
+    counts = fit(student, objective, settings, Path(shards), Path(out), "distill" if teacher else "scratch")
+    write_counts(Path(out), counts, student)
+    engine.stop()

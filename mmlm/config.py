@@ -1,0 +1,139 @@
+"""Frozen config models, YAML files and `key=value` overrides, with every problem listed at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import pydantic
+import yaml
+
+from mmlm.errors import ConfigError
+
+
+class Config(pydantic.BaseModel):
+    """Base of every config: immutable, unknown keys refused. A field's meaning stands in the string under it."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def parse(kind: type[C], data: Any, where: str) -> C:
+    """`data` as a `kind`, or one ConfigError that lists every problem in it. `where` names the file or flag."""
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} holds {type(data).__name__}", wanted="a mapping of keys to values")
+    try:
+        return kind.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise ConfigError(
+            f"{where}: " + " · ".join(_problem(kind, e) for e in error.errors()),
+            cure="`--help` and the comments in jobs/configs/ name every key",
+        ) from None
+
+
+def _problem(kind: type[Config], error: Any) -> str:
+    location = [p for p in error["loc"]]
+    key = ".".join(str(p) for p in location)
+    if error["type"] == "extra_forbidden":
+        parent = _model_at(kind, location[:-1])
+        names = list(parent.model_fields) if parent else []
+        close = difflib.get_close_matches(str(location[-1]), names, 1, 0.5)
+        hint = f", did you mean `{close[0]}`?" if close else f" (known: {', '.join(names)})" if names else ""
+        return f"unknown key `{key}`{hint}"
+    if error["type"] == "missing":
+        return f"`{key}` is missing"
+    value = repr(error.get("input"))
+    return f"`{key}` = {value[:60]}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _model_at(kind: type[Config], location: list[Any]) -> type[Config] | None:
+    """The config class that holds the key at `location`, following unions by their `kind` tag."""
+    here: Any = kind
+    for step in location:
+        options = [t for t in _types(here) if isinstance(t, type) and issubclass(t, Config)]
+        tagged = [t for t in options if "kind" in t.model_fields and step in _literal(t)]
+        if tagged:
+            here = tagged[0]
+            continue
+        if isinstance(step, int):
+            continue
+        owner = next((t for t in options if step in t.model_fields), None)
+        if owner is None:
+            return None
+        here = owner.model_fields[step].annotation
+    options = [t for t in _types(here) if isinstance(t, type) and issubclass(t, Config)]
+    return options[0] if options else None
+
+
+def _types(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and not get_args(annotation):
+        return [annotation]
+    return [t for arg in get_args(annotation) for t in _types(arg)]
+
+
+def _literal(kind: type[Config]) -> tuple[Any, ...]:
+    return get_args(kind.model_fields["kind"].annotation)
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file. Raises ConfigError with line and column when it is not YAML."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}", cure="check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{at} is not YAML: {getattr(error, 'problem', error)}") from None
+
+
+def apply_override(data: dict[str, Any], dotted: str, raw: str) -> None:
+    """Set `a.b.c` in nested `data` to `raw` read as YAML (so `3`, `true`, `[1, 2]` and `text` are what they look like)."""
+    *path, last = dotted.split(".")
+    here = data
+    for step in path:
+        following = here.setdefault(step, {})
+        if not isinstance(following, dict):
+            raise ConfigError(f"--set {dotted}: `{step}` is a value, not a section")
+        here = following
+    try:
+        here[last] = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        here[last] = raw
+
+
+def split_override(text: str) -> tuple[str, str]:
+    """`train.seed=1` → ("train.seed", "1")."""
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", key.strip()):
+        raise ConfigError(f"--set {text!r}", wanted="key=value, such as train.seed=1")
+    return key.strip(), value.strip()
+
+
+_CREDENTIALS = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)[^/@\s]+@")
+
+
+def blank_credentials(text: str) -> str:
+    """`s3://key:secret@bucket/x` → `s3://***@bucket/x`; stored and logged configs never carry secrets."""
+    return _CREDENTIALS.sub(r"\g<scheme>***@", text)
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The config as plain JSON values, credentials blanked: what is stored, logged and fingerprinted."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            return blank_credentials(value)
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [clean(v) for v in value]
+        return value
+
+    return clean(config.model_dump(mode="json"))

@@ -1,0 +1,1 @@
+"""raw corpora → Manifest: records, readers, scan, built-in corpora."""

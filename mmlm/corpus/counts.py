@@ -1,0 +1,155 @@
+"""Figures of a corpus, gathered in one pass over its kept records: counts, tasks, fields, sizes of media."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter, defaultdict
+from typing import Any
+
+from mmlm.corpus.records import Record
+from mmlm.corpus.sniff import Header
+
+MOST_QUESTIONS = 20_000
+"""Distinct questions counted per task; those that come later in order of id are not, beyond this."""
+LISTED_QUESTIONS = 200
+MOST_VALUES = 1_000
+"""Distinct values of one category that are kept."""
+MOST_SIZES = 50_000
+"""Media files whose sizes enter the medians."""
+
+
+class Tally:
+    """`add` every kept record in order of id (with its final split); then read `counts`, `tasks`, `fields`."""
+
+    def __init__(self) -> None:
+        self.splits: Counter[str] = Counter()
+        self.by_task: Counter[str] = Counter()
+        self.langs: Counter[str] = Counter()
+        self.modalities: Counter[str] = Counter()
+        self.labels: dict[str, set[str]] = defaultdict(set)
+        self.other_labels: dict[str, set[str]] = defaultdict(set)
+        self.has_text: dict[str, bool] = defaultdict(bool)
+        self.task_langs: dict[str, set[str]] = defaultdict(set)
+        self.questions: dict[str, Counter[str]] = defaultdict(Counter)
+        self.numbers: dict[str, list[float]] = {}
+        self.values: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def add(self, record: Record) -> None:
+        self.splits[record.split] += 1
+        self.by_task[record.task] += 1
+        self.langs[record.lang] += 1
+        self.modalities.update(record.modalities())
+        if record.lang:
+            self.task_langs[record.task].add(record.lang)
+        target = record.target
+        labels = {*([target.label] if target.label is not None else []), *(target.labels or ())}
+        self.has_text[record.task] |= target.text is not None
+        if record.split != "train":
+            self.other_labels[record.task] |= labels
+            return
+        self.labels[record.task] |= labels
+        question = "\n".join(p.text or "" for p in record.parts if p.kind == "text" and p.role == "user")
+        asked = self.questions[record.task]
+        if question and (question in asked or len(asked) < MOST_QUESTIONS):
+            asked[question] += 1
+        for part in record.parts:
+            for name, value in (part.fields or {}).items():
+                self._field(name, value)
+
+    def _field(self, name: str, value: float | str | None) -> None:
+        if isinstance(value, str):
+            seen = self.values[name]
+            if value in seen or len(seen) < MOST_VALUES:
+                seen[value] += 1
+        elif value is not None:
+            # Welford's running mean and sum of squared deviations
+            state = self.numbers.setdefault(name, [0.0, 0.0, 0.0])
+            state[0] += 1
+            delta = value - state[1]
+            state[1] += delta / state[0]
+            state[2] += delta * (value - state[1])
+
+    def counts(self) -> dict[str, Any]:
+        return {
+            **{split: self.splits[split] for split in ("train", "val", "test")},
+            "tasks": dict(sorted(self.by_task.items())),
+            "langs": dict(sorted(self.langs.items())),
+            "modalities": dict(sorted(self.modalities.items())),
+        }
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """Per task, sorted by name: name, labels (of the training split), has_text, langs, questions."""
+        return [
+            {
+                "name": task,
+                "labels": sorted(self.labels[task]),
+                "has_text": self.has_text[task],
+                "langs": sorted(self.task_langs[task]),
+                "questions": [q for q, _ in sorted(self.questions[task].items(), key=lambda x: (-x[1], x[0]))][
+                    :LISTED_QUESTIONS
+                ],
+            }
+            for task in sorted(self.by_task)
+        ]
+
+    def unseen_labels(self) -> dict[str, list[str]]:
+        """Classes that only validation or test records have: no model can have learnt them."""
+        found = {t: sorted(self.other_labels[t] - self.labels[t]) for t in sorted(self.by_task)}
+        return {task: labels for task, labels in found.items() if labels}
+
+    def fields(self) -> dict[str, Any]:
+        """`numbers`: name → [mean, standard deviation] (1 where it is 0); `categories`: name → sorted values.
+
+        A name with both is what most of its values are; the others count as missing.
+        """
+        categories = {n: c for n, c in self.values.items() if c.total() >= self.numbers.get(n, [0])[0]}
+        numbers = {
+            name: [mean, math.sqrt(squares / n) or 1.0]
+            for name, (n, mean, squares) in sorted(self.numbers.items())
+            if name not in categories
+        }
+        return {"numbers": numbers, "categories": {n: sorted(c) for n, c in sorted(categories.items())}}
+
+
+class Sizes:
+    """Sizes of the media, from their headers."""
+
+    def __init__(self) -> None:
+        self.sides: list[int] = []
+        self.seconds: list[float] = []
+        self.formats: Counter[str] = Counter()
+        self.rates: Counter[int] = Counter()
+        self.colour = 0
+
+    def add(self, header: Header) -> None:
+        self.formats[header.format] += 1
+        if header.kind == "image":
+            self.colour += header.channels != 1
+            if header.width and len(self.sides) < MOST_SIZES:
+                self.sides.append(max(header.width, header.height))
+        elif header.kind == "audio":
+            self.rates[header.rate] += 1
+            if len(self.seconds) < MOST_SIZES:
+                self.seconds.append(header.seconds)
+
+    def summary(self) -> dict[str, Any]:
+        """Uses of media by format; longest side in pixels and length in seconds: median and 95 % quantile."""
+        found: dict[str, Any] = {"formats": dict(sorted(self.formats.items()))}
+        if self.sides:
+            found["image_side"] = {"median": statistics.median(self.sides), "p95": quantile(self.sides, 0.95)}
+            found["coloured"] = self.colour
+        if self.seconds:
+            found["audio_seconds"] = {
+                "median": round(statistics.median(self.seconds), 3),
+                "p95": round(quantile(self.seconds, 0.95), 3),
+                "max": round(max(self.seconds), 3),
+            }
+            found["audio_rates"] = {str(rate): n for rate, n in sorted(self.rates.items())}
+        return found
+
+
+def quantile(values: list[Any], share: float) -> Any:
+    """The value below which `share` of `values` lie (nearest rank)."""
+    ranked = sorted(values)
+    return ranked[min(len(ranked) - 1, int(share * len(ranked)))]

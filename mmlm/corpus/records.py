@@ -1,0 +1,143 @@
+"""Record: one sample as it is in the world; and its row in a manifest.
+
+A manifest is a folder with `records-*.parquet` (SCHEMA, sorted by id), `refused.parquet` (REFUSED) and `artifact.json`,
+whose `extra` says per task: kind, labels, questions. Media URIs are relative to the data folder (`--data`) wherever
+they can be; `content_hash` covers the text and the bytes of the media, so the same sample elsewhere has the same hash.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Kind = Literal["text", "image", "audio", "video", "fields"]
+KINDS: tuple[str, ...] = ("text", "image", "audio", "video", "fields")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One piece of a record: text inline; image, audio, video by `uri` or inline `data`; `fields` as named values.
+
+    `role` is `user` (the question and what it is about), `context` (text beside the question that may be taken
+    away, such as a caption) or `system`. Answers are the record's target, never a part.
+    """
+
+    kind: str
+    role: str = "user"
+    text: str | None = None
+    uri: str | None = None
+    data: bytes | None = None
+    fields: dict[str, float | str | None] | None = None
+
+    @property
+    def modality(self) -> str:
+        """The name under which evaluation gives it or takes it away: image, audio, video, fields, context, text."""
+        return "context" if self.kind == "text" and self.role == "context" else self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is to be answered: a class, several classes, a number, a text; `label` and `text` may both be given."""
+
+    label: str | None = None
+    labels: tuple[str, ...] | None = None
+    number: float | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sample. Records of one `group` never fall into two splits. `lang` is a code, or "" when unknown."""
+
+    id: str
+    parts: tuple[Part, ...]
+    task: str = "answer"
+    target: Target = field(default_factory=Target)
+    split: str = ""
+    group: str = ""
+    lang: str = ""
+    source: str = ""
+    license: str = ""
+    content_hash: str = ""
+
+    def modalities(self) -> tuple[str, ...]:
+        """Sorted names of what this record gives, `text` (the question) included when there is one."""
+        return tuple(sorted({p.modality for p in self.parts}))
+
+
+PART = pa.struct(
+    [
+        ("kind", pa.string()),
+        ("role", pa.string()),
+        ("text", pa.string()),
+        ("uri", pa.string()),
+        ("data", pa.binary()),
+        ("fields", pa.string()),  # JSON object of numbers, categories and nulls
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("group", pa.string()),
+        ("lang", pa.string()),
+        ("source", pa.string()),
+        ("license", pa.string()),
+        ("content_hash", pa.string()),
+        ("label", pa.string()),
+        ("labels", pa.list_(pa.string())),
+        ("number", pa.float64()),
+        ("answer", pa.string()),
+        ("parts", pa.list_(PART)),
+    ]
+)
+REFUSED = pa.schema([("source", pa.string()), ("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+
+
+def to_row(record: Record) -> dict[str, Any]:
+    """A record as a row of SCHEMA."""
+    return {
+        "id": record.id, "task": record.task, "split": record.split, "group": record.group, "lang": record.lang,
+        "source": record.source, "license": record.license, "content_hash": record.content_hash,
+        "label": record.target.label, "labels": list(record.target.labels) if record.target.labels is not None else None,
+        "number": record.target.number, "answer": record.target.text,
+        "parts": [
+            {"kind": p.kind, "role": p.role, "text": p.text, "uri": p.uri, "data": p.data,
+             "fields": json.dumps(p.fields, ensure_ascii=False, sort_keys=True) if p.fields is not None else None}
+            for p in record.parts
+        ],
+    }  # fmt: skip
+
+
+def from_row(row: dict[str, Any]) -> Record:
+    """The inverse of `to_row`."""
+    parts = tuple(
+        Part(p["kind"], p["role"], p["text"], p["uri"], p["data"], json.loads(p["fields"]) if p["fields"] else None)
+        for p in row["parts"]
+    )
+    labels = tuple(row["labels"]) if row["labels"] is not None else None
+    target = Target(row["label"], labels, row["number"], row["answer"])
+    return Record(
+        row["id"], parts, row["task"], target, row["split"], row["group"], row["lang"], row["source"], row["license"],
+        row["content_hash"],
+    )  # fmt: skip
+
+
+def read_rows(manifest: Path, *, columns: list[str] | None = None, batch: int = 4096) -> Iterator[dict[str, Any]]:
+    """Rows of all `records-*.parquet` in a manifest folder, in order of id, in bounded memory."""
+    for path in sorted(manifest.glob("records-*.parquet")):
+        with pq.ParquetFile(path) as f:
+            for chunk in f.iter_batches(batch, columns=columns):
+                yield from chunk.to_pylist()
+
+
+def read_records(manifest: Path, *, batch: int = 4096) -> Iterator[Record]:
+    return (from_row(row) for row in read_rows(manifest, batch=batch))

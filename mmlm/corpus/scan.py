@@ -1,0 +1,245 @@
+"""scan: raw corpora → Manifest.
+
+Everything found is either kept (a row of `records-00000.parquet`, sorted by id) or refused (a row of
+`refused.parquet` with a typed reason): found = kept + refused, always. The manifest does not depend on the order in
+which files or lines are listed. Memory: sorted runs go to disk; what grows with the corpus is one small entry per
+group (about 200 bytes) and, for tables without ids, one per row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmlm import artifacts
+from mmlm.artifacts import Artifact, Work
+from mmlm.config import resolved
+from mmlm.corpus.config import FolderSource, KeypadSource, ScanConfig
+from mmlm.corpus.counts import Sizes, Tally
+from mmlm.corpus.drafts import Draft, Refusal
+from mmlm.corpus.keypad import write_keypad
+from mmlm.corpus.media import Looked, MediaReader
+from mmlm.corpus.readers.sources import files_of, read_source
+from mmlm.corpus.records import REFUSED, SCHEMA, from_row, to_row
+from mmlm.corpus.sorting import Sorter
+from mmlm.corpus.splits import Splitter
+from mmlm.errors import DataError
+from mmlm.progress import Progress
+from mmlm.storage import atomic_write, is_remote, sha256_json
+from mmlm.world import cores
+
+RECIPE = 1
+"""Bumped by hand when the manifest made of the same corpus changes."""
+RECORDS = "records-00000.parquet"
+REFUSED_FILE = "refused.parquet"
+DROPPED_FILE = "dropped.parquet"
+_ROW_GROUP = 1024
+_SPOOL = SCHEMA.append(pa.field("where", pa.string()))
+
+
+def scan(config: ScanConfig, *, data: Path, out: Path, tracker: Any = None) -> Artifact:
+    """Read the corpora below `data` into a manifest in folder `out`.
+
+    Raises DataError when a source is not there, nothing (or nothing to train on) is kept, or more is refused than
+    the error budget allows; `refused.parquet` is then in `out` all the same.
+    """
+    data = Path(data)
+    for source in config.sources:
+        if isinstance(source, KeypadSource):
+            write_keypad(source, config.split, data)
+    work = artifacts.begin(out, "manifest", recipe=RECIPE, config=config, extra={"sources": _listing(config, data)})
+    if work.artifact:
+        return work.artifact
+    try:
+        run = tracker.run("scan", config, work) if tracker else contextlib.nullcontext()
+        with run as tracked:
+            artifact = _make(config, data, work)
+            if tracked:
+                _track(tracked, config, artifact)
+            return artifact
+    finally:
+        work.release()
+
+
+def _make(config: ScanConfig, data: Path, work: Work) -> Artifact:
+    spool = Sorter(work.path / ".spool", _SPOOL, _record_key)
+    refused = Sorter(work.path / ".refused", REFUSED, _refused_key)
+    dropped = Sorter(work.path / ".dropped", REFUSED, _refused_key)
+    sizes, splitter = Sizes(), Splitter(config.split)
+    try:
+        with Progress("scan", None, "records") as progress:
+            for outcome in _outcomes(config, data):
+                if isinstance(outcome, Refusal):
+                    refused.add(_refused_row(outcome))
+                else:
+                    spool.add({**to_row(outcome.record), "where": outcome.where})
+                    splitter.note(outcome.record.group, outcome.record.split)
+                    for header in outcome.headers:
+                        sizes.add(header)
+                    for part in outcome.dropped:
+                        dropped.add(_refused_row(part))
+                progress.add(1, f"{refused.count} refused" if refused.count else "")
+        splitter.decide()
+        tally = Tally()
+        _write(work.path / RECORDS, SCHEMA, _kept(spool, splitter, refused, tally))
+        reasons: Counter[str] = Counter()
+        _write(work.path / REFUSED_FILE, REFUSED, _counted(refused, reasons))
+        if config.on_bad_part == "drop_part":
+            _write(work.path / DROPPED_FILE, REFUSED, dropped.rows())
+        found, kept = spool.count + refused.count, sum(tally.splits.values())
+        # a doubled id is counted once as found and lies in both sorters
+        found -= reasons["duplicate_id"]
+        counts = {"found": found, "kept": kept, "refused": refused.count, **tally.counts()}
+        counts["refused_reasons"] = dict(sorted(reasons.items()))
+        if config.on_bad_part == "drop_part":
+            counts["dropped_parts"] = dropped.count
+        if splitter.torn:
+            counts["groups_in_two_splits"] = len(splitter.torn)
+        _require_useful(config, counts, work.path)
+    finally:
+        for sorter in (spool, refused, dropped):
+            sorter.close()
+    extra = {"tasks": tally.tasks(), "fields": tally.fields(), "media": sizes.summary()}
+    if unseen := tally.unseen_labels():
+        extra["unseen_labels"] = unseen
+    return work.finish(counts=counts, digest_of=[RECORDS], extra=extra)
+
+
+def _outcomes(config: ScanConfig, data: Path) -> Iterator[Looked | Refusal]:
+    reader = MediaReader(
+        data, drop=config.on_bad_part == "drop_part", allow_remote=config.allow_remote, threads=min(8, 2 * cores())
+    )
+    for source in config.sources:
+        yield from reader.look(read_source(source, data))
+
+
+def _kept(spool: Sorter, splitter: Splitter, refused: Sorter, tally: Tally) -> Iterator[dict[str, Any]]:
+    """Rows to keep, in order of id, with their final split; of several with one id the first by content is kept."""
+    last = None
+    for row in spool.rows():
+        where = row.pop("where")
+        if row["id"] == last:
+            refused.add(_refused_row(Refusal(where, row["id"], "duplicate_id", "another record has this id")))
+            continue
+        last = row["id"]
+        row["split"] = splitter.split_of(row["group"], row["split"])
+        tally.add(from_row(row))
+        yield row
+
+
+def _write(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> None:
+    """`rows` as one Parquet file, whole or not at all."""
+    with atomic_write(path) as f, pq.ParquetWriter(f, schema, compression="zstd") as writer:
+        held: list[dict[str, Any]] = []
+        for row in rows:
+            held.append(row)
+            if len(held) == _ROW_GROUP:
+                writer.write_table(pa.Table.from_pylist(held, schema=schema))
+                held = []
+        if held:
+            writer.write_table(pa.Table.from_pylist(held, schema=schema))
+
+
+def _counted(refused: Sorter, reasons: Counter[str]) -> Iterator[dict[str, Any]]:
+    for row in refused.rows():
+        reasons[row["reason"]] += 1
+        yield row
+
+
+def _record_key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[k] for k in ("id", "content_hash", "task", "split", "group", "lang", "source", "license", "where"))
+
+
+def _refused_key(row: dict[str, Any]) -> tuple[str, ...]:
+    return (row["source"], row["id"], row["reason"], row["detail"])
+
+
+def _refused_row(refusal: Refusal) -> dict[str, Any]:
+    """A row of REFUSED; texts that cannot be stored as UTF-8 are escaped."""
+    values = {"source": refusal.source, "id": refusal.id, "reason": refusal.reason, "detail": refusal.detail[:500]}
+    return {k: v.encode("utf-8", "backslashreplace").decode() for k, v in values.items()}
+
+
+def _require_useful(config: ScanConfig, counts: dict[str, Any], folder: Path) -> None:
+    """Raise DataError when nothing can be trained on what was found."""
+    reasons = counts["refused_reasons"]
+    worst = max(reasons, key=lambda r: reasons[r]) if reasons else ""
+    told = f", most of them `{worst}` ({reasons[worst]})" if worst else ""
+    table = folder / REFUSED_FILE
+    if counts["found"] == 0:
+        raise DataError("the corpus is empty: no record was found", cure="check --data and the `sources` in scan.yaml")
+    if counts["kept"] == 0:
+        raise DataError(
+            f"all {counts['found']:,} records were refused{told}", cure=f"{table} names each; mend them or the mapping"
+        )
+    if counts["refused"] > config.error_budget * counts["found"]:
+        share = 100 * counts["refused"] / counts["found"]
+        raise DataError(
+            f"{counts['refused']:,} of {counts['found']:,} records ({share:.1f} %) were refused{told}",
+            wanted=f"at most {100 * config.error_budget:g} %",
+            cure=f"{table} names each; mend them, or allow more: --set scan.error_budget={min(1, share / 100 + 0.01):.2f}",
+        )
+    if counts["train"] == 0:
+        raise DataError(
+            f"none of the {counts['kept']:,} records is in the training split",
+            cure="check the split column, or `split` in scan.yaml",
+        )
+
+
+def _listing(config: ScanConfig, data: Path) -> str:
+    """Hash of (path, size, time of change) of every file that the sources name, pictures and sounds of tables included.
+
+    A sum of hashes, so that order does not matter and memory stays small.
+    """
+    total = 0
+
+    def note(name: str, path: str | Path) -> None:
+        nonlocal total
+        try:
+            stat = os.stat(path)
+            value = [name, stat.st_size, stat.st_mtime_ns]
+        except (OSError, ValueError):
+            value = [name, -1, -1]
+        total = (total + int(sha256_json(value), 16)) % (1 << 256)
+
+    for source in config.sources:
+        if isinstance(source, KeypadSource):
+            continue  # made from its config alone
+        for name, path in files_of(source, data):
+            note(ascii(name), path)
+        if isinstance(source, FolderSource):
+            continue
+        for outcome in read_source(source, data):
+            for part in outcome.record.parts if isinstance(outcome, Draft) else ():
+                if part.uri and not is_remote(part.uri):
+                    note(ascii(part.uri), part.uri if os.path.isabs(part.uri) else data / part.uri)
+    return f"{total:064x}"
+
+
+def _track(run: Any, config: ScanConfig, artifact: Artifact) -> None:
+    run.params(resolved(config))
+    counts = artifact.counts
+    run.metrics({k: v for k, v in counts.items() if isinstance(v, int)})
+    run.text("counts.json", json.dumps(counts, indent=1, ensure_ascii=False))
+    run.text("counts.html", counts_table(counts))
+    run.artifact(artifact.path / REFUSED_FILE)
+
+
+def counts_table(counts: dict[str, Any]) -> str:
+    """Counts as a small HTML table."""
+    rows = [
+        (f"{key}: {name or 'unknown'}" if isinstance(value, dict) else key, number)
+        for key, value in counts.items()
+        for name, number in (value.items() if isinstance(value, dict) else [("", value)])
+    ]
+    cells = "".join(f"<tr><td>{escape(str(k))}</td><td align=right>{v:,}</td></tr>" for k, v in rows)
+    return f"<!doctype html><meta charset=utf-8><title>scan</title><table border=1 cellpadding=4>{cells}</table>"

@@ -1,0 +1,1 @@
+"""ShardSet → batches: reader, order, collate."""

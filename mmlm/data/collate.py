@@ -1,0 +1,174 @@
+"""Samples → one Batch of tensors. Media slots are opened to as many positions as their features need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from mmlm.features.sample import Sample
+from mmlm.features.spec import AUDIO, FIELDS, IMAGE, PAD, AudioSpec, FeatureSpec, ImageSpec
+
+IGNORE = -100
+"""Target of a position that is not trained on."""
+
+
+@dataclass
+class Batch:
+    """B sequences of T positions; P patches, M mel tokens and K field values stand in order of their slots.
+
+    Axes: B record, T position, P patch, M mel token, K field value, D features.
+    """
+
+    tokens_BT: torch.Tensor
+    """int64; IMAGE, AUDIO and FIELDS mark the positions that take the rows of the tensors below."""
+    valid_BT: torch.Tensor
+    """bool; False where a sequence is padded."""
+    prompt_BT: torch.Tensor
+    """bool; True up to and including `<answer>`."""
+    target_BT: torch.Tensor
+    """int64; the next token of the answer, IGNORE elsewhere."""
+    answer_at_B: torch.Tensor
+    """int64; the position of `<answer>`."""
+    label_B: torch.Tensor
+    """int64; the row of the record's class in the classification head, IGNORE without one."""
+    task_B: torch.Tensor
+    """int64; the number of the record's task in the spec, -1 when unknown."""
+    patches_PD: torch.Tensor
+    """float32; flattened patches of standardised pictures."""
+    patch_at_P: torch.Tensor
+    """int64; the number of the patch in its picture, row by row."""
+    mels_MD: torch.Tensor
+    """float32; `frames_per_token` log-mel frames in a row."""
+    mel_at_M: torch.Tensor
+    """int64; the number of the mel token in its sound."""
+    values_K: torch.Tensor
+    """float32; standardised number, or 1 for the category that is present, 0 when missing."""
+    value_at_K: torch.Tensor
+    """int64; which number, category or missing mark (`field_rows`)."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+def field_rows(spec: FeatureSpec) -> dict[tuple[str, str | None], int]:
+    """(field, category or None) → row of the field embedding; category None is the number itself, or `missing`."""
+    rows: dict[tuple[str, str | None], int] = {}
+    if spec.fields is None:
+        return rows
+    for name in sorted(spec.fields.numbers):
+        rows[(name, None)] = len(rows)
+        rows[(name, "missing")] = len(rows)
+    for name in sorted(spec.fields.categories):
+        rows[(name, "missing")] = len(rows)
+        for value in spec.fields.categories[name]:
+            rows[(name, f"={value}")] = len(rows)
+    return rows
+
+
+def collate(samples: Sequence[Sample], spec: FeatureSpec, *, pad_left: bool = False, with_answer: bool = True) -> Batch:
+    """One Batch from `samples`. `pad_left` puts all `<answer>` marks into the last column, for generation."""
+    rows = [_open(s, spec, with_answer) for s in samples]
+    B, T = len(rows), max(len(r) for r, _ in rows)
+    tokens = np.full((B, T), PAD, np.int64)
+    valid = np.zeros((B, T), bool)
+    prompt = np.zeros((B, T), bool)
+    target = np.full((B, T), IGNORE, np.int64)
+    answer_at = np.zeros(B, np.int64)
+    for b, (row, at) in enumerate(rows):
+        first = T - len(row) if pad_left else 0
+        tokens[b, first : first + len(row)] = row
+        valid[b, first : first + len(row)] = True
+        prompt[b, first : first + at + 1] = True
+        target[b, first + at : first + len(row) - 1] = row[at + 1 :]
+        answer_at[b] = first + at
+    offsets = spec.label_offsets()
+    patches, patch_at = _patches([x for s in samples for x in s.images], spec.image)
+    mels, mel_at = _mels([x for s in samples for x in s.sounds], spec.audio)
+    values, value_at = _values(samples, spec)
+    names = {t.name: n for n, t in enumerate(spec.tasks)}
+    return Batch(
+        *(torch.from_numpy(x) for x in (tokens, valid, prompt, target, answer_at)),
+        torch.tensor([_label(s, spec, offsets) for s in samples]),
+        torch.tensor([names.get(s.task, -1) for s in samples]),
+        *(torch.from_numpy(x) for x in (patches, patch_at, mels, mel_at, values, value_at)),
+    )
+
+
+def _open(sample: Sample, spec: FeatureSpec, with_answer: bool) -> tuple[np.ndarray, int]:
+    """The sequence with opened slots, and where `<answer>` stands in it."""
+    tokens = sample.tokens if with_answer else sample.tokens[: sample.answer_at + 1]
+    repeats = np.ones(len(tokens), np.int64)
+    prompt = tokens[: sample.answer_at]
+    if spec.image:
+        repeats[: len(prompt)][prompt == IMAGE] = spec.image.tokens
+    if spec.audio:
+        repeats[: len(prompt)][prompt == AUDIO] = [mel_tokens(len(x), spec.audio) for x in sample.sounds]
+    if spec.fields:
+        repeats[: len(prompt)][prompt == FIELDS] = len(spec.fields.names)
+    return np.repeat(tokens, repeats), int(repeats[: sample.answer_at].sum())
+
+
+def mel_tokens(frames: int, spec: AudioSpec) -> int:
+    return -(-frames // spec.frames_per_token)
+
+
+def _label(sample: Sample, spec: FeatureSpec, offsets: dict[str, tuple[int, int]]) -> int:
+    if sample.label is None or sample.task not in offsets:
+        return IGNORE
+    labels = spec.task(sample.task).labels
+    return offsets[sample.task][0] + labels.index(sample.label) if sample.label in labels else IGNORE
+
+
+def _patches(pictures: list[np.ndarray], spec: ImageSpec | None) -> tuple[np.ndarray, np.ndarray]:
+    """Per-picture standardised patches, (pictures * tokens, patch_dim)."""
+    if spec is None or not pictures:
+        return np.zeros((0, spec.patch_dim if spec else 1), np.float32), np.zeros(0, np.int64)
+    x_NHWC = np.stack(pictures).astype(np.float32)
+    mean = x_NHWC.mean((1, 2, 3), keepdims=True)
+    x_NHWC = (x_NHWC - mean) / (x_NHWC.std((1, 2, 3), keepdims=True) + 1e-3 * 255)
+    n, p = spec.size // spec.patch, spec.patch
+    x = x_NHWC.reshape(-1, n, p, n, p, spec.channels).transpose(0, 1, 3, 2, 4, 5)
+    return np.ascontiguousarray(x).reshape(-1, spec.patch_dim), np.tile(np.arange(spec.tokens), len(pictures))
+
+
+def _mels(sounds: list[np.ndarray], spec: AudioSpec | None) -> tuple[np.ndarray, np.ndarray]:
+    """Stacked frames scaled to about [-1, 1], (mel tokens, token_dim); the last token of a sound is filled with silence."""
+    if spec is None or not sounds:
+        return np.zeros((0, spec.token_dim if spec else 1), np.float32), np.zeros(0, np.int64)
+    rows, at = [], []
+    for x_FM in sounds:
+        n = mel_tokens(len(x_FM), spec)
+        full = np.full((n * spec.frames_per_token, spec.n_mels), spec.floor, np.float32)
+        full[: len(x_FM)] = x_FM
+        rows.append((full / (-spec.floor / 2) + 1).reshape(n, spec.token_dim))
+        at.append(np.arange(n))
+    return np.concatenate(rows), np.concatenate(at)
+
+
+def _values(samples: Sequence[Sample], spec: FeatureSpec) -> tuple[np.ndarray, np.ndarray]:
+    """One (value, row) per field of every sample that has fields."""
+    rows = field_rows(spec)
+    values: list[float] = []
+    at: list[int] = []
+    if spec.fields:
+        for sample in samples:
+            if not sample.fields:
+                continue
+            for name in spec.fields.names:
+                value = sample.fields.get(name)
+                if name in spec.fields.numbers and isinstance(value, int | float) and np.isfinite(value):
+                    mean, deviation = spec.fields.numbers[name]
+                    values.append((value - mean) / (deviation or 1.0))
+                    at.append(rows[(name, None)])
+                elif (name, f"={value}") in rows:
+                    values.append(1.0)
+                    at.append(rows[(name, f"={value}")])
+                else:
+                    values.append(1.0)
+                    at.append(rows[(name, "missing")])
+    return np.array(values, np.float32), np.array(at, np.int64)
+
+

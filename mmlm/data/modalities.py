@@ -1,0 +1,49 @@
+"""Taking a modality away from a sample, as if the record had never had it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from mmlm.features.sample import Sample
+from mmlm.features.spec import AUDIO, FIELDS, IMAGE
+
+_SLOTS = {"image": IMAGE, "audio": AUDIO, "fields": FIELDS}
+
+
+def keep_modalities(sample: Sample, kept: frozenset[str] | set[str]) -> Sample:
+    """`sample` with only the modalities in `kept` (image, audio, fields, context); the question always stays."""
+    away = set(sample.modalities) - set(kept)
+    if not away:
+        return sample
+    stays = np.ones(len(sample.tokens), bool)
+    for name in away & _SLOTS.keys():
+        stays[: sample.answer_at] &= sample.tokens[: sample.answer_at] != _SLOTS[name]
+    spans = sample.context_spans
+    if "context" in away:
+        for first, last in spans:
+            stays[first:last] = False
+        spans = []
+    moved = np.cumsum(stays) - 1
+    return dataclasses.replace(
+        sample,
+        tokens=sample.tokens[stays],
+        answer_at=int(moved[sample.answer_at]),
+        context_spans=[(int(moved[first]), int(moved[last - 1]) + 1) for first, last in spans],
+        images=[] if "image" in away else sample.images,
+        sounds=[] if "audio" in away else sample.sounds,
+        fields={} if "fields" in away else sample.fields,
+    )
+
+
+def drop_modalities(sample: Sample, rate: float, rng: np.random.Generator) -> Sample:
+    """With probability `rate`, keep a random non-empty part of what is given, each such part equally likely.
+
+    A sample with fewer than two modalities is left alone (modality dropout; Neverova et al. 2015, ModDrop).
+    """
+    given = sample.modalities
+    if len(given) < 2 or rng.random() >= rate:
+        return sample
+    choice = int(rng.integers(1, 2 ** len(given) - 1))
+    return keep_modalities(sample, {name for bit, name in enumerate(given) if choice >> bit & 1})

@@ -1,0 +1,79 @@
+"""One drawn hierarchy of errors. A message says what was found, what was wanted, and what to do.
+
+Exit codes: 0 done, 1 our fault (anything that is not an MmlmError), 2 wrong input, 3 failed gate,
+4 interrupted but resumable.
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class MmlmError(Exception):
+    """Something a person can mend. `found` is what is wrong, `wanted` what was expected, `cure` what to do."""
+
+    exit_code = 2
+
+    def __init__(self, found: str, *, wanted: str = "", cure: str = "") -> None:
+        self.found, self.wanted, self.cure = found, wanted, cure
+        parts = [found.rstrip(".")]
+        if wanted:
+            parts.append(f"wanted {wanted.rstrip('.')}")
+        if cure:
+            parts.append(cure.rstrip("."))
+        super().__init__("; ".join(parts))
+
+    def __reduce__(self) -> tuple[object, ...]:  # crosses process borders (Ray) whole
+        return (_rebuild, (type(self), self.found, self.wanted, self.cure))
+
+
+def _rebuild(kind: type[MmlmError], found: str, wanted: str, cure: str) -> MmlmError:
+    return kind(found, wanted=wanted, cure=cure)
+
+
+class ConfigError(MmlmError):
+    """A story, a config file or an override is wrong."""
+
+
+class DataError(MmlmError):
+    """A corpus, a record, a picture or a sound is wrong."""
+
+
+class ArtifactError(MmlmError):
+    """A noun at rest (manifest, shards, checkpoint, report) is missing, broken, newer, or another one."""
+
+
+class LaunchError(MmlmError):
+    """A cluster, a tracking server, a rank or this machine does not do what was asked."""
+
+
+class ServeError(MmlmError):
+    """A request to a served model, or the server itself, is wrong."""
+
+
+class GateFailed(MmlmError):
+    """The champion stays and the caller asked for a promotion."""
+
+    exit_code = 3
+
+
+class Interrupted(MmlmError):
+    """A signal stopped the work after it was saved; running the same command again continues it."""
+
+    exit_code = 4
+
+
+def explain_os_error(error: OSError) -> MmlmError | None:
+    """The sentence for an operating-system error that a person can mend, or None when it is ours to explain."""
+    where = f" at {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return LaunchError(
+            f"the disk is full{where}", cure="free some space, then run the same command again: finished work is kept"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return LaunchError(f"no permission{where} ({error.strerror})", cure="choose another --out or change its rights")
+    if error.errno == errno.EADDRINUSE:
+        return LaunchError("the port is already in use", cure="choose another with --port")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return DataError(f"{error.strerror}{where}", cure="check the path")
+    return None

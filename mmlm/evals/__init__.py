@@ -1,0 +1,1 @@
+"""answers, scores with intervals, plots, the report; verb evaluate."""

@@ -1,0 +1,151 @@
+"""FeatureSpec: what a ShardSet holds, in numbers. The model is built from ModelConfig + this; nothing is written twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from mmlm.config import Config, parse
+from mmlm.errors import ArtifactError
+from mmlm.storage import sha256_json, write_json
+
+FILE = "feature_spec.json"
+
+PAD, BOS, EOS, ANSWER, IMAGE, AUDIO, FIELDS, CONTEXT, UNKNOWN_TASK = range(9)
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<answer>", "<image>", "<audio>", "<fields>", "<context>", "<task>")
+"""Ids 0-8 of every tokenizer that mmlm trains; IMAGE, AUDIO and FIELDS are the media slots."""
+
+
+class ImageSpec(Config):
+    size: int
+    """Side of the square picture, pixels."""
+    patch: int
+    """Side of a square patch, pixels; divides `size`."""
+    channels: Literal[1, 3]
+    resize: Literal["pad", "crop", "stretch"] = "pad"
+
+    @property
+    def tokens(self) -> int:
+        return (self.size // self.patch) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        return self.patch * self.patch * self.channels
+
+
+class AudioSpec(Config):
+    sample_rate: int = 16000
+    """Hz, after resampling."""
+    n_fft: int = 400
+    """Window, samples."""
+    hop: int = 160
+    """Step between frames, samples."""
+    n_mels: int = 80
+    max_seconds: float = 8.0
+    """Longer sounds are cut here, and counted."""
+    frames_per_token: int = 8
+    """Mel frames stacked into one audio token."""
+    floor: float = -6.0
+    """log10 mel is taken relative to the maximum of the sound and floored here."""
+
+    @property
+    def token_dim(self) -> int:
+        return self.frames_per_token * self.n_mels
+
+    @property
+    def max_frames(self) -> int:
+        return int(self.max_seconds * self.sample_rate) // self.hop
+
+
+class FieldsSpec(Config):
+    """Named numbers (standardised with the training split's mean and standard deviation) and named categories."""
+
+    numbers: dict[str, tuple[float, float]] = {}
+    """name → (mean, standard deviation) over the training split."""
+    categories: dict[str, list[str]] = {}
+    """name → its values, sorted; an unseen value counts as missing."""
+
+    @property
+    def names(self) -> list[str]:
+        return [*sorted(self.numbers), *sorted(self.categories)]
+
+
+class TaskSpec(Config):
+    """One task of the corpus. `label` tasks have a classification head; `text` tasks are answered by generation."""
+
+    name: str
+    labels: list[str] = []
+    """Sorted classes of the training split; empty for a task without classes."""
+    has_text: bool = False
+    """Whether records carry an answer text of their own; otherwise the label is the text."""
+    langs: list[str] = []
+    questions: list[str] = []
+    """The distinct questions of the training split, most frequent first (at most 200): routes a question to a task."""
+
+
+class FeatureSpec(Config):
+    """Everything about the features that a model must agree with."""
+
+    vocab_size: int
+    tokenizer_digest: str
+    max_len: int
+    """Longest sequence, tokens and media slots together."""
+    image: ImageSpec | None = None
+    audio: AudioSpec | None = None
+    fields: FieldsSpec | None = None
+    tasks: list[TaskSpec]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The non-text modalities that this spec has room for."""
+        return tuple(m for m in ("audio", "fields", "image") if getattr(self, m) is not None)
+
+    @property
+    def digest(self) -> str:
+        return sha256_json(self.model_dump(mode="json"))
+
+    def task(self, name: str) -> TaskSpec:
+        return next(t for t in self.tasks if t.name == name)
+
+    def label_offsets(self) -> dict[str, tuple[int, int]]:
+        """task → (first, last + 1) row of its classes in the one classification head."""
+        offsets, at = {}, 0
+        for task in self.tasks:
+            if task.labels:
+                offsets[task.name] = (at, at + len(task.labels))
+                at += len(task.labels)
+        return offsets
+
+
+def save(spec: FeatureSpec, folder: Path) -> None:
+    write_json(folder / FILE, spec.model_dump(mode="json"))
+
+
+def load(folder: Path) -> FeatureSpec:
+    """The spec stored in a shard set or checkpoint folder. Raises ArtifactError when it is not there."""
+    import json
+
+    try:
+        data = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} has no {FILE}", wanted="a shard set or a checkpoint", cure="check the path") from None
+    return parse(FeatureSpec, data, str(folder / FILE))
+
+
+def require_same(model: FeatureSpec, shards: FeatureSpec) -> None:
+    """Raise ArtifactError naming what differs, when a checkpoint was made for other features than these shards hold."""
+    if model.digest == shards.digest:
+        return
+    a, b = model.model_dump(mode="json"), shards.model_dump(mode="json")
+    if a["tokenizer_digest"] != b["tokenizer_digest"]:
+        raise ArtifactError(
+            f"the shards were made with tokenizer {b['tokenizer_digest'][:12]}",
+            wanted=f"{a['tokenizer_digest'][:12]}, the checkpoint's",
+            cure="give the shard set that the checkpoint was trained on, or train again",
+        )
+    different = ", ".join(key for key in a if a[key] != b[key])
+    raise ArtifactError(
+        f"the checkpoint's feature spec differs from the shards' in: {different}",
+        wanted="the same feature spec",
+        cure="give the shard set that the checkpoint was trained on, or train again",
+    )

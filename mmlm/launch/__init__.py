@@ -1,0 +1,1 @@
+"""where a job runs: local ranks, Ray jobs."""

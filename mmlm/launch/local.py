@@ -1,0 +1,290 @@
+"""Ranks on this machine: subprocesses that die and stop with their parent, and whose errors come back as themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from mmlm.errors import Interrupted, LaunchError
+from mmlm.launch import rank as rank_process
+from mmlm.progress import Progress
+from mmlm.storage import write_json
+from mmlm.world import cores, quiet_environment
+
+SAVE_SECONDS = 60.0
+"""How long ranks may take to finish their step and save after a stop was forwarded to them."""
+GRACE_SECONDS = 10.0
+"""How long the other ranks may take to end after one of them failed."""
+STOPPED = Interrupted.exit_code
+AGAIN = "run the same command again, it continues from the last checkpoint"
+
+
+class Launch(Protocol):
+    """Runs `target` ("package.module:function") with JSON-able `args` on `ranks` ranks and returns when all are done.
+
+    Raises Interrupted when a signal stopped the ranks after they saved, the MmlmError that a rank raised, or
+    LaunchError when a rank died. What the ranks say goes to `log/rank-N.log`.
+    """
+
+    @property
+    def ranks(self) -> int: ...
+
+    def __call__(self, target: str, args: dict[str, Any], *, log: Path) -> None: ...
+
+
+class RankCrashed(LaunchError):
+    """A rank ended with an exception that is nobody's bad input: our fault."""
+
+    exit_code = 1
+
+
+def gpus() -> int:
+    """GPUs that a process here may use; torch is imported only where a driver is."""
+    if not any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def choose(n: int | None = None) -> Launch:
+    """The launch for this process: itself when torchrun, Slurm or Ray Train made it a rank, else `ranks(n)`."""
+    return inprocess() if "RANK" in os.environ else ranks(n)
+
+
+def ranks(n: int | None = None) -> Launch:
+    """A launch of `n` local ranks; by default one per GPU, or two on a machine of two cores or more."""
+    if n is not None and n < 1:
+        raise LaunchError(f"{n} ranks", wanted="at least 1", cure="give --ranks a positive number")
+    available = gpus()
+    if n and available and n > available:
+        raise LaunchError(f"{n} ranks", wanted=f"at most {available}, one per GPU", cure="give a smaller --ranks")
+    return LocalRanks(n or available or min(2, cores()), gpu=available > 0)
+
+
+def inprocess() -> Launch:
+    """A launch in this very process, which is one rank of several already (torchrun, Slurm, Ray Train)."""
+    from mmlm.launch.leader import announce
+
+    return InProcess(int(os.environ.get("WORLD_SIZE", 1)), announce)
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """Calls the target here; `announce` first tells the other ranks (see launch/leader.py) to call it too."""
+
+    ranks: int
+    announce: Callable[[str, dict[str, Any]], None]
+
+    def __call__(self, target: str, args: dict[str, Any], *, log: Path) -> None:
+        self.announce(target, args)
+        rank_process.resolve(target)(**args)
+
+
+@dataclass(frozen=True)
+class LocalRanks:
+    """`ranks` subprocesses of this one. On a machine with GPUs each has its own (LOCAL_RANK)."""
+
+    ranks: int
+    gpu: bool
+
+    def __call__(self, target: str, args: dict[str, Any], *, log: Path) -> None:
+        log.mkdir(parents=True, exist_ok=True)
+        for stale in log.glob("rank-*.error.json"):
+            stale.unlink()
+        write_json(log / "args.json", args)
+        group = _Group(log)
+        with _signals(group):
+            try:
+                port = _free_port()
+                for rank in range(self.ranks):
+                    group.start(target, rank, self.environment(rank, port))
+                group.wait()
+            finally:
+                group.kill()
+        group.conclude()
+
+    def environment(self, rank: int, port: int) -> dict[str, str]:
+        """What the rank is started with. Thread counts are the user's where set."""
+        ours = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.ranks),
+            "LOCAL_WORLD_SIZE": str(self.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "MMLM_PARENT": str(os.getpid()),
+            "MMLM_QUIET": "1" if Progress.quiet else "",
+        }
+        defaults = {
+            **quiet_environment(),
+            "OMP_NUM_THREADS": str(max(1, cores() // self.ranks)),
+            "GLOO_SOCKET_IFNAME": "lo",  # else gloo resolves the host's name, which fails without a network
+            "PYTHONUNBUFFERED": "1",
+        }
+        if not self.gpu:
+            defaults["DS_ACCELERATOR"] = "cpu"
+        here = str(Path(rank_process.__file__).resolve().parents[2])  # ranks import the mmlm that started them
+        path = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH", "")) if p)
+        return {**defaults, **os.environ, **ours, "PYTHONPATH": path}
+
+
+@dataclass
+class _Group:
+    """The running ranks and what was learnt of them."""
+
+    log: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)
+    """Ranks that ended neither well nor as asked, in the order seen."""
+    signals: int = 0
+    """Stop signals that this process got."""
+    stopping: bool = False
+
+    def start(self, target: str, rank: int, environment: dict[str, str]) -> None:
+        command = [sys.executable, "-m", "mmlm.launch.rank", target, str(self.log / "args.json"), str(self.log)]
+        pass_fds: tuple[int, ...] = ()
+        terminal = os.dup(2) if rank == 0 else None  # progress is for the user; all other talk goes to the log
+        if terminal is not None:
+            environment = {**environment, "MMLM_PROGRESS_FD": str(terminal)}
+            pass_fds = (terminal,)
+        try:
+            with (self.log / f"rank-{rank}.log").open("ab") as file:
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=pass_fds,
+                )  # same process group: who kills the group kills the ranks
+        finally:
+            if terminal is not None:
+                os.close(terminal)
+        self.processes.append(process)
+
+    def wait(self) -> None:
+        """Until every rank has ended, forwarding a stop, and ending the rest when one has failed."""
+        kill_at = float("inf")
+        forwarded = False
+        while None in [p.poll() for p in self.processes]:
+            self.look()
+            if (self.stopping or self.failed) and not forwarded:
+                forwarded = True
+                kill_at = time.monotonic() + SAVE_SECONDS
+                self.send(signal.SIGTERM)
+            if self.failed:
+                kill_at = min(kill_at, time.monotonic() + GRACE_SECONDS)
+            if time.monotonic() > kill_at or self.signals > 1:
+                self.kill()
+            time.sleep(0.05)
+        self.look()
+
+    def look(self) -> None:
+        """Note who stopped and who failed. Of ranks seen to fail together the killed one comes first, as the cause."""
+        codes = {rank: p.returncode for rank, p in enumerate(self.processes) if p.returncode is not None}
+        failed = [rank for rank, code in codes.items() if code not in (0, STOPPED) and rank not in self.failed]
+        self.failed += sorted(failed, key=lambda rank: codes[rank] != -signal.SIGKILL)
+        self.stopping |= self.signals > 0 or STOPPED in codes.values()
+
+    def send(self, number: int) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+    def conclude(self) -> None:
+        """Return when all is well, else raise what the ranks (or their deaths) say."""
+        if not self.failed and not self.stopping:
+            return
+        typed = {rank: error for rank in range(len(self.processes)) if (error := read_error(self.log, rank))}
+        meant = [e for rank, e in typed.items() if rank in self.failed and not isinstance(e, RankCrashed)]
+        if meant:
+            raise meant[0]
+        if self.signals or not self.failed:
+            said = next((error for error in typed.values() if isinstance(error, Interrupted)), None)
+            how = "training was stopped before it could save" if self.failed else "training was stopped"
+            raise said or Interrupted(how, cure=AGAIN)
+        first = self.failed[0]
+        raise typed.get(first) or self._death(first)
+
+    def _death(self, rank: int) -> LaunchError:
+        """A rank that left no word: killed, or crashed in native code."""
+        code, path = self.processes[rank].returncode, self.log / f"rank-{rank}.log"
+        if code == -signal.SIGKILL:
+            return LaunchError(
+                f"rank {rank} was killed (signal 9), often for lack of memory",
+                cure=f"free memory or give a smaller batch; {AGAIN}",
+            )
+        how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return RankCrashed(f"rank {rank} {how}: {last_lines(path)}", cure=f"see {path}")
+
+
+def read_error(log: Path, rank: int) -> Exception | None:
+    """The error that rank.py left for a rank, as the class it was; a crash becomes RankCrashed."""
+    path = log / f"rank-{rank}.error.json"
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    if said["kind"] == "crash":
+        return RankCrashed(f"rank {rank} failed: {said['found']}", cure=f"see {log / f'rank-{rank}.log'}")
+    return rank_process.rebuild(said)
+
+
+def last_lines(path: Path, count: int = 5) -> str:
+    """The end of a log on one line."""
+    try:
+        with path.open("rb") as f:
+            f.seek(max(0, path.stat().st_size - 8192))
+            lines = f.read().decode(errors="replace").splitlines()
+    except OSError:
+        return "no log"
+    return " | ".join(line.strip() for line in lines[-count:] if line.strip())[-600:] or "it said nothing"
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+@contextmanager
+def _signals(group: _Group) -> Iterator[None]:
+    """While ranks run, a stop is counted here and passed on by `wait`; handlers can be set in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    last = 0.0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        if time.monotonic() - last > 1.0:  # one Ctrl-C may arrive twice (terminal and shell); a second one means "now"
+            group.signals += 1
+            last = time.monotonic()
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -1,0 +1,1 @@
+"""tensors only: attention, embeddings per modality, the fused Transformer, heads, generation."""

@@ -1,0 +1,170 @@
+"""Responder: answers questions of text, picture and sound; one for the command line, the server and the bundle.
+
+A question is `{"text": str, "image": bytes | path, "audio": bytes | path}`, every key optional; an answer is
+`{"answer": str, "score": float, "label_scores": {label: float}}`, or `{"error": sentence}`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import re
+import threading
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmlm.corpus.records import Part, Record
+from mmlm.errors import DataError, MmlmError
+from mmlm.evals.answer import Answerer
+from mmlm.features.encode import Encoder
+from mmlm.features.sample import Sample
+from mmlm.features.spec import FeatureSpec, TaskSpec
+from mmlm.storage import read_uri
+
+KEYS = ("text", "image", "audio")
+MEDIA = {"image": "picture", "audio": "sound"}
+CHUNK = 256
+"""Questions whose media are held in memory at once."""
+_DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[^;,]*)*;base64,", re.I)
+
+
+class Responder:
+    """A checkpoint folder that answers people's questions. Safe to call from several threads."""
+
+    def __init__(self, folder: Path | str, device: str = "cpu") -> None:
+        self.answerer = Answerer(folder, device=device)
+        self.spec: FeatureSpec = self.answerer.spec
+        self._encoder = Encoder(self.spec, self.answerer.tokenizer)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, model: str | Path, *, tracking_uri: str | None = None, device: str = "cpu") -> Responder:
+        """`model` is `models:/NAME@champion`, `models:/NAME/1`, `runs:/…`, or a folder: a checkpoint, an MLflow
+        model, or the output of `mmlm run`. Raises ArtifactError when there is none."""
+        from mmlm.publish.locate import checkpoint_folder
+
+        return cls(checkpoint_folder(str(model), tracking_uri), device)
+
+    def answer(self, questions: Iterable[Mapping[str, Any]], *, paths: bool = True) -> list[dict[str, Any]]:
+        """One answer or `{"error"}` per question, in order. With `paths` false a text where media belong is base64 or a
+        `data:` URI and never opens a file."""
+        rows = list(questions)
+        return [a for i in range(0, len(rows), CHUNK) for a in self._answer(rows[i : i + CHUNK], paths)]
+
+    def _answer(self, rows: list[Mapping[str, Any]], paths: bool) -> list[dict[str, Any]]:
+        results: list[dict[str, Any]] = [{} for _ in rows]
+        samples: dict[int, Sample] = {}
+        for i, row in enumerate(rows):
+            try:
+                samples[i] = self.sample(row, paths)
+            except MmlmError as error:
+                results[i] = {"error": str(error)}
+        with self._lock:
+            answers = self.answerer.answer(list(samples.values())) if samples else []
+        for i, answer in zip(samples, answers, strict=True):
+            scores = {label: round(share, 6) for label, share in answer.label_scores.items()}
+            results[i] = {"answer": answer.answer, "score": round(answer.score, 6), "label_scores": scores}
+        return results
+
+    def sample(self, row: Mapping[str, Any], paths: bool = True) -> Sample:
+        """The question as features. Raises DataError with a sentence for the person who asked."""
+        parts = []
+        for kind, word in MEDIA.items():
+            if missing(value := row.get(kind)):
+                continue
+            if getattr(self.spec, kind) is None:
+                raise DataError(f"this model takes no {word}s", cure=f"ask without {kind}")
+            parts.append(Part(kind, data=media_bytes(value, word, paths)))
+        text = row.get("text")
+        if missing(text) or not str(text).strip():
+            if not parts:
+                raise DataError(
+                    "nothing is asked" + (f" (unknown: {', '.join(map(str, row))})" if set(row) - set(KEYS) else ""),
+                    wanted=" or ".join(KEYS),
+                )
+            task = self.spec.tasks[0]
+            text = task.questions[0] if task.questions else ""
+        elif not isinstance(text, str):
+            raise DataError(f"the text is a {type(text).__name__}", wanted="a string")
+        else:
+            task = route(text, self.spec)
+        if text:
+            parts.append(Part("text", text=text))
+        return self.encode(Record("question", tuple(parts), task.name), _no_read)
+
+    def encode(self, record: Record, read: Callable[[Part], bytes]) -> Sample:
+        """A record as this model's features, without its answer. Raises SampleError."""
+        return self._encoder.encode(record, read, with_answer=False)
+
+
+def missing(value: Any) -> bool:
+    """Whether a cell holds nothing: None, NaN, pandas' NA, an empty text or no bytes."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    if isinstance(value, (str, bytes, bytearray)):
+        return len(value) == 0
+    return type(value).__name__ in ("NAType", "NaTType")
+
+
+def media_bytes(value: Any, word: str, paths: bool) -> bytes:
+    """The bytes of a picture or sound that came as bytes, as a `data:` URI, as a path (if allowed), else as base64."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    if isinstance(value, Path):
+        value = str(value)
+    if not isinstance(value, str):
+        raise DataError(f"the {word} is a {type(value).__name__}", wanted="bytes, or a path" if paths else "base64")
+    found = _DATA_URI.match(value[:200])
+    if found:
+        return _base64(value[found.end() :], word)
+    return read_uri(value) if paths else _base64(value, word)
+
+
+def _base64(text: str, word: str) -> bytes:
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise DataError(
+            f"the {word} is not base64 ({text[:40]!r})",
+            cure="send the file's bytes in base64; a path is not opened here",
+        ) from None
+    if not data:
+        raise DataError(f"the {word} is empty", wanted="the bytes of a file in base64")
+    return data
+
+
+def _no_read(part: Part) -> bytes:
+    raise DataError(f"the {part.kind} was not read")
+
+
+def route(question: str, spec: FeatureSpec) -> TaskSpec:
+    """The task that a question belongs to: one that knows it word for word, else the one with the most similar known
+    question (Dice coefficient of character bigrams and trigrams), else the first."""
+    if len(spec.tasks) == 1:
+        return spec.tasks[0]
+    plain = _plain(question)
+    for task in spec.tasks:
+        if any(_plain(known) == plain for known in task.questions):
+            return task
+    grams = _grams(plain)
+    best, most = spec.tasks[0], 0.0
+    for task in spec.tasks:
+        for known in task.questions:
+            other = _grams(_plain(known))
+            alike = 2 * sum((grams & other).values()) / max(sum(grams.values()) + sum(other.values()), 1)
+            if alike > most:
+                best, most = task, alike
+    return best
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _grams(text: str) -> Counter[str]:
+    padded = f" {text} "
+    return Counter(padded[i : i + n] for n in (2, 3) for i in range(len(padded) - n + 1))

@@ -1,0 +1,41 @@
+"""The model as MLflow loads it (models-from-code): a table with text, image, audio in, a table of answers out.
+
+Runs where `mmlm` is not installed: the bundle carries the modules that it needs. Media are bytes; in process also a
+path. Under MLflow's scoring server a text is base64 and no path is ever opened.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import mlflow.models
+import pandas as pd
+from mlflow.pyfunc import PythonModel
+
+from mmlm.publish.answering import KEYS, Responder
+
+
+def serving() -> bool:
+    """Whether this process is MLflow's scoring server, so that what arrives came over the network."""
+    return "__pyfunc_model_path__" in os.environ or "mlflow.pyfunc.scoring_server.app" in sys.modules
+
+
+class MmlmModel(PythonModel):
+    """Answers rows; `answer`, `score`, `label_scores`, and a column `error` when a row could not be answered."""
+
+    def load_context(self, context: Any) -> None:
+        """Loads the checkpoint of the bundle on the CPU, or on the GPU that MMLM_DEVICE names."""
+        self.responder = Responder(context.artifacts["checkpoint"], os.environ.get("MMLM_DEVICE", "cpu"))
+
+    def predict(self, context, model_input, params=None):  # without hints: MLflow would take them for a schema
+        table = model_input if isinstance(model_input, pd.DataFrame) else pd.DataFrame(model_input)
+        columns = [table[key].tolist() if key in table else [None] * len(table) for key in KEYS]
+        rows = [dict(zip(KEYS, values, strict=True)) for values in zip(*columns, strict=True)]
+        answers = self.responder.answer(rows, paths=not serving())
+        names = ["answer", "score", "label_scores", *(["error"] if any("error" in a for a in answers) else [])]
+        return pd.DataFrame({name: pd.Series([a.get(name) for a in answers], dtype=object) for name in names})
+
+
+mlflow.models.set_model(MmlmModel())

@@ -1,0 +1,1 @@
+"""Manifest → ShardSet: plan, write, commit, verify; the Ray fan-out."""

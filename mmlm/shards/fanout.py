@@ -1,0 +1,116 @@
+"""Units → Ray workers → results, in a bounded window. Ray's one home for tasks.
+
+The same `UnitWriter` runs here and in the calling process; Ray only decides where. Results come back in the order in
+which they are ready; the committer does not mind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mmlm.errors import LaunchError, MmlmError
+from mmlm.shards.plan import Unit
+from mmlm.shards.write import UnitWriter, Written
+
+RETRIES = 3
+"""How often a unit is given to another worker when its worker dies."""
+STORE_BYTES = 200 << 20
+"""Shared memory for what goes to workers: rows of the manifest, no media."""
+
+
+def write_on_ray(
+    units: Iterable[Unit], writer: UnitWriter, workers: int, address: str | None = None
+) -> Iterator[Written]:
+    """Write `units` on `workers` Ray workers here, or on the cluster at `address`; at most 2 × workers wait at a time.
+
+    Ray is shut down when the iteration ends, however it ends. Raises what the unit raised (an OSError, an MmlmError), or
+    LaunchError when Ray cannot be reached or workers keep dying.
+    """
+    import ray
+
+    with _session(workers, address):
+        shared = ray.put(writer)
+        write = ray.remote(num_cpus=1, max_retries=RETRIES)(_write_unit)
+        waiting: list[Any] = []
+        for unit in units:
+            if len(waiting) >= 2 * workers:
+                ready, waiting = ray.wait(waiting, num_returns=1)
+                yield _result(ready[0])
+            waiting.append(write.remote(shared, unit))
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=1)
+            yield _result(ready[0])
+
+
+def _write_unit(writer: UnitWriter, unit: Unit) -> Written:
+    return writer.write(unit)
+
+
+def _result(reference: Any) -> Written:
+    import ray
+
+    try:
+        written: Written = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, MmlmError | OSError):
+            raise cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise LaunchError(
+            f"Ray gave up on a shard after {RETRIES + 1} tries ({type(error).__name__}: {first})",
+            cure="often a worker ran out of memory: use fewer --workers, or smaller shards; then run the same command again",
+        ) from None
+    return written
+
+
+@contextlib.contextmanager
+def _session(workers: int, address: str | None) -> Iterator[None]:
+    """A Ray session: our own small one on this machine, or a place in the cluster at `address`."""
+    import ray
+
+    if ray.is_initialized():  # somebody else's session: used, not closed
+        yield
+        return
+    # Ray puts its own SIGTERM handler in place of ours, which would leave without the cleaning up below.
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if main else None
+    try:
+        try:
+            _start(workers, address)
+        finally:
+            if main:
+                signal.signal(signal.SIGTERM, handler)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(workers: int, address: str | None) -> None:
+    import ray
+
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            ray.init(address=None if "RAY_JOB_ID" in os.environ else address, **common)
+        else:
+            # Without an address a stale "current cluster" file of another session would be followed.
+            ray.init(
+                address="local", num_cpus=workers, include_dashboard=False, object_store_memory=STORE_BYTES, **common
+            )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        first = str(error).strip().split("\n", 1)[0]
+        where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+        raise LaunchError(
+            f"{where} does not start ({first})" if not address else f"{where} cannot be reached ({first})",
+            cure="check --address, or leave it out to work on this machine"
+            if address
+            else "`mmlm doctor` says what is missing",
+        ) from None

@@ -1,0 +1,67 @@
+"""From a manifest and a config to the FeatureSpec and the tokenizer of a shard set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmlm.artifacts import Artifact
+from mmlm.corpus.records import from_row, read_rows
+from mmlm.errors import DataError
+from mmlm.features.config import FeaturesConfig
+from mmlm.features.encode import answer_text
+from mmlm.features.spec import FeatureSpec, FieldsSpec, TaskSpec
+from mmlm.features.text import FILE, Tokenizer, given_tokenizer, train_tokenizer
+
+
+def find_tokenizer(manifest: Artifact, config: FeaturesConfig, out: Path) -> Tokenizer:
+    """The tokenizer that an earlier, killed run left in `out`, the one that is given, or a newly trained one."""
+    if (out / FILE).exists():
+        return Tokenizer.load(out)
+    if config.tokenizer.file:
+        return given_tokenizer(config.tokenizer.file)
+    return train_tokenizer(training_texts(manifest.path), config.tokenizer)
+
+
+def training_texts(manifest: Path) -> Iterator[str]:
+    """Questions, context and answers of the training split, in order of id."""
+    for row in read_rows(manifest):
+        if (row["split"] or "train") != "train":
+            continue
+        record = from_row({**row, "parts": [{**part, "data": None} for part in row["parts"]]})
+        yield from (part.text for part in record.parts if part.kind == "text" and part.text)
+        if answer := answer_text(record.target):
+            yield answer
+
+
+def make_spec(manifest: Artifact, config: FeaturesConfig, tokenizer: Tokenizer) -> FeatureSpec:
+    """What the shards will hold: the config's sizes for the modalities that the manifest has, and its tasks."""
+    tasks, kinds = _read_tasks(manifest)
+    if not tasks:
+        raise DataError(f"{manifest.path} has no record", cure="look into refused.parquet, then scan again")
+    return FeatureSpec(
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_digest=tokenizer.digest,
+        max_len=config.max_len,
+        image=config.image if "image" in kinds else None,
+        audio=config.audio if "audio" in kinds else None,
+        fields=_read_fields(manifest) if config.fields and "fields" in kinds else None,
+        tasks=tasks,
+    )
+
+
+def _read_tasks(manifest: Artifact) -> tuple[list[TaskSpec], set[str]]:
+    """The manifest's tasks, sorted by name, and the kinds of parts that its records have."""
+    known = set(TaskSpec.model_fields)
+    given = manifest.extra.get("tasks") or {}
+    rows = given if isinstance(given, list) else [{"name": name, **value} for name, value in given.items()]
+    tasks = [TaskSpec(**{key: value for key, value in row.items() if key in known}) for row in rows]
+    kinds = {part["kind"] for row in read_rows(manifest.path, columns=["parts.list.element.kind"]) for part in row["parts"]}
+    return sorted(tasks, key=lambda task: task.name), kinds
+
+
+def _read_fields(manifest: Artifact) -> FieldsSpec | None:
+    given = manifest.extra.get("fields") or {}
+    numbers = {name: (float(mean), float(deviation)) for name, (mean, deviation) in given.get("numbers", {}).items()}
+    found = FieldsSpec(numbers=numbers, categories=given.get("categories", {}))
+    return found if found.names else None

@@ -1,0 +1,153 @@
+"""One Unit → one tar under a temporary name, with its offsets index; what fails becomes a quarantine row.
+
+Runs inside a Ray worker or in the calling process; the bytes are the same. Nothing becomes visible here: that is the
+committer's work.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmlm.corpus.records import Part, Record, from_row
+from mmlm.errors import DataError
+from mmlm.features.encode import Encoder
+from mmlm.features.failures import SampleError
+from mmlm.features.sample import Sample
+from mmlm.features.spec import FeatureSpec
+from mmlm.features.text import Tokenizer
+from mmlm.shards.codec import pack, sample_key
+from mmlm.shards.config import ShardConfig
+from mmlm.shards.plan import Unit
+from mmlm.shards.tar import TarWriter
+from mmlm.storage import MAX_FILE_BYTES, is_remote, read_uri
+
+TEMPORARY = ".tmp"
+"""Folder below the shard set for what is not published yet."""
+CACHED_MEDIA = 64
+"""Decoded pictures and sounds kept inside one unit: neighbouring records often share them."""
+INDEX = pa.schema([("key", pa.string()), ("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+
+
+@dataclass
+class Written:
+    """What became of a unit. `temporary` is the path of its tar without an ending, or "" when no sample was left."""
+
+    unit_id: str
+    name: str
+    split: str
+    index: int
+    records: int
+    temporary: str = ""
+    sha256: str = ""
+    bytes: int = 0
+    samples: int = 0
+    images: int = 0
+    sounds: int = 0
+    tokens: int = 0
+    cut_sounds: int = 0
+    quarantine: list[dict[str, str]] = field(default_factory=list)
+    """Rows of (source, id, reason, detail)."""
+
+    def row(self) -> dict[str, Any]:
+        """For the journal: everything but where it was written first."""
+        row = asdict(self)
+        del row["temporary"]
+        return row
+
+
+class UnitWriter:
+    """Writes units for one shard set. Made once per worker; holds the tokenizer."""
+
+    def __init__(self, spec: FeatureSpec, tokenizer: Tokenizer, config: ShardConfig, data: str, out: Path) -> None:
+        self.spec, self.tokenizer, self.config = spec, tokenizer, config
+        self.data, self.folder = data, out / TEMPORARY
+
+    def write(self, unit: Unit) -> Written:
+        """Write `unit` to a new temporary name, flushed to the disk. Raises OSError when that fails."""
+        result = Written(unit.unit_id, unit.name, unit.split, unit.index, len(unit.rows))
+        encoder = Encoder(self.spec, self.tokenizer, cache=CACHED_MEDIA)
+        index: dict[str, list[Any]] = {name: [] for name in INDEX.names}
+        stem = self.folder / f"{unit.name}-{uuid.uuid4().hex}"
+        tar_path, index_path = stem.with_suffix(".tar"), stem.with_suffix(".index.parquet")
+        try:
+            with tar_path.open("xb") as file:
+                tar = TarWriter(file)
+                for row in unit.rows:
+                    record = from_row(row)
+                    try:
+                        sample = encoder.encode(record, self._read)
+                    except SampleError as error:
+                        result.quarantine.append(quarantine_row(record, error))
+                        continue
+                    _add(tar, index, sample, self.config.image_codec)
+                    _count(result, sample)
+                tar.close()
+                file.flush()
+                os.fsync(file.fileno())
+            if not result.samples:
+                tar_path.unlink()
+                return result
+            with index_path.open("xb") as file:
+                pq.write_table(pa.table(index, schema=INDEX), file, compression="zstd")
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            tar_path.unlink(missing_ok=True)
+            index_path.unlink(missing_ok=True)
+            raise
+        result.temporary, result.sha256, result.bytes = str(stem), tar.sha256.hexdigest(), tar.offset
+        result.cut_sounds = encoder.cut_sounds
+        return result
+
+    def _read(self, part: Part) -> bytes:
+        return read_part(part, self.data)
+
+
+def read_part(part: Part, data: str, limit: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a media part, inline or below `data`. Raises SampleError `missing_file` or `too_large`."""
+    if part.data is not None:
+        return part.data
+    if not part.uri:
+        raise SampleError("missing_file", f"the {part.kind} has neither a path nor content")
+    try:
+        return read_uri(part.uri, data, limit)
+    except DataError as error:
+        reason = "too_large" if "larger than" in error.found else "missing_file"
+        raise SampleError(reason, error.found, cure=error.cure) from None
+
+
+def quarantine_row(record: Record, error: SampleError) -> dict[str, str]:
+    """Where a failed record came from and why it failed. The source is its media file, or what the corpus said."""
+    media = [part.uri for part in record.parts if part.uri]
+    detail = str(error)
+    if len(media) > 1:
+        detail += " (files: " + ", ".join(media) + ")"
+    source = media[0] if len(media) == 1 else record.source or (media[0] if media else "")
+    return {"source": source, "id": record.id, "reason": error.reason, "detail": detail}
+
+
+def _add(tar: TarWriter, index: dict[str, list[Any]], sample: Sample, codec: Any) -> None:
+    key = sample_key(sample.id)
+    for extension, data in pack(sample, codec).items():
+        offset = tar.add(f"{key}.{extension}", data)
+        for name, value in zip(INDEX.names, (key, extension, offset, len(data)), strict=True):
+            index[name].append(value)
+
+
+def _count(result: Written, sample: Sample) -> None:
+    result.samples += 1
+    result.images += len(sample.images)
+    result.sounds += len(sample.sounds)
+    result.tokens += len(sample.tokens)
+
+
+def absolute(data: Path | str) -> str:
+    """The data folder as it is handed to workers: absolute, or a URI."""
+    return str(data) if is_remote(str(data)) else os.path.abspath(data)

@@ -1,0 +1,331 @@
+"""MLflow, which remembers every run: one parent run per `mmlm run`, one nested run per stage.
+
+    with Tracker.start(uri, story="demo", out=out) as tracker:
+        with tracker.run("train", config, work) as run:
+            run.metrics({"loss": 0.1}, step=7)
+
+Tracking must start, but can never kill or slow the work: what a stage says goes to files (`mmlm.spool`), a thread
+sends them, an outage is waited out, and what is left over is sent at the next start. MLflow is imported only when
+the first stage begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from mmlm import __version__, spool
+from mmlm import tracking_store as store
+from mmlm.config import Config, blank_credentials, resolved
+from mmlm.errors import Interrupted, LaunchError, MmlmError
+
+PARENT = "mlflow.parentRunId"
+_log = logging.getLogger("mmlm.tracking")
+
+
+class Workplace(Protocol):
+    """What tracking needs of `artifacts.Work`."""
+
+    path: Path
+    fingerprint: str
+    recipe: int
+    parents: dict[str, str]
+    run_id: str | None
+
+    def track(self, run_id: str | None) -> None: ...
+
+
+def _process() -> dict[str, str]:
+    return {"mmlm.host": socket.gethostname(), "mmlm.pid": str(os.getpid()), "mmlm.pid_start": _started(os.getpid())}
+
+
+def _started(pid: int) -> str:
+    """Start time of a process in clock ticks since boot; "" when there is no such process (or no /proc)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _dead(tags: Mapping[str, str]) -> bool:
+    """Whether the process that a run's tags name ran on this host and is gone."""
+    if tags.get("mmlm.host") != socket.gethostname() or not tags.get("mmlm.pid", "").isdigit():
+        return False
+    if Path("/proc/self/stat").exists():
+        return _started(int(tags["mmlm.pid"])) != tags.get("mmlm.pid_start")
+    try:
+        os.kill(int(tags["mmlm.pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """`{"a": {"b": 1}}` → `{"a.b": "1"}`, values at most 500 characters long."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, name + ".")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            flat[store.metric_name(name)] = text if len(text) <= 500 else text[:499] + "…"
+    return flat
+
+
+def _status(error: BaseException | None) -> str:
+    if error is None:
+        return "FINISHED"
+    return "KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit, Interrupted)) else "FAILED"
+
+
+class Run:
+    """The run of one stage. Every method only writes to the spool and never raises for what tracking lacks."""
+
+    def __init__(self, folder: Path, state: spool.State) -> None:
+        self.folder, self.state = folder, state
+        self._noun = False
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run; None as long as an outage keeps it from being created."""
+        return self.state.run_id
+
+    def metrics(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        numbers = {}
+        for key, value in values.items():
+            with contextlib.suppress(TypeError, ValueError):
+                numbers[store.metric_name(str(key))] = float(value)
+        if numbers:
+            with contextlib.suppress(OSError):
+                spool.append_metrics(self.folder, numbers, step)
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        self._say({"params": flatten(values)})
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        self._say({"tags": {store.metric_name(str(k)): str(v)[:4900] for k, v in values.items()}})
+
+    def text(self, name: str, content: str) -> None:
+        """Keep `content` as the artifact `name`."""
+        self._say({"text": [name, content]})
+
+    def artifact(self, path: Path | str, folder: str = "") -> None:
+        """Keep a file, or a folder with all in it, below `folder` of the run's artifacts."""
+        self._say({"artifact": [str(Path(path).absolute()), folder]})
+
+    def noun(self, artifact: Any) -> None:
+        """What the stage made: digest and lineage as tags, counts as metrics, `artifact.json` itself.
+
+        Called by itself at the end of a run whose work folder then holds a finished noun.
+        """
+        self._noun = True
+        row = artifact if isinstance(artifact, Mapping) else vars(artifact)
+        self.tags({"digest": row["digest"], "kind": row["kind"], "mmlm.code_version": row["code_version"]})
+        self.metrics({f"count.{k}": v for k, v in row["counts"].items() if isinstance(v, (int, float))})
+        self.metrics({"seconds": row["seconds"]})
+        self.artifact(self.folder / "artifact.json")
+
+    def end(self, error: BaseException | None) -> None:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if error is None and not self._noun and (self.folder / "artifact.json").exists():
+                self.noun(json.loads((self.folder / "artifact.json").read_text()))
+        if error is not None:
+            self.tags({"error": f"{type(error).__name__}: {error}"})
+        self._say({"end": [_status(error), spool.now()]})
+
+    def _say(self, row: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            spool.append(self.folder / spool.ROWS, row)
+
+
+class NullRun:
+    """A run that nobody remembers."""
+
+    run_id: str | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def metrics(self, values: Mapping[str, Any], step: int | None = None) -> None: ...
+    def params(self, values: Mapping[str, Any]) -> None: ...
+    def tags(self, values: Mapping[str, Any]) -> None: ...
+    def text(self, name: str, content: str) -> None: ...
+    def artifact(self, path: Path | str, folder: str = "") -> None: ...
+    def noun(self, artifact: Any) -> None: ...
+
+
+class NullTracker:
+    """For tests and for verbs that run alone without tracking."""
+
+    uri = ""
+
+    @contextlib.contextmanager
+    def run(self, name: str, config: Config | Mapping[str, Any], work: Workplace) -> Iterator[Run | NullRun]:
+        yield NullRun(work.path)
+
+    def close(self, error: BaseException | None = None) -> None: ...
+
+
+class Tracker:
+    """The tracking of one process: `run` for every stage, `close` at the end."""
+
+    def __init__(self, uri: str, story: str, out: Path) -> None:
+        self.uri, self.story, self.out = uri, story, Path(out).absolute()
+        self.parent: str | None = None
+        """The parent run's id, once the first stage has begun."""
+        self._client: Any = None
+        self._experiment = ""
+        self._key = hashlib.sha256(uri.encode()).hexdigest()[:16]
+        self._note = self.out / ".tracking-parent.json"
+
+    @classmethod
+    def start(cls, uri: str | None, *, story: str, out: Path) -> Tracker:
+        """Raises LaunchError, within 15 s, when the tracking server does not answer."""
+        tracker = cls(store.absolute(uri or store.default_uri()), story, out)
+        store.probe(tracker.uri)
+        if tracker._note.exists() or tracker._waiting():
+            tracker.open()
+        return tracker
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(error)
+
+    def open(self) -> Any:
+        """The MLflow client, with the story's experiment made, dead runs closed and leftovers sent."""
+        if self._client is not None:
+            return self._client
+        client = store.open_client(self.uri)
+        try:
+            self._experiment = store.experiment(client, self.uri, self.story)
+        except OSError:
+            raise
+        except Exception as error:
+            raise LaunchError(
+                f"the tracking store {blank_credentials(self.uri)} refuses: {str(error).splitlines()[0][:200]}",
+                cure="check --tracking-uri and the rights of its user",
+            ) from None
+        self._client = client
+        with contextlib.suppress(Exception):
+            self.replay()
+            self.reap()
+        return client
+
+    def _waiting(self) -> list[spool.State]:
+        places = [self.out / spool.STATE, *self.out.glob(f"*/{spool.STATE}"), *self.out.glob(f".aside/*/{spool.STATE}")]
+        states = [s for p in places if (s := spool.State.load(p.parent)) is not None]
+        return [s for s in states if s.uri == self._key and s.waiting]
+
+    def replay(self) -> None:
+        """Send what an earlier process could not."""
+        for state in self._waiting():
+            if (state.path.parent / "artifact.json").exists() or ".aside" in state.path.parts:
+                store.forward(self._client, self._experiment, state)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            left = json.loads(self._note.read_text())
+            if left["uri"] == self._key and left["status"]:
+                self._client.set_terminated(left["parent"], left["status"], left["time"])
+                self._note.unlink()
+
+    def reap(self) -> int:
+        """Set runs whose process died on this host to KILLED; returns how many."""
+        found = self._client.search_runs([self._experiment], "attributes.status = 'RUNNING'", max_results=1000)
+        dead = [r.info.run_id for r in found if _dead(r.data.tags)]
+        for run_id in dead:
+            self._client.set_terminated(run_id, "KILLED")
+        return len(dead)
+
+    def _begin(self) -> None:
+        """The parent run, at the first stage."""
+        client = self.open()
+        if self.parent is None:
+            tags = {"story": self.story, "out": str(self.out), "mmlm.code_version": __version__, **_process()}
+            try:
+                self.parent = client.create_run(self._experiment, tags=tags, run_name=self.story).info.run_id
+            except Exception as error:
+                raise LaunchError(
+                    f"the tracking store {blank_credentials(self.uri)} takes no new run: {str(error)[:200]}",
+                    cure="check --tracking-uri and the rights of its user",
+                ) from None
+            self._remember(None)
+
+    def _remember(self, status: str | None) -> None:
+        row = {"uri": self._key, "parent": self.parent, "status": status, "time": spool.now()}
+        with contextlib.suppress(OSError):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._note.write_text(json.dumps(row))
+
+    @contextlib.contextmanager
+    def run(self, name: str, config: Config | Mapping[str, Any], work: Workplace) -> Iterator[Run]:
+        """The nested run of stage `name`; a resumed stage goes on with its own. Errors pass through."""
+        self._begin()
+        tags = {PARENT: str(self.parent), "stage": name, "fingerprint": work.fingerprint, "recipe": str(work.recipe)}
+        tags |= {f"parent.{k}": v for k, v in work.parents.items()}
+        tags |= {"story": self.story, "out": str(work.path), "mmlm.code_version": __version__, **_process()}
+        state = self._resume(work, tags) or spool.State(
+            self._key, name, tags, spool.now(), path=work.path / spool.STATE
+        )
+        if state.run_id is None:
+            (work.path / spool.ROWS).unlink(missing_ok=True)  # of an attempt that this store does not know
+            with contextlib.suppress(Exception):  # an outage in mid-run: the sender creates it later
+                created = self._client.create_run(self._experiment, state.started, tags, name)
+                state.run_id = created.info.run_id
+        state.save()
+        work.track(state.run_id)
+        run, sender = Run(work.path, state), store.Sender(self._client, self._experiment, state)
+        run.params(resolved(config) if isinstance(config, Config) else config)
+        sender.start()
+        try:
+            yield run
+        except BaseException as error:
+            run.end(error)
+            raise
+        else:
+            run.end(None)
+        finally:
+            sender.finish()
+            if state.dropped:
+                _log.warning("MLflow refused %d values of %s", state.dropped, name)
+
+    def _resume(self, work: Workplace, tags: dict[str, str]) -> spool.State | None:
+        """The spool of an earlier, killed attempt at the same work, its run set going again under this parent."""
+        state = spool.State.load(work.path)
+        if state is None or state.uri != self._key or state.run_id is None or state.run_id != work.run_id:
+            return None
+        try:
+            self._client.update_run(state.run_id, status="RUNNING")
+            for key, value in tags.items():
+                self._client.set_tag(state.run_id, key, value)
+        except Exception as error:
+            if getattr(error, "error_code", "") in store.REJECTED:  # deleted in the meantime: a new one
+                return None
+            spool.append(work.path / spool.ROWS, {"tags": tags})
+        state.tags, state.ended = tags, False
+        return state
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End the parent run: FINISHED, FAILED with the error's text, or KILLED on an interrupt. Never raises."""
+        if self.parent is None:
+            return
+        self._remember(_status(error))
+        try:
+            if error is not None:
+                text = f"{type(error).__name__}: {error}" if not isinstance(error, MmlmError) else str(error)
+                self._client.set_tag(self.parent, "error", text[:4900])
+            self._client.set_terminated(self.parent, _status(error))
+            self._note.unlink(missing_ok=True)
+        except Exception as problem:
+            _log.warning("the parent run stays open until the next start (%s)", str(problem).splitlines()[0][:160])
+        self.parent = None

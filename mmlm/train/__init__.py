@@ -1,0 +1,1 @@
+"""the engine, the objectives, the loop, checkpoints; verb train."""

@@ -1,0 +1,69 @@
+"""Checkpoints to resume from: whole float32 tensors by name, so any number of ranks and any ZeRO stage can go on.
+
+`checkpoints/step-00000250/` holds weight, exp_avg and exp_avg_sq as safetensors and `state.json` (step, hashes, loss of
+the probe batch). It is written under a temporary name and renamed, so one that is there is whole; its hashes are
+checked all the same before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmlm.storage import fsync_folder, sha256_file, write_json
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Saved:
+    step: int
+    """Optimizer steps that were taken."""
+    probe: float
+    """Loss of the fixed probe batch."""
+    tensors: dict[str, dict[str, torch.Tensor]]
+
+
+def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], probe: float, keep: int) -> None:
+    """Write the checkpoint of `step` whole or not at all, then drop all but the newest `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    hashes = {}
+    for kind in KINDS:
+        path = temporary / f"{kind}.safetensors"
+        save_file(tensors[kind], path)
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
+        hashes[path.name] = sha256_file(path)
+    write_json(temporary / "state.json", {"step": step, "probe": probe, "sha256": hashes})
+    fsync_folder(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    fsync_folder(folder)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def newest(folder: Path) -> Saved | None:
+    """The newest intact checkpoint, or None. A damaged one is passed over, and said so."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            state = json.loads((path / "state.json").read_text())
+            for name, wanted in state["sha256"].items():
+                if sha256_file(path / name) != wanted:
+                    raise ValueError(f"{name} does not match its hash")
+            tensors = {kind: load_file(path / f"{kind}.safetensors") for kind in KINDS}
+            return Saved(int(state["step"]), float(state["probe"]), tensors)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"train: {path.name} is damaged ({error}); trying the one before", file=sys.stderr)
+    return None

@@ -1,0 +1,185 @@
+"""The loop: what every rank runs, for training and for distillation alike."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmlm import world as worlds
+from mmlm.data.loader import Loader
+from mmlm.errors import ArtifactError, Interrupted, MmlmError
+from mmlm.progress import Progress
+from mmlm.train import checkpoint, engine, weights
+from mmlm.train.config import LoopConfig, ScheduleConfig
+from mmlm.train.objectives import Objective
+from mmlm.world import World
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """Rate of optimizer step `step` of `steps`, counted from 0."""
+    warm = max(1, int(steps * schedule.warmup))
+    if step < warm:
+        return peak * (step + 1) / warm
+    share = (step - warm) / max(1, steps - warm)
+    return peak * (schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+class Stop:
+    """Set by SIGTERM, SIGINT or SIGUSR1: finish the step, save, exit resumable."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            try:
+                signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: whoever owns the process forwards the wish differently
+                return
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+
+def fit(
+    model: torch.nn.Module, objective: Objective, config: LoopConfig, shards: Path, out: Path, name: str
+) -> dict[str, float]:
+    """Train `model` for `config.steps` steps from the newest checkpoint below `out`; write its weights into `out`.
+
+    Every rank calls it. Appends rows `{"step", "time", "metrics"}` to `out/metrics.jsonl` from rank 0. Raises
+    Interrupted after saving when a signal asked to stop.
+    """
+    stop, world = Stop(), worlds.from_environment()
+    device = engine.device_of(world)
+    loader = Loader(shards, config.data, config.seed, world)
+    trainer = engine.DeepSpeedEngine(model.to(device), config, world)
+    first = _resume(trainer, objective, loader, device, out, world)
+    log = Log(out / "metrics.jsonl", world, first)
+    with Progress(name, config.steps, "steps") as progress:
+        progress.resume_at(first)
+        for step in range(first, config.steps):
+            wait = time.perf_counter()
+            batch = loader.batch(step).to(device)
+            log.waited(time.perf_counter() - wait)
+            terms = objective(trainer.model, batch)
+            sums = [float(terms[n].count) for n in objective.names]
+            *counts, asked = engine.total([*sums, float(stop.asked)], device)
+            loss = sum(
+                (terms[n].sum * (terms[n].weight / max(c, 1.0)) for n, c in zip(objective.names, counts, strict=True)),
+                start=torch.zeros((), device=device),
+            )
+            lr = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
+            norm = trainer.step(loss, lr)
+            last = step + 1 == config.steps
+            if (step + 1) % config.log_every == 0 or last:
+                means = _means(objective, terms, counts, device)
+                log.write(step + 1, {**means, "lr": lr, "gradient_norm": norm}, batch, config)
+                if world.is_main:
+                    progress.set(step + 1, f"loss {means['loss']:.3f}")
+            if (step + 1) % config.save_every == 0 or asked or last:
+                _save(trainer, objective, loader, device, out, step + 1, config, world)
+            if asked and not last:
+                raise Interrupted(
+                    f"{name} was asked to stop and is saved at step {step + 1} of {config.steps}",
+                    cure="run the same command again to go on",
+                )
+    _write_model(trainer, model, config, shards, out, world)
+    return {"steps": config.steps, "ranks": world.size, "zero_stage": config.zero.stage}
+
+
+def _means(objective: Objective, terms: dict[str, Any], counts: list[float], device: torch.device) -> dict[str, float]:
+    """The loss and its terms, averaged over all ranks."""
+    sums = engine.total([float(terms[n].sum.detach()) for n in objective.names], device)
+    means = {f"loss_{n}": s / max(c, 1.0) for n, s, c in zip(objective.names, sums, counts, strict=True)}
+    return {"loss": sum(terms[n].weight * means[f"loss_{n}"] for n in objective.names), **means}
+
+
+def probe_loss(
+    trainer: engine.DeepSpeedEngine, objective: Objective, loader: Loader, device: torch.device
+) -> float:
+    """Loss of the probe batch; every rank computes the same one."""
+    trainer.model.eval()
+    with torch.no_grad():
+        terms = objective(trainer.model, loader.probe().to(device))
+    trainer.model.train()
+    return float(sum(t.weight * t.sum.item() / max(t.count, 1) for t in terms.values()))
+
+
+def _save(
+    trainer: engine.DeepSpeedEngine, objective: Objective, loader: Loader, device: torch.device,
+    out: Path, step: int, config: LoopConfig, world: World,
+) -> None:  # fmt: skip
+    probe = probe_loss(trainer, objective, loader, device)
+    tensors = trainer.state()
+    failed: MmlmError | OSError | None = None
+    if world.is_main:
+        try:
+            checkpoint.save(out / "checkpoints", step, tensors, probe, config.keep)
+        except OSError as error:  # a full disk: let the other ranks leave too, then say so
+            failed = error
+    if engine.total([float(failed is not None)], device)[0]:
+        raise failed or Interrupted("rank 0 could not save the checkpoint")
+    engine.barrier()
+
+
+def _resume(
+    trainer: engine.DeepSpeedEngine, objective: Objective, loader: Loader, device: torch.device, out: Path, world: World
+) -> int:
+    """Load the newest intact checkpoint and prove it on the probe batch. Returns the step to go on with."""
+    saved = checkpoint.newest(out / "checkpoints")
+    if saved is None:
+        return 0
+    trainer.load(saved.tensors, saved.step)
+    probe = probe_loss(trainer, objective, loader, device)
+    if not math.isclose(probe, saved.probe, rel_tol=2e-2, abs_tol=1e-3):
+        raise ArtifactError(
+            f"the resumed model's loss on the probe batch is {probe:.6f}",
+            wanted=f"{saved.probe:.6f}, as when step {saved.step} was saved",
+            cure="remove the folder `checkpoints` to start over, and report this",
+        )
+    return saved.step
+
+
+def _write_model(
+    trainer: engine.DeepSpeedEngine, model: torch.nn.Module, config: LoopConfig, shards: Path, out: Path, world: World
+) -> None:
+    tensors = trainer.state()["weight"]
+    if world.is_main:
+        weights.save_model(out, tensors, model.config, shards)  # type: ignore[arg-type]
+    engine.barrier()
+
+
+class Log:
+    """Rows of `metrics.jsonl`, from rank 0. Rows past the step that training resumes at are dropped first."""
+
+    def __init__(self, path: Path, world: World, first: int) -> None:
+        self.path, self.on = path, world.is_main
+        self.clock, self.wait, self.tokens_from = time.perf_counter(), 0.0, first
+        if self.on and path.exists():
+            rows = [line for line in path.read_text().splitlines() if _step_of(line) <= first]
+            path.write_text("".join(line + "\n" for line in rows))
+
+    def waited(self, seconds: float) -> None:
+        self.wait += seconds
+
+    def write(self, step: int, metrics: dict[str, float], batch: Any, config: LoopConfig) -> None:
+        if not self.on:
+            return
+        seconds, steps = time.perf_counter() - self.clock, step - self.tokens_from
+        metrics["samples_per_second"] = steps * config.data.batch / seconds
+        metrics["data_wait"] = self.wait / seconds
+        metrics["padding"] = 1 - float(batch.valid_BT.float().mean())
+        self.clock, self.wait, self.tokens_from = time.perf_counter(), 0.0, step
+        with self.path.open("a") as f:
+            f.write(json.dumps({"step": step, "time": int(time.time() * 1000), "metrics": metrics}) + "\n")
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line).get("step") or 0)
+    except ValueError:
+        return 1 << 62

@@ -1,0 +1,108 @@
+"""Objectives: what a step minimises. Each gives named terms as (sum, count), so that the loss does not depend on how
+a batch is cut into ranks: a term is its sum over all ranks divided by its count over all ranks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch.nn import functional as F
+
+from mmlm.data.collate import IGNORE, Batch
+from mmlm.features.spec import FeatureSpec
+from mmlm.model.transformer import FusedTransformer, Output
+from mmlm.train.config import LossConfig
+
+
+class Term(NamedTuple):
+    sum: torch.Tensor
+    """Scalar, differentiable: the summed loss on this rank."""
+    count: float
+    """How many tokens or records were summed."""
+    weight: float
+
+
+class Objective(Protocol):
+    names: tuple[str, ...]
+
+    def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]: ...
+
+
+class Answering:
+    """Next token on the answers, and the class head on labelled records."""
+
+    names: tuple[str, ...] = ("answer", "label")
+
+    def __init__(self, config: LossConfig, spec: FeatureSpec) -> None:
+        self.config = config
+        self.allowed = class_masks(spec)
+
+    def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
+        return self.terms(model(batch), batch)
+
+    def terms(self, output: Output, batch: Batch, scale: float = 1.0) -> dict[str, Term]:
+        """Logits are taken to float32 first: bf16 log-softmax loses three digits."""
+        targets = batch.target_BT[batch.target_BT != IGNORE]
+        answer = F.cross_entropy(output.answer_AV.float(), targets, reduction="sum")
+        logits_BC = own_classes(output.label_BC.float(), batch.task_B, self.allowed)
+        label = F.cross_entropy(logits_BC, batch.label_B, ignore_index=IGNORE, reduction="sum")
+        labelled = int((batch.label_B != IGNORE).sum())
+        return {
+            "answer": Term(answer, len(targets), scale * self.config.answer),
+            "label": Term(label, labelled, scale * self.config.label),
+        }
+
+
+class Distilling:
+    """KL(teacher ‖ student) at a temperature, on answer tokens and on the class head, plus the task's own terms
+    (Hinton, Vinyals & Dean 2015, section 2)."""
+
+    names: tuple[str, ...] = ("answer", "label", "answer_kl", "label_kl")
+
+    def __init__(
+        self, config: LossConfig, spec: FeatureSpec, teacher: FusedTransformer, temperature: float, task: float
+    ) -> None:
+        self.answering, self.teacher = Answering(config, spec), teacher
+        self.temperature, self.task = temperature, task
+
+    def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
+        student: Output = model(batch)
+        with torch.no_grad():
+            teacher: Output = self.teacher(batch)
+        terms = self.answering.terms(student, batch, self.task)
+        loss = self.answering.config
+        answer_kl = self._kl(student.answer_AV.float(), teacher.answer_AV.float())
+        has_label = batch.label_B != IGNORE
+        allowed = self.answering.allowed
+        label_kl = self._kl(
+            own_classes(student.label_BC.float(), batch.task_B, allowed)[has_label],
+            own_classes(teacher.label_BC.float(), batch.task_B, allowed)[has_label],
+        )
+        terms["answer_kl"] = Term(answer_kl, len(student.answer_AV), loss.answer)
+        terms["label_kl"] = Term(label_kl, int(has_label.sum()), loss.label)
+        return terms
+
+    def _kl(self, student_XC: torch.Tensor, teacher_XC: torch.Tensor) -> torch.Tensor:
+        T = self.temperature
+        divergence = F.kl_div(
+            (student_XC / T).log_softmax(-1), (teacher_XC / T).log_softmax(-1), reduction="sum", log_target=True
+        )
+        return divergence * T * T
+
+
+def class_masks(spec: FeatureSpec) -> torch.Tensor:
+    """(tasks + 1, classes) bool: which rows of the head belong to a task; the last row, for unknown tasks, is all True."""
+    offsets = spec.label_offsets()
+    classes = max((last for _, last in offsets.values()), default=1)
+    masks = torch.ones(len(spec.tasks) + 1, classes, dtype=torch.bool)
+    for n, task in enumerate(spec.tasks):
+        if task.name in offsets:
+            first, last = offsets[task.name]
+            masks[n] = False
+            masks[n, first:last] = True
+    return masks
+
+
+def own_classes(logits_BC: torch.Tensor, task_B: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Logits with the classes of other tasks pushed out of the softmax."""
+    return logits_BC.masked_fill(~masks.to(task_B.device)[task_B], -1e9)

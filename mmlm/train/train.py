@@ -1,0 +1,84 @@
+"""Verb train: ShardSet → Checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmlm import artifacts
+from mmlm.artifacts import Artifact
+from mmlm.errors import ArtifactError
+from mmlm.features import spec as feature_spec
+from mmlm.train.config import LoopConfig, TrainConfig
+
+RECIPE = 1
+"""Bumped when the same config and shards would give another model."""
+
+Launch = Callable[..., None]
+"""launch("package.module:function", arguments, log=folder): runs the function on every rank and waits."""
+
+
+def train(config: TrainConfig, shards: Artifact, *, out: Path, launch: Launch, tracker: Any) -> Artifact:
+    """Train the fused Transformer on the train split of `shards` into the folder `out`.
+
+    Raises Interrupted when a signal stopped it (saved, run it again), LaunchError when a rank died.
+    """
+    work = artifacts.begin(out, "checkpoint", recipe=RECIPE, config=config, parents={"shards": shards})
+    if work.artifact:
+        return work.artifact
+    arguments = {"config": config.model_dump(mode="json"), "shards": str(shards.path), "out": str(out)}
+    return run_ranks(work, config, "mmlm.train.train:on_rank", arguments, launch, tracker, "train")
+
+
+def run_ranks(
+    work: artifacts.Work, config: LoopConfig, target: str, arguments: dict[str, Any], launch: Launch, tracker: Any, verb: str
+) -> Artifact:
+    """Run a training function on all ranks under one tracked run, and finish the noun. Shared by train and distill."""
+    check_metrics_room(work.path)
+    with tracker.run(verb, config, work) as run:
+        launch(target, arguments, log=work.path / "logs")
+        counts = json.loads((work.path / "counts.json").read_text())
+        artifact = work.finish(counts=counts, digest_of=("model.safetensors", "config.json", feature_spec.FILE, "tokenizer.json"))
+        run.metrics({"parameters": counts["parameters"], "seconds": artifact.seconds})
+        run.noun(artifact)
+    return artifact
+
+
+def check_metrics_room(folder: Path) -> None:
+    if not os.access(folder, os.W_OK):
+        raise ArtifactError(f"cannot write to {folder}", cure="choose another --out or change its rights")
+
+
+def on_rank(config: dict[str, Any], shards: str, out: str) -> None:
+    """What each rank runs."""
+    import torch
+
+    from mmlm import world as worlds
+    from mmlm.config import parse
+    from mmlm.train import engine, weights
+    from mmlm.train.loop import fit
+    from mmlm.train.objectives import Answering
+
+    settings = parse(TrainConfig, config, "train")
+    world = worlds.from_environment()
+    engine.start(world)
+    torch.manual_seed(settings.seed)
+    spec = feature_spec.load(Path(shards))
+    model = weights.build(settings.model, spec)
+    counts = fit(model, Answering(settings.loss, spec), settings, Path(shards), Path(out), "train")
+    write_counts(Path(out), counts, model)
+    engine.stop()
+
+
+def write_counts(out: Path, counts: dict[str, float], model: Any) -> None:
+    """The stage's figures, from rank 0, for the process that started the ranks."""
+    from mmlm import world as worlds
+    from mmlm.storage import write_json
+
+    if worlds.from_environment().is_main:
+        # under ZeRO-3 a parameter's own shape is empty here; DeepSpeed keeps the whole one in ds_shape
+        sizes = [getattr(p, "ds_numel", None) or p.numel() for p in model.parameters()]
+        write_json(out / "counts.json", {**counts, "parameters": int(sum(sizes))})

@@ -1,0 +1,1 @@
+"""Workflow definitions (Dagster): every verb an asset, a blocking check before registration, a schedule, a sensor."""

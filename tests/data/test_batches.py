@@ -1,0 +1,79 @@
+"""Order, shares, modality dropout and collation."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from small import SPEC, sample
+
+from mmlm.data.augment import augment
+from mmlm.data.collate import collate
+from mmlm.data.config import AugmentConfig
+from mmlm.data.modalities import drop_modalities, keep_modalities
+from mmlm.data.order import Order, share
+from mmlm.features.spec import AUDIO, CONTEXT, IMAGE
+
+
+def test_every_epoch_holds_every_sample_once_and_in_another_order():
+    order = Order(range(10), batch=4, seed=3)
+    seen = np.concatenate([order.step(s) for s in range(5)])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+
+
+def test_a_step_is_a_pure_function_of_its_number():
+    forward, backward = Order(range(37), 8, 1), Order(range(37), 8, 1)
+    steps = [forward.step(s).tolist() for s in range(30)]
+    assert [backward.step(s).tolist() for s in reversed(range(30))] == steps[::-1]
+    assert Order(range(37), 8, 2).step(0).tolist() != steps[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_share_a_batch_without_gap_or_overlap(ranks: int):
+    batch = np.arange(10)
+    assert np.concatenate([share(batch, r, ranks) for r in range(ranks)]).tolist() == batch.tolist()
+
+
+def test_taking_a_modality_away_equals_never_having_had_it():
+    full = sample(4, ("image", "audio", "context"))
+    kept = keep_modalities(full, {"context"})
+    assert IMAGE not in kept.tokens and AUDIO not in kept.tokens and CONTEXT in kept.tokens
+    assert kept.modalities == ("context",)
+    first, last = kept.context_spans[0]
+    assert kept.tokens[first] == CONTEXT and last - first == 4
+    assert kept.tokens[kept.answer_at :].tolist() == full.tokens[full.answer_at :].tolist()
+    bare = keep_modalities(full, set())
+    assert bare.tokens.tolist() == sample(4, ()).tokens.tolist() or len(bare.tokens) == len(full.tokens) - 6
+    assert keep_modalities(full, set(full.modalities)) is full
+
+
+def test_modality_dropout_rate_and_variety():
+    full = sample(1, ("image", "audio"))
+    rng = np.random.default_rng(0)
+    seen = Counter(drop_modalities(full, 0.25, rng).modalities for _ in range(4000))
+    assert seen[("audio", "image")] / 4000 == pytest.approx(0.75, abs=0.03)
+    assert seen[("audio",)] / seen[("image",)] == pytest.approx(1, abs=0.2)
+    assert () not in seen
+    lone = sample(2, ("image",))
+    assert drop_modalities(lone, 1.0, rng) is lone
+
+
+def test_slots_open_to_as_many_positions_as_features():
+    batch = collate([sample(i) for i in range(5)] + [sample(9, ("audio",))], SPEC)
+    assert int((batch.tokens_BT == IMAGE).sum()) == len(batch.patches_PD)
+    assert int((batch.tokens_BT == AUDIO).sum()) == len(batch.mels_MD)
+    assert batch.patches_PD[:4].mean().abs() < 1e-5  # standardised per picture
+
+
+def test_augmentation_leaves_the_sample_alone_and_stays_in_range():
+    one = sample(1)
+    before = one.images[0].copy(), one.sounds[0].copy()
+    config = AugmentConfig(shift=3, flip=True, contrast=0.3, time_mask=0.3, mel_mask=4)
+    changed = augment(one, config, np.random.default_rng(1))
+    assert (one.images[0] == before[0]).all() and (one.sounds[0] == before[1]).all()
+    assert changed.images[0].shape == before[0].shape and changed.images[0].dtype == np.uint8
+    assert not (changed.images[0] == before[0]).all()
+    again = augment(one, config, np.random.default_rng(1))
+    assert (again.images[0] == changed.images[0]).all() and (again.sounds[0] == changed.sounds[0]).all()

@@ -1,0 +1,78 @@
+"""What the launch tests run on ranks; imported by the rank processes themselves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mmlm.artifacts import ArtifactConflict
+from mmlm.errors import ArtifactError, Interrupted
+from mmlm.progress import Progress
+
+
+def note_environment(folder: str, names: list[str]) -> None:
+    """Write what this process was exec'ed with (not what it set later)."""
+    pairs = dict(p.split("=", 1) for p in Path("/proc/self/environ").read_text().split("\0") if "=" in p)
+    text = "\n".join(f"{name}={pairs.get(name, '')}" for name in names)
+    Path(folder, f"rank-{os.environ['RANK']}.txt").write_text(text)
+
+
+def sum_of_ranks(folder: str) -> None:
+    """All-reduce over gloo, as real training does; ranks hold rank + 1."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    total = torch.tensor([dist.get_rank() + 1.0])
+    dist.all_reduce(total)
+    Path(folder, f"sum-{dist.get_rank()}.txt").write_text(str(total.item()))
+
+
+def refuse(rank: int) -> None:
+    if int(os.environ["RANK"]) == rank:
+        raise ArtifactError("found this", wanted="that", cure="do so")
+    time.sleep(60)
+
+
+def conflict() -> None:
+    raise ArtifactConflict(Path("/somewhere"), "a" * 64, "b" * 64)
+
+
+def crash() -> None:
+    print("some words before", flush=True)
+    raise ZeroDivisionError("the words of the crash")
+
+
+def kill_self(rank: int) -> None:
+    if int(os.environ["RANK"]) == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def save_on_stop(folder: str, stop: bool = False) -> None:
+    """Like training: a signal finishes the step, saves and ends resumable. With `stop` rank 0 signals the parent."""
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    Path(folder, f"up-{os.environ['RANK']}").write_text(str(os.getpid()))
+    if stop and os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+    while not asked:
+        time.sleep(0.02)
+    Path(folder, f"saved-{os.environ['RANK']}").touch()
+    raise Interrupted("training was stopped and saved at step 7", cure="run the same command again")
+
+
+def progress(total: int) -> None:
+    print("talk for the log", file=sys.stderr, flush=True)
+    with Progress("train", total, "steps") as p:
+        p.shown -= 10
+        p.add(total)
+
+
+def record(folder: str, value: Any) -> None:
+    Path(folder, f"told-{os.environ['RANK']}").write_text(repr(value))

@@ -1,0 +1,128 @@
+"""Local ranks: their environment, their errors, their stops, their deaths."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mmlm.errors import ArtifactError, Interrupted, LaunchError
+from mmlm.launch import local
+
+TARGETS = "tests.launch.targets"
+
+
+def test_ranks_have_their_environment_from_exec(tmp_path: Path) -> None:
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "RAY_USAGE_STATS_ENABLED"]
+    local.ranks(2)(f"{TARGETS}:note_environment", {"folder": str(tmp_path), "names": names}, log=tmp_path / "log")
+    zero, one = ((tmp_path / f"rank-{r}.txt").read_text().split("\n") for r in (0, 1))
+    assert zero[:4] == ["RANK=0", "LOCAL_RANK=0", "WORLD_SIZE=2", "MASTER_ADDR=127.0.0.1"]
+    assert one[:3] == ["RANK=1", "LOCAL_RANK=1", "WORLD_SIZE=2"]
+    assert int(zero[4].partition("=")[2]) >= 1
+    assert zero[5] == "RAY_USAGE_STATS_ENABLED=0"
+
+
+def test_two_ranks_talk_over_gloo(tmp_path: Path) -> None:
+    local.ranks(2)(f"{TARGETS}:sum_of_ranks", {"folder": str(tmp_path)}, log=tmp_path / "log")
+    assert [(tmp_path / f"sum-{r}.txt").read_text() for r in (0, 1)] == ["3.0", "3.0"]
+
+
+def test_an_error_of_a_rank_comes_back_as_itself_and_ends_the_others(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(ArtifactError) as caught:
+        local.ranks(2)(f"{TARGETS}:refuse", {"rank": 1}, log=tmp_path)
+    assert (caught.value.found, caught.value.wanted, caught.value.cure) == ("found this", "that", "do so")
+    assert time.monotonic() - start < 30
+
+
+def test_an_error_class_with_its_own_constructor_keeps_its_words(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="/somewhere holds aaaaaaaaaaaa"):
+        local.ranks(1)(f"{TARGETS}:conflict", {}, log=tmp_path)
+
+
+def test_a_crash_is_our_fault_and_is_told_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="the words of the crash") as caught:
+        local.ranks(1)(f"{TARGETS}:crash", {}, log=tmp_path)
+    assert caught.value.exit_code == 1
+    assert "Traceback" not in str(caught.value)
+    assert "Traceback" in (tmp_path / "rank-0.log").read_text()
+
+
+def test_a_killed_rank_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="rank 1 was killed"):
+        local.ranks(2)(f"{TARGETS}:kill_self", {"rank": 1}, log=tmp_path)
+
+
+def test_a_stop_is_forwarded_and_all_ranks_save(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="saved at step 7") as caught:
+        local.ranks(2)(f"{TARGETS}:save_on_stop", {"folder": str(tmp_path), "stop": True}, log=tmp_path / "log")
+    assert caught.value.exit_code == 4
+    assert (tmp_path / "saved-0").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ranks_die_with_a_killed_parent(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path\nfrom mmlm.launch import local\n"
+        f"out = {str(tmp_path)!r}\nlocal.ranks(2)('{TARGETS}:save_on_stop', {{'folder': out}}, log=Path(out, 'log'))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    ups = [tmp_path / "up-0", tmp_path / "up-1"]
+    _wait(lambda: all(up.exists() and up.read_text() for up in ups))
+    parent.kill()
+    parent.wait()
+    _wait(lambda: not any(_alive(int(up.read_text())) for up in ups))
+
+
+def test_progress_reaches_the_terminal_and_talk_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    local.ranks(1)(f"{TARGETS}:progress", {"total": 5}, log=tmp_path)
+    shown = capfd.readouterr().err
+    assert "5 of 5 steps" in shown
+    assert "talk for the log" not in shown
+    assert "talk for the log" in (tmp_path / "rank-0.log").read_text()
+
+
+def test_zero_ranks_are_refused() -> None:
+    with pytest.raises(LaunchError, match="at least 1"):
+        local.ranks(0)
+
+
+def test_torchrun_leads_and_follows(tmp_path: Path) -> None:
+    """Rank 0 runs the verb, the others only what it launches; without torchrun there is just the verb."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import os, sys\nfrom pathlib import Path\n"
+        "from mmlm.launch import local\nfrom mmlm.launch.leader import lead\n"
+        "def work():\n"
+        f"    out = Path({str(tmp_path)!r}); (out / ('verb-' + os.environ.get('RANK', 'alone'))).touch()\n"
+        f"    local.choose()('{TARGETS}:sum_of_ranks', {{'folder': str(out)}}, log=out / 'log')\n"
+        "    return 0\n"
+        "if __name__ == '__main__': sys.exit(lead(work))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--", str(script)]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(p.name for p in tmp_path.glob("verb-*")) == ["verb-0"]
+    assert [(tmp_path / f"sum-{r}.txt").read_text() for r in (0, 1)] == ["3.0", "3.0"]
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1][:3]
+    except OSError:
+        return False

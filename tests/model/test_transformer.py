@@ -1,0 +1,106 @@
+"""The fused Transformer against itself computed another way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import SPEC, sample
+
+from mmlm.data.collate import IGNORE, collate, field_rows
+from mmlm.data.modalities import keep_modalities
+from mmlm.features.spec import EOS
+from mmlm.model.attention import attend
+from mmlm.model.config import ModelConfig
+from mmlm.model.generation import generate, words_only
+from mmlm.model.transformer import FusedTransformer, count_parameters
+
+
+def model(attention: str = "prefix") -> FusedTransformer:
+    torch.manual_seed(0)
+    config = ModelConfig(width=32, layers=2, heads=4, attention=attention)  # type: ignore[arg-type]
+    return FusedTransformer(config, SPEC, len(field_rows(SPEC))).eval()
+
+
+def test_attention_is_the_textbook_formula():
+    q, k, v = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
+    mask = torch.zeros(2, 1, 7, 7, dtype=torch.float64).masked_fill(torch.rand(2, 1, 7, 7) < 0.3, -1e9)
+    mask[..., 0] = 0
+    expected = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5 + mask, -1) @ v
+    assert torch.allclose(attend(q, k, v, mask), expected, atol=1e-10)
+    low = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask.float())
+    assert (low.double() - expected).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+def test_generation_with_cache_equals_full_forward(attention: str):
+    net = model(attention)
+    samples = [sample(i, given) for i, given in enumerate([("image", "audio"), ("audio",), (), ("fields", "context")])]
+    ids, score, label = generate(net, collate(samples, SPEC, pad_left=True, with_answer=False), limit=6)
+    assert any(ids)
+    for one, answer, total, logits in zip(samples, ids, score, label, strict=True):
+        tokens = [*one.tokens[: one.answer_at + 1].tolist(), *answer, EOS]
+        one.tokens = torch.tensor(tokens).numpy()
+        out = net(collate([one], SPEC))
+        log = words_only(out.answer_AV).log_softmax(-1)
+        best = log.argmax(-1).tolist()
+        assert best[: len(answer)] == answer
+        count = min(len(answer) + 1, 6)
+        assert log.max(-1).values[:count].sum().item() == pytest.approx(total.item(), abs=1e-4)
+        assert torch.allclose(out.label_BC[0], logits, atol=1e-5)
+
+
+def test_a_record_does_not_see_its_neighbours_in_the_batch():
+    net = model()
+    samples = [sample(i) for i in range(4)] + [sample(9, ("image",)), sample(10, ())]
+    together = net(collate(samples, SPEC)).label_BC
+    alone = torch.cat([net(collate([s], SPEC)).label_BC for s in samples])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_causal_model_does_not_see_the_future():
+    net = model("causal")
+    a, b = sample(1), sample(1)
+    b.tokens = b.tokens.copy()
+    b.tokens[-2] = (b.tokens[-2] - 9 + 1) % 50 + 9
+    x, y = net.trunk(collate([a], SPEC)), net.trunk(collate([b], SPEC))
+    assert torch.allclose(x[:, :-2], y[:, :-2], atol=1e-6)
+    assert not torch.allclose(x[:, -2:], y[:, -2:], atol=1e-3)
+
+
+def test_every_modality_reaches_the_class_head():
+    net = model()
+    full = sample(3)
+    whole = net(collate([full], SPEC)).label_BC
+    for name in full.modalities:
+        without = net(collate([keep_modalities(full, set(full.modalities) - {name})], SPEC)).label_BC
+        assert not torch.allclose(whole, without, atol=1e-4), name
+
+
+def test_a_batch_without_a_modality_gives_that_modality_zero_gradients():
+    net = model()
+    out = net(collate([sample(i, ("image",)) for i in range(3)], SPEC))
+    (out.answer_AV.square().sum() + out.label_BC.square().sum()).backward()
+    assert net.audio is not None and net.image is not None
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name  # ZeRO needs a gradient of every parameter on every rank
+    assert net.audio.project.weight.grad is not None and not net.audio.project.weight.grad.any()
+    assert net.image.project.weight.grad is not None and net.image.project.weight.grad.any()
+
+
+def test_parameter_count_is_what_the_sizes_say():
+    config = ModelConfig(width=32, layers=2, heads=4)
+    net = FusedTransformer(config, SPEC, len(field_rows(SPEC)))
+    D, hidden, V, classes, rows = 32, config.feed_forward, 64, 3, len(field_rows(SPEC))
+    assert SPEC.image is not None and SPEC.audio is not None
+    block = 4 * D * D + 3 * D * hidden + 2 * D
+    audio_places = -(-SPEC.audio.max_frames // 4) + 1
+    media = (64 + 1) * D + 4 * D + (32 + 1) * D + audio_places * D + 2 * rows * D
+    assert count_parameters(net) == 2 * block + 2 * V * D + D + media + (D + 1) * classes
+
+
+def test_targets_are_the_answer_and_nothing_else():
+    one = sample(5)
+    batch = collate([one, sample(6, ())], SPEC)
+    wanted = one.tokens[one.answer_at + 1 :].tolist()
+    assert [t for t in batch.target_BT[0].tolist() if t != IGNORE] == wanted
+    assert batch.target_BT[0, batch.answer_at_B[0]] == wanted[0]

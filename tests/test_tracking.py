@@ -1,0 +1,269 @@
+"""Tracking on a real SQLite store: nesting, resuming, reaping, outages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+
+from mmlm import artifacts, spool, tracking_store
+from mmlm.config import Config
+from mmlm.errors import Interrupted, LaunchError
+from mmlm.tracking import NullTracker, Tracker
+
+
+class Settings(Config):
+    """A stage's config."""
+
+    steps: int = 3
+    """Steps."""
+    nested: dict[str, Any] = pydantic.Field({"zero": {"stage": 2}, "long": "x" * 900})
+    """A section."""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A SQLite store in a folder with a space and Chinese characters in its name, shared: migrating takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow 店')}/mlflow.db"
+
+
+def begin(folder: Path, kind: str = "shards", steps: int = 3) -> artifacts.Work:
+    return artifacts.begin(folder, kind, recipe=1, config=Settings(steps=steps))
+
+
+def finish(work: artifacts.Work) -> artifacts.Artifact:
+    (work.path / "data").write_text("bytes")
+    return work.finish(counts={"records": 7}, digest_of=["data"])
+
+
+def client(store: str) -> Any:
+    return tracking_store.open_client(store)
+
+
+def test_importing_is_light() -> None:
+    code = "import sys, mmlm.tracking; print('mlflow' in sys.modules, 'torch' in sys.modules, 'pandas' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "False"]
+
+
+def test_stages_are_nested_runs_with_params_curves_and_lineage(store: str, tmp_path: Path) -> None:
+    with Tracker.start(store, story="nest", out=tmp_path) as tracker:
+        assert tracker.parent is None, "the parent begins with the first stage"
+        for name in ("scan", "shard"):
+            work = begin(tmp_path / name, steps=len(name))
+            with tracker.run(name, Settings(steps=len(name)), work) as run:
+                assert run.run_id == work.run_id
+                run.metrics({"loss": 1.0, "odd name!": float("nan"), "none": None}, step=1)
+                spool.append_metrics(work.path, {"loss": 0.5}, 2)  # as a rank of another process would
+                run.text("note.txt", "hello")
+                finish(work)
+        parent = tracker.parent
+    c = client(store)
+    runs = c.search_runs([c.get_experiment_by_name("nest").experiment_id])
+    children = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent}
+    assert set(children) == {"scan", "shard"}
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    shard = children["shard"]
+    assert shard.data.params["nested.zero.stage"] == "2"
+    assert len(shard.data.params["nested.long"]) == 500
+    assert [m.value for m in c.get_metric_history(shard.info.run_id, "loss")] == [1.0, 0.5]
+    assert shard.data.metrics["count.records"] == 7
+    assert shard.data.tags["digest"] == artifacts.read(tmp_path / "shard").digest
+    assert {f.path for f in c.list_artifacts(shard.info.run_id)} == {"note.txt", "artifact.json"}
+    assert not (tmp_path / ".tracking-parent.json").exists()
+
+
+def test_failures_and_interrupts_are_told_apart_and_pass_through(store: str, tmp_path: Path) -> None:
+    statuses = {}
+    for error in (ValueError("odd"), Interrupted("stopped"), KeyboardInterrupt()):
+        name = type(error).__name__
+        try:
+            with (
+                Tracker.start(store, story="ends", out=tmp_path / name) as tracker,
+                tracker.run("train", {}, begin(tmp_path / name / "model")) as run,
+            ):
+                ids = tracker.parent, run.run_id
+                raise error
+        except BaseException as passed:
+            assert passed is error
+        c = client(store)
+        statuses[name] = [c.get_run(i).info.status for i in ids]
+        if name == "ValueError":
+            assert "odd" in c.get_run(ids[0]).data.tags["error"]
+            assert "odd" in c.get_run(ids[1]).data.tags["error"]
+    assert statuses == {
+        "ValueError": ["FAILED"] * 2,
+        "Interrupted": ["KILLED"] * 2,
+        "KeyboardInterrupt": ["KILLED"] * 2,
+    }
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_tracking import begin
+from mmlm.tracking import Tracker
+out = Path(sys.argv[2])
+tracker = Tracker.start(sys.argv[1], story="killed", out=out)
+with tracker.run("train", {"a": 1}, begin(out / "model")) as run:
+    run.metrics({"loss": 3.0}, step=1)
+    print(run.run_id, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_run_is_reaped_and_its_stage_continues(store: str, tmp_path: Path) -> None:
+    client(store)
+    here = str(Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", KILLED, store, str(tmp_path), here], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    first = done.stdout.split()[-1]
+    c = client(store)
+    experiment = c.get_experiment_by_name("killed").experiment_id
+    assert {r.info.status for r in c.search_runs([experiment])} == {"RUNNING"}
+    with Tracker.start(store, story="killed", out=tmp_path) as tracker:
+        assert {r.info.status for r in c.search_runs([experiment])} == {"KILLED"}
+        work = begin(tmp_path / "model")
+        assert work.run_id == first
+        with tracker.run("train", {"a": 1}, work) as run:
+            assert run.run_id == first
+            assert c.get_run(first).info.status == "RUNNING"
+            run.metrics({"loss": 2.0}, step=2)
+            finish(work)
+        parent = tracker.parent
+    again = c.get_run(first)
+    assert again.info.status == "FINISHED"
+    assert again.data.tags["mlflow.parentRunId"] == parent
+    assert [m.value for m in c.get_metric_history(first, "loss")] == [3.0, 2.0]
+
+
+def test_the_living_are_not_reaped(store: str, tmp_path: Path) -> None:
+    one = Tracker.start(store, story="alive", out=tmp_path / "a")
+    with one, one.run("scan", {}, begin(tmp_path / "a/manifest")) as run:
+        with Tracker.start(store, story="alive", out=tmp_path / "b") as two:
+            two.open()
+            assert two.reap() == 0
+        assert client(store).get_run(run.run_id).info.status == "RUNNING"
+
+
+class Flaky:
+    """A client whose calls fail while `down`."""
+
+    def __init__(self, real: Any) -> None:
+        self.real, self.down = real, False
+
+    def __getattr__(self, name: str) -> Any:
+        if self.down:
+            raise ConnectionError("the server went away")
+        return getattr(self.real, name)
+
+
+def test_an_outage_costs_nothing_and_is_replayed(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking_store, "SEND_EVERY", 0.05)
+    tracker = Tracker.start(store, story="outage", out=tmp_path)
+    tracker.open()
+    tracker._client = flaky = Flaky(tracker._client)
+    started = time.monotonic()
+    work = begin(tmp_path / "model")
+    monkeypatch.setattr(tracking_store.Sender.finish, "__defaults__", (0.5,))
+    with tracker.run("train", {"a": 1}, work) as run:
+        flaky.down = True
+        run.metrics({"loss": 1.0}, step=1)
+        finish(work)
+    with tracker.run("distill", {"a": 2}, other := begin(tmp_path / "student")) as run:
+        run.metrics({"loss": 4.0}, step=1)
+        assert run.run_id is None, "not even created"
+        finish(other)
+    tracker.close()
+    assert time.monotonic() - started < 8
+    flaky.down = False
+    Tracker.start(store, story="outage", out=tmp_path).close()
+    c = client(store)
+    runs = {r.info.run_name: r for r in c.search_runs([c.get_experiment_by_name("outage").experiment_id])}
+    assert {n: r.info.status for n, r in runs.items()} == dict.fromkeys(("outage", "train", "distill"), "FINISHED")
+    assert runs["distill"].data.metrics["loss"] == 4.0
+    assert runs["train"].data.metrics["loss"] == 1.0
+    assert not tracker._waiting()
+
+
+def test_many_points_arrive_once_each(store: str, tmp_path: Path) -> None:
+    tracker = Tracker.start(store, story="many", out=tmp_path)
+    with tracker, tracker.run("train", {}, begin(tmp_path / "model")) as run:
+        for step in range(2500):
+            run.metrics({"loss": step}, step)
+    c = client(store)
+    assert [m.step for m in c.get_metric_history(run.run_id, "loss")] == list(range(2500))
+
+
+def test_one_rejected_value_costs_only_itself(store: str, tmp_path: Path) -> None:
+    tracker = Tracker.start(store, story="reject", out=tmp_path)
+    with tracker, tracker.run("train", {"same": 1, "other": 2}, begin(tmp_path / "model")) as run:
+        run.params({"same": 3, "third": 4})  # parameters cannot be changed
+        run.metrics({"loss": 1})
+    params = client(store).get_run(run.run_id).data.params
+    assert params == {"same": "1", "other": "2", "third": "4"}
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:9", "postgresql://u:secret@127.0.0.1:9/db", "https://no.such.host.invalid"]
+)
+def test_an_unreachable_server_is_told_at_once(uri: str, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(LaunchError, match="does not answer") as caught:
+        Tracker.start(uri, story="x", out=tmp_path)
+    assert time.monotonic() - started < 15
+    assert "secret" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_what_is_no_store_is_told(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("this is no database, and long enough to be seen as none " * 20)
+    for uri in ("nonsense://x", f"sqlite:///{tmp_path}/text.db"):
+        with pytest.raises(LaunchError, match="cannot be opened"):
+            Tracker.start(uri, story="x", out=tmp_path).open()
+
+
+def test_several_processes_may_open_a_new_store_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from mmlm.tracking import Tracker; Tracker.start(sys.argv[1], story='s', out=sys.argv[2]).open()"
+    )
+    command = [sys.executable, "-c", code, f"sqlite:///{tmp_path}/new.db", str(tmp_path)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    told = [p.communicate(timeout=120) for p in started]
+    assert [p.returncode for p in started] == [0, 0, 0], told
+    assert told == [("", "")] * 3, "MLflow's chatter reaches the terminal"
+
+
+def test_rows_of_a_spool(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\nrubbish\n[1]\n{"b": 2}\n{"half"')
+    rows = list(spool.rows_after(path, 0))
+    assert [r for r, _ in rows] == [{"a": 1}, {}, {}, {"b": 2}]
+    assert list(spool.rows_after(path, rows[0][1]))[-1] == rows[-1]
+    assert list(spool.rows_after(path, 10_000)) == []
+    assert list(spool.rows_after(tmp_path / "none", 0)) == []
+
+
+def test_nobody_tracks(tmp_path: Path) -> None:
+    with NullTracker().run("scan", {}, begin(tmp_path / "manifest")) as run:
+        run.metrics({"a": 1})
+        run.text("a", "b")
+        assert run.run_id is None
+
+
+def test_default_and_relative_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_store.default_uri() == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert tracking_store.absolute("sqlite:///runs/x.db") == f"sqlite:///{tmp_path}/runs/x.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere")
+    assert tracking_store.default_uri() == "http://somewhere"
+    assert json.dumps(os.environ["MLFLOW_TRACKING_URI"])
