@@ -2,7 +2,7 @@
 
 python jobs/distill.py demo --out runs/demo
 torchrun --nproc-per-node 2 -- jobs/distill.py demo --out runs/demo
-ray job submit --address http://HOST:8265 -- $PWD/.venv/bin/python $PWD/jobs/distill.py demo --out $PWD/runs/demo --inside-ray
+python jobs/distill.py demo --out runs/demo --on ray --address http://HOST:8265   # as a job of a Ray cluster
 """
 
 import sys

@@ -1,7 +1,7 @@
 """evaluate: score a story's models and write the report.
 
 python jobs/evaluate.py demo --out runs/demo
-ray job submit --address http://HOST:8265 -- $PWD/.venv/bin/python $PWD/jobs/evaluate.py demo --out $PWD/runs/demo --inside-ray
+python jobs/evaluate.py demo --out runs/demo --on ray --address http://HOST:8265   # as a job of a Ray cluster
 """
 
 import sys

@@ -1,7 +1,7 @@
 """register: publish a story's model and let the gate decide about the champion.
 
 python jobs/register.py demo --out runs/demo
-ray job submit --address http://HOST:8265 -- $PWD/.venv/bin/python $PWD/jobs/register.py demo --out $PWD/runs/demo --inside-ray
+python jobs/register.py demo --out runs/demo --on ray --address http://HOST:8265   # as a job of a Ray cluster
 """
 
 import sys

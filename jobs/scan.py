@@ -1,7 +1,7 @@
 """scan: read the raw corpora of a story into its manifest.
 
 python jobs/scan.py demo --out runs/demo
-ray job submit --address http://HOST:8265 -- $PWD/.venv/bin/python $PWD/jobs/scan.py demo --out $PWD/runs/demo --inside-ray
+python jobs/scan.py demo --out runs/demo --on ray --address http://HOST:8265   # as a job of a Ray cluster
 """
 
 import sys

@@ -1,7 +1,7 @@
 """shard: turn a story's manifest into feature shards, with Ray.
 
 python jobs/shard.py demo --out runs/demo
-ray job submit --address http://HOST:8265 -- $PWD/.venv/bin/python $PWD/jobs/shard.py demo --out $PWD/runs/demo --inside-ray
+python jobs/shard.py demo --out runs/demo --on ray --address http://HOST:8265   # as a job of a Ray cluster
 """
 
 import sys

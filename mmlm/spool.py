@@ -42,10 +42,10 @@ def append_metrics(folder: Path, values: Mapping[str, float], step: int | None =
 
 def rows_after(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
     """The complete rows of a file from byte `offset` on, each with the offset behind it. Lines that are no JSON
-    object are passed over; a file that was cut shorter than `offset` gives what is appended to it from now on."""
+    object are passed over; a file shorter than `offset` gives nothing."""
     try:
         with path.open("rb") as f:
-            f.seek(min(offset, os.fstat(f.fileno()).st_size))
+            f.seek(offset)
             while (line := f.readline()).endswith(b"\n"):
                 try:
                     row = json.loads(line)

@@ -189,6 +189,9 @@ def forward(client: Any, experiment: str, state: spool.State) -> None:
 def _forward_metrics(client: Any, state: spool.State) -> None:
     from mlflow.entities import Metric
 
+    curves = state.path.parent / spool.METRICS
+    if curves.exists() and (size := curves.stat().st_size) < state.metrics:
+        state.metrics = size  # a resumed training dropped the rows of the steps that it does again
     batch: list[Any] = []
     after = state.metrics
 
@@ -198,7 +201,7 @@ def _forward_metrics(client: Any, state: spool.State) -> None:
         state.save()
         batch.clear()
 
-    for row, position in spool.rows_after(state.path.parent / spool.METRICS, state.metrics):
+    for row, position in spool.rows_after(curves, state.metrics):
         values = row.get("metrics")
         points = [
             Metric(metric_name(str(k)), float(v), int(row.get("time") or 0), int(row.get("step") or 0))

@@ -1,7 +1,6 @@
 """Assets: one per verb of a story, named like its noun. Each calls the same verb as the command line does."""
 
-from __future__ import annotations
-
+# no `from __future__ import annotations`: Dagster looks at the annotation of `context` itself
 import json
 import os
 import time

@@ -15,7 +15,7 @@ from pipelines.resources import StoryRun
 @dg.asset_check(
     asset=NOUNS["evaluate"],
     blocking=True,
-    description="The model to be registered is at least as good as the majority answer, and as the threshold if one is set.",
+    description="The model to be registered reaches the majority answer's score, and the threshold if one is set.",
 )
 def good_enough(run: StoryRun) -> dg.AssetCheckResult:
     """Blocking: when it fails, `registered` is not made."""

@@ -24,14 +24,14 @@ from mmlm.world import apply_quiet_environment
 class StoryRun(dg.ConfigurableResource):  # type: ignore[type-arg]
     """A story and its places. One Dagster run is one parent run in MLflow, its stages nested below."""
 
-    story: str = Field("demo", description="A built-in story, or the folder of one.")
-    out: str | None = Field(None, description="Where the nouns go; runs/STORY by default.")
-    data: str | None = Field(None, description="Where the raw corpora lie.")
-    overrides: list[str] = Field([], description="verb.key=value, as with --set.")
-    tracking_uri: str | None = Field(None, description="MLflow; sqlite in runs/ by default.")
-    ranks: int | None = Field(None, description="Training processes; one a GPU, or 2 on a CPU.")
-    workers: int | None = Field(None, description="Processes that make shards.")
-    threshold: float | None = Field(None, description="Least headline score of a model that may be registered.")
+    story: str = Field(default="demo", description="A built-in story, or the folder of one.")
+    out: str | None = Field(default=None, description="Where the nouns go; runs/STORY by default.")
+    data: str | None = Field(default=None, description="Where the raw corpora lie.")
+    overrides: list[str] = Field(default=[], description="verb.key=value, as with --set.")
+    tracking_uri: str | None = Field(default=None, description="MLflow; sqlite in runs/ by default.")
+    ranks: int | None = Field(default=None, description="Training processes; one a GPU, or 2 on a CPU.")
+    workers: int | None = Field(default=None, description="Processes that make shards.")
+    threshold: float | None = Field(default=None, description="Least headline score of a model that may be registered.")
 
     _tracker: Any = PrivateAttr(None)
     _error: BaseException | None = PrivateAttr(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -80,19 +81,21 @@ def test_stages_are_nested_runs_with_params_curves_and_lineage(store: str, tmp_p
     assert not (tmp_path / ".tracking-parent.json").exists()
 
 
+def fail(store: str, out: Path, error: BaseException) -> list[str | None]:
+    """Ids of the parent run and the stage run that end with `error`."""
+    ids: list[str | None] = []
+    tracker = Tracker.start(store, story="ends", out=out)
+    with contextlib.suppress(type(error)), tracker, tracker.run("train", {}, begin(out / "model")) as run:
+        ids += [tracker.parent, run.run_id]
+        raise error
+    return ids
+
+
 def test_failures_and_interrupts_are_told_apart_and_pass_through(store: str, tmp_path: Path) -> None:
     statuses = {}
     for error in (ValueError("odd"), Interrupted("stopped"), KeyboardInterrupt()):
         name = type(error).__name__
-        try:
-            with (
-                Tracker.start(store, story="ends", out=tmp_path / name) as tracker,
-                tracker.run("train", {}, begin(tmp_path / name / "model")) as run,
-            ):
-                ids = tracker.parent, run.run_id
-                raise error
-        except BaseException as passed:
-            assert passed is error
+        ids = fail(store, tmp_path / name, error)
         c = client(store)
         statuses[name] = [c.get_run(i).info.status for i in ids]
         if name == "ValueError":
@@ -201,6 +204,24 @@ def test_many_points_arrive_once_each(store: str, tmp_path: Path) -> None:
             run.metrics({"loss": step}, step)
     c = client(store)
     assert [m.step for m in c.get_metric_history(run.run_id, "loss")] == list(range(2500))
+
+
+def test_curves_that_are_cut_back_go_on(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed training drops the rows behind its checkpoint from metrics.jsonl and writes them anew."""
+    monkeypatch.setattr(tracking_store, "SEND_EVERY", 0.02)
+    tracker = Tracker.start(store, story="cut", out=tmp_path)
+    with tracker, tracker.run("train", {}, work := begin(tmp_path / "model")) as run:
+        for step in range(50):
+            run.metrics({"loss": 1}, step)
+        time.sleep(0.3)
+        curves = work.path / "metrics.jsonl"
+        curves.write_text("".join(curves.read_text().splitlines(keepends=True)[:40]))
+        time.sleep(0.3)
+        for step in range(40, 60):
+            run.metrics({"loss": 2}, step)
+            time.sleep(0.01)
+    seen = [(m.step, m.value) for m in client(store).get_metric_history(run.run_id, "loss")]
+    assert sorted(seen) == sorted([(s, 1) for s in range(50)] + [(s, 2) for s in range(40, 60)])
 
 
 def test_one_rejected_value_costs_only_itself(store: str, tmp_path: Path) -> None:

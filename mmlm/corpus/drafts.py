@@ -126,11 +126,13 @@ def media_part(kind: str, value: Any, root: str, data: str = "") -> Part:
     `data` is the absolute data folder: absolute paths below it are stored relative to it.
     """
     if isinstance(value, dict):
-        inner: Any = next((value[k] for k in ("bytes", "data", "url", "path", "uri", kind) if value.get(k)), None)
+        names = ("bytes", "data", "url", "path", "uri", kind)
+        inner: Any = next((value[k] for k in names if value.get(k)), None)
         if isinstance(inner, dict) or inner is None:
             raise RefuseError("bad_value", f"no {kind} in {sorted(map(str, value))[:8]}")
-        if isinstance(inner, str) and value.get("data") is inner and not inner.startswith("data:"):
-            return Part(kind, data=_base64(inner))
+        encoded = value.get("data")
+        if isinstance(encoded, str) and encoded == inner and not encoded.startswith("data:"):
+            return Part(kind, data=_base64(encoded))
         value = inner
     if isinstance(value, bytes):
         return Part(kind, data=value)

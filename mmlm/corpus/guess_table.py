@@ -28,12 +28,12 @@ _LANG = {"lang", "language", "locale", "lang_code"}
 _SPLIT = {"split", "set", "subset", "partition", "fold", "usage"}
 _QUESTION = {"question", "prompt", "instruction", "query", "input", "q"}
 _ANSWER = {
-    "answer", "output", "response", "completion", "reply", "target_text", "translation", "caption",
-    "transcript", "summary", "a",
+    "answer", "output", "response", "completion", "reply", "target_text", "translation",
+    "caption", "transcript", "summary", "a",
 }  # fmt: skip
 _LABEL = (
-    "label", "class", "category", "target", "diagnosis", "outcome", "sentiment", "species", "genre", "emotion", "intent",
-    "topic", "result", "y", "type", "kind", "tag",
+    "label", "class", "category", "target", "diagnosis", "outcome", "sentiment", "species", "genre", "emotion",
+    "intent", "topic", "result", "y", "type", "kind", "tag",
 )  # fmt: skip
 
 
@@ -109,8 +109,11 @@ def _chat(data: Path, groups: list[tuple[str, str]], rows: list[dict[str, Any]],
             best = (there, root, drafts)
     _, root, records = best
     if not records:
-        raise DataError(f"{name} looks like chat messages, but none can be read", wanted="a last message by the assistant",
-                        cure="see `chat` in the guide")  # fmt: skip
+        raise DataError(
+            f"{name} looks like chat messages, but none can be read",
+            wanted="messages of which the last is the assistant's",
+            cure="check the file, or write scan.yaml by hand",
+        )
     tasks: dict[str, set[str]] = {}
     for r in records:
         tasks.setdefault(r.task, set()).update([r.target.label] if r.target.label else [])
@@ -183,11 +186,23 @@ class _Columns:
         roots = ["", *([here] if here else []), *sorted(os.path.join(here, b) for b in below)]
         there = {root: sum(os.path.isfile(os.path.join(self.data, root, p)) for p in paths) for root in roots}
         self.root = max(roots, key=lambda r: there[r])
-        if not there[self.root]:
+        if not there[self.root] and (above := self._above(paths)):
+            # such as corpora/stamps/manifest.jsonl with paths relative to corpora/
+            self.groups = [(os.path.relpath(self.data / name, above), split) for name, split in self.groups]
+            self.data, self.root = above, ""
+        elif not there[self.root]:
             raise DataError(
                 f"`{columns[0]}` names files such as {paths[0]!r}, but they are not below {self.data}",
-                wanted="paths relative to the table's folder", cure="give the folder that holds the table and its media",
+                wanted="paths relative to the table's folder",
+                cure="give the folder that holds the table and its media",
             )  # fmt: skip
+
+    def _above(self, paths: list[str]) -> Path | None:
+        """One of the two folders above the data, if the media paths are relative to it."""
+        for folder in list(self.data.absolute().parents)[:2]:
+            if any(os.path.isfile(folder / p) for p in paths):
+                return folder
+        return None
 
     def roles(self) -> dict[str, str]:
         """map key → column, for the columns that are about the row itself."""

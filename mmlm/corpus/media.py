@@ -63,6 +63,8 @@ class MediaReader:
     def _read(self, key: tuple[str, str]) -> tuple[str, Header] | RefuseError:
         kind, uri = key
         try:
+            if kind == "video":
+                raise RefuseError("unsupported_kind", "a video; wanted pictures and sounds")
             return self._header(kind, self._bytes(uri))
         except RefuseError as error:
             return RefuseError(error.reason, f"{uri}: {error.detail}")
@@ -80,8 +82,6 @@ class MediaReader:
 
     @staticmethod
     def _header(kind: str, data: bytes) -> tuple[str, Header]:
-        if kind == "video":
-            raise RefuseError("unsupported_kind", "a video; wanted pictures and sounds")
         return sha256_bytes(data), read_header(data, kind)
 
     def _finish(self, draft: Draft) -> Looked | Refusal:

@@ -107,7 +107,8 @@ def to_row(record: Record) -> dict[str, Any]:
     return {
         "id": record.id, "task": record.task, "split": record.split, "group": record.group, "lang": record.lang,
         "source": record.source, "license": record.license, "content_hash": record.content_hash,
-        "label": record.target.label, "labels": list(record.target.labels) if record.target.labels is not None else None,
+        "label": record.target.label,
+        "labels": list(record.target.labels) if record.target.labels is not None else None,
         "number": record.target.number, "answer": record.target.text,
         "parts": [
             {"kind": p.kind, "role": p.role, "text": p.text, "uri": p.uri, "data": p.data,

@@ -183,10 +183,11 @@ def _require_useful(config: ScanConfig, counts: dict[str, Any], folder: Path) ->
         )
     if counts["refused"] > config.error_budget * counts["found"]:
         share = 100 * counts["refused"] / counts["found"]
+        budget = min(1.0, share / 100 + 0.01)
         raise DataError(
             f"{counts['refused']:,} of {counts['found']:,} records ({share:.1f} %) were refused{told}",
             wanted=f"at most {100 * config.error_budget:g} %",
-            cure=f"{table} names each; mend them, or allow more: --set scan.error_budget={min(1, share / 100 + 0.01):.2f}",
+            cure=f"{table} names each; mend them, or allow more: --set scan.error_budget={budget:.2f}",
         )
     if counts["train"] == 0:
         raise DataError(

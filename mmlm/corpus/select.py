@@ -26,7 +26,7 @@ def check_selector(text: str) -> str:
         raise ValueError("an empty selector")
     while rest:
         match = _STEP.match(rest)
-        if not match or not match.end():
+        if not match or not (match[1] or match[2]):
             raise ValueError(
                 f"{text!r} is no selector; wanted something like meta.age, audio[0].path, audio[lang=fr].path"
             )
@@ -58,7 +58,7 @@ def find(value: Any, selector: str) -> list[Any]:
     if isinstance(value, dict) and selector in value:
         return [] if value[selector] is None else [value[selector]]
     match = _STEP.match(selector)
-    if not match or not match.end():
+    if not match or not (match[1] or match[2]):
         return []
     name, brackets, rest = match[1], match[2], selector[match.end() :]
     if name:

@@ -52,8 +52,8 @@ class Splitter:
                 if sizes[largest] > 1:
                     chosen[next(g for g in ranked if chosen[g] == largest)] = split
                     taken.add(split)
-        if len(chosen) == 1 and "train" not in taken:
-            chosen = dict.fromkeys(chosen, "train")
+        if "train" not in taken and chosen:  # one or two groups: training comes first
+            chosen[next((g for g in ranked if chosen[g] == "val"), ranked[-1])] = "train"
         self.chosen = chosen
 
     @staticmethod

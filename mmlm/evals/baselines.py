@@ -105,7 +105,7 @@ class Baselines:
 
     def __init__(self, bench: Bench, config: EvaluateConfig) -> None:
         self.bench, self.config = bench, config.baselines
-        switches = {"majority": self.config.majority, "logistic": self.config.logistic.on}
+        switches = {"majority": self.config.majority, "logistic": self.config.logistic.enabled}
         self.names = [name for name, on in switches.items() if on]
         self._train: dict[str, list[Sample]] = {}
         self._val: dict[str, list[Sample]] = {}
@@ -146,10 +146,10 @@ class Baselines:
             for sample in (reader[i] for i in evenly(found, most)):
                 labels.setdefault(task, []).append(sample.label)
                 answers.setdefault(task, []).append((sample.lang, sample.answer or ""))
-                if sample.label is not None and self.config.logistic.on:
+                if sample.label is not None and self.config.logistic.enabled:
                     self._train.setdefault(task, []).append(sample)
         self._majority = {task: fit_majority(labels[task], answers[task]) for task in labels}
-        if self.config.logistic.on and len(self.config.logistic.strengths) > 1:
+        if self.config.logistic.enabled and len(self.config.logistic.strengths) > 1:
             reader = self.bench.read("val")
             for sample in (reader[i] for i in range(len(reader))):
                 if sample.label is not None:

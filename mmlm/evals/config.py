@@ -24,7 +24,7 @@ class BootstrapConfig(Config):
 class LogisticConfig(Config):
     """A logistic regression on the same stored features: what a model without depth reaches."""
 
-    on: bool = True
+    enabled: bool = True
     max_records: int = Field(4000, ge=10)
     """Training records used at most, per task; evenly taken from the training split."""
     strengths: list[float] = Field([0.003, 0.1], min_length=1)
@@ -45,8 +45,8 @@ class EvaluateConfig(Config):
     splits: list[Literal["train", "val", "test"]] = Field(["test"], min_length=1)
     """Splits that are scored; `register` compares models on `test`."""
     given: list[list[Modality]] | None = None
-    """What is given beside the question, one row of scores each, such as [[image, audio], [image]]. Absent: all
-    together, each modality taken away, and each alone."""
+    """What is given beside the question, one row of scores each, such as [[image, audio], [image]]; the first
+    is the headline. Absent: all together, each modality taken away, and each alone."""
     bootstrap: BootstrapConfig = BootstrapConfig()
     min_n_per_language: int = Field(20, ge=1)
     """Records of one language in the split below which no score of that language is given."""

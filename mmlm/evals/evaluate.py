@@ -195,18 +195,18 @@ def metric_name(row: Mapping[str, Any]) -> str:
 
 
 def headline(rows: Sequence[Mapping[str, Any]], answered: Sequence[Answered]) -> dict[str, Any]:
-    """`{model: {task: row}}`: a task's one figure with the most that was given, all languages, first split."""
+    """`{model: {task: row}}`: a task's one figure in its first row (everything given, unless the config
+    names another set first), all languages, first split."""
     tasks = {a.task.name: a.task for a in answered}
-    widest: dict[str, str] = {}
-    for a in answered:
-        if a.modalities.count("+") > widest.get(a.task.name, "").count("+") or a.task.name not in widest:
-            widest[a.task.name] = a.modalities
+    main: dict[str, str] = {}
+    for one in answered:
+        main.setdefault(one.task.name, one.modalities)
     split = answered[0].split
     found: dict[str, Any] = {}
     for row in rows:
         task = tasks[row["task"]]
         if (row["metric"], row["modalities"], row["lang"], row["split"]) == (
-            headline_metric(task), widest[task.name], "all", split,
+            headline_metric(task), main[task.name], "all", split,
         ):  # fmt: skip
             found.setdefault(row["model"], {})[task.name] = dict(row)
     return found

@@ -14,7 +14,7 @@ from mmlm.features.spec import FeatureSpec
 SIDE = 16
 """Pictures are reduced to at most this many pixels a side."""
 GRADIENT_SIDE, CELLS, DIRECTIONS = 32, 4, 9
-HASHED = 2**14
+HASHED = 2**12
 """Columns that character n-grams of texts are hashed into."""
 
 Decode = Callable[[list[int]], str]

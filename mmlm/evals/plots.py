@@ -32,7 +32,7 @@ MAX_CLASSES = 30
 def _figure(width: float, height: float) -> Iterator[tuple[Figure, Any]]:
     style: dict[Any, Any] = {
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-        "figure.constrained_layout.use": True, "savefig.facecolor": "white", "axes.titlesize": 10,
+        "figure.constrained_layout.use": True, "savefig.facecolor": "white", "axes.titlesize": 10, "text.parse_math": False,
     }  # fmt: skip
     with plt.rc_context(style):
         figure, axes = plt.subplots(figsize=(width, height), dpi=110)
@@ -179,7 +179,7 @@ def draw_reliability(tables: Sequence[Answered], errors: Mapping[tuple[str, str]
         axes.set(xlabel="confidence of the answer", ylabel="share of right answers", xlim=(0, 1.02), ylim=(0, 1.03))
         axes.set_aspect("equal")
         axes.grid(color="#eeeeee")
-        axes.legend(loc="upper left", frameon=False)
+        figure.legend(loc="outside upper center", ncols=2, frameon=False)
         return _save(figure, path)
 
 

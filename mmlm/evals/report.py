@@ -75,17 +75,16 @@ def write_report(
     return ["report.html", *(path.name for path in files.values())]
 
 
-def widest(tables: Sequence[Answered]) -> str:
-    """The name of the row with the most that was given."""
-    names = list(dict.fromkeys(t.modalities for t in tables))
-    return max(names, key=lambda n: n.count("+"))
+def main_given(tables: Sequence[Answered]) -> str:
+    """The first row name of a task: everything together, unless the config names another set first."""
+    return tables[0].modalities
 
 
 def draw_task(
     folder: Path, suffix: str, task: TaskSpec, tables: Sequence[Answered], rows: Sequence[Row]
 ) -> dict[str, Path]:
     """PNG files of one task: name → path."""
-    split, everything = tables[0].split, widest(tables)
+    split, everything = tables[0].split, main_given(tables)
     here = [r for r in rows if r["task"] == task.name and r["lang"] == "all" and r["split"] == split]
     full = [t for t in tables if t.modalities == everything]
 
@@ -116,7 +115,7 @@ def _head(
     b = config.bootstrap
     tiles = []
     for task in {t.task.name: t.task for t in tables}.values():
-        everything = widest([t for t in tables if t.task.name == task.name])
+        everything = main_given([t for t in tables if t.task.name == task.name])
         for r in rows:
             if (r["task"], r["metric"], r["modalities"], r["lang"], r["split"]) == (
                 task.name, headline_metric(task), everything, "all", split,
@@ -134,7 +133,7 @@ def _head(
     )
     return [
         f"<h1>{escape(story or 'mmlm')}: evaluation</h1>",
-        f'<p class="soft">{len(ids):,} records of the split <code>{escape(split)}</code>, with everything given below. '
+        f'<p class="soft">{len(ids):,} records of the split <code>{escape(split)}</code>. '
         f"{b.samples:,} resamples, {100 * b.confidence:g} % intervals. "
         + (f"{escape(sizes)}. " if sizes else "")
         + f"Test-set digest <code>{digest[:16]}</code>.</p>",
@@ -146,11 +145,12 @@ def _task(
     task: TaskSpec, tables: Sequence[Answered], rows: Sequence[Row], drawn: Mapping[str, Path], suffix: str
 ) -> list[str]:
     body = [f"<h2>Task {escape(task.name)}</h2>", _score_table(rows)]
+    given = main_given(tables).replace("+", " + ")
     captions = {
-        "modalities": "Each model with all that is given, and with less.",
-        "roc": "ROC curve with everything given; the mean over the classes.",
-        "reliability": "Confidence against being right; the size of a dot is its share of the records.",
-        "confusion": f"Answers of {tables[0].model} with everything given, counted.",
+        "modalities": "Each model with what is given to it.",
+        "roc": f"ROC curves, given {given}; the mean over the classes.",
+        "reliability": f"Confidence against being right, given {given}; the size of a dot is its share of the records.",
+        "confusion": f"Answers of {tables[0].model}, given {given}, counted.",
     }
     figures = []
     for name, caption in captions.items():
@@ -189,12 +189,12 @@ def _score_table(rows: Sequence[Row]) -> str:
 
 
 def _languages(rows: Sequence[Row]) -> list[str]:
-    """Scores by language, of what was most given; only when some language is large enough."""
+    """Scores by language in the first row that has any; only when some language is large enough."""
     spoken = [r for r in rows if r["lang"] != "all"]
     if not spoken:
         return []
-    everything = max((r["modalities"] for r in spoken), key=lambda m: m.count("+"))
-    spoken = [r for r in spoken if r["modalities"] == everything]
+    given = spoken[0]["modalities"]
+    spoken = [r for r in spoken if r["modalities"] == given]
     by_key = {(r["lang"], r["model"], r["metric"]): r for r in spoken}
     metrics = [m for m in ("accuracy", "exact_match", "chrf", "bleu") if any(r["metric"] == m for r in spoken)]
     lines = []
@@ -204,7 +204,7 @@ def _languages(rows: Sequence[Row]) -> list[str]:
         lines.append([escape(lang), escape(model), f"{n:,}", *cells])
     head = ["language", "model", "n", *(_title(m) for m in metrics)]
     table = page.table(head, lines, numbers_from=2, group_by=0)
-    return [f"<h3>By language, given {escape(everything.replace('+', ' + '))}</h3>", _fold(table, len(lines))]
+    return [f"<h3>By language, given {escape(given.replace('+', ' + '))}</h3>", _fold(table, len(lines))]
 
 
 def _fold(table: str, lines: int) -> str:
@@ -235,7 +235,7 @@ def _examples(tables: Sequence[Answered], bench: Bench, reader: Samples, most: i
     """Questions with their media, answers and verdicts of the first model, wrong ones first."""
     if not most:
         return []
-    table = next(t for t in tables if t.modalities == widest(tables))
+    table = next(t for t in tables if t.modalities == main_given(tables))
     pairs = sorted(
         zip(table.facts, table.predictions, strict=True), key=lambda fp: (is_correct(*fp), -fp[1].score, fp[0].id)
     )

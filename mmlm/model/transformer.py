@@ -111,8 +111,9 @@ def _fill(
     the modality still touches the module's parameters, without which ZeRO aborts (1, 2) or waits for ever (3)."""
     rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).to(x_BTD.dtype)
     embedded = module(rows, F.pad(at, (0, 1)))
-    filled = x_BTD.masked_scatter(here_BT[..., None], embedded[:-1])
-    return filled + 0 * embedded[-1].sum()
+    slots = here_BT.flatten().nonzero()[:, 0]
+    filled = x_BTD.flatten(0, 1).index_copy(0, slots, embedded[:-1]) + 0 * embedded[-1].sum()
+    return filled.view_as(x_BTD)
 
 
 class Block(nn.Module):

@@ -29,8 +29,8 @@ class MmlmModel(PythonModel):
         """Loads the checkpoint of the bundle on the CPU, or on the GPU that MMLM_DEVICE names."""
         self.responder = Responder(context.artifacts["checkpoint"], os.environ.get("MMLM_DEVICE", "cpu"))
 
-    def predict(self, context, model_input, params=None):  # without hints: MLflow would take them for a schema
-        table = model_input if isinstance(model_input, pd.DataFrame) else pd.DataFrame(model_input)
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        table = pd.DataFrame(model_input)
         columns = [table[key].tolist() if key in table else [None] * len(table) for key in KEYS]
         rows = [dict(zip(KEYS, values, strict=True)) for values in zip(*columns, strict=True)]
         answers = self.responder.answer(rows, paths=not serving())

@@ -155,9 +155,9 @@ class _Registration:
                     mlflow, self.checkpoint.path, code, example=self._example(),
                     metadata={"story": self.story, "digest": self.checkpoint.digest},
                 )  # fmt: skip
-        return self.client.create_model_version(
-            self.name, info.model_uri, run_id, tags=tags, description=verdict.reason, model_id=info.model_id
-        )
+            return self.client.create_model_version(
+                self.name, info.model_uri, run_id, tags=tags, description=verdict.reason, model_id=info.model_id
+            )
 
     def _judge(self) -> tuple[gate.Verdict, Any]:
         """The gate's verdict, and the challenger's answers that the next gate will compare with."""

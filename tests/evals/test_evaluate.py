@@ -7,16 +7,21 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
 from mmlm.errors import DataError
+from mmlm.evals.bench import Bench
 from mmlm.evals.config import EvaluateConfig
 from mmlm.evals.evaluate import RECIPE, evaluate_on, metric_name
+from mmlm.evals.predictions import Prediction
+from mmlm.features.sample import Sample
+from mmlm.features.spec import ANSWER, BOS, EOS, FeatureSpec, TaskSpec
 from mmlm.tracking import NullRun
-from tests.evals.world import make_bench, make_samples
+from tests.evals.world import Characters, make_bench, make_samples
 
 CONFIG = EvaluateConfig.model_validate({"bootstrap": {"samples": 200}, "baselines": {"logistic": {"max_records": 300}}})
 
@@ -138,3 +143,52 @@ def test_fewer_records_are_always_the_same_ones(tmp_path: Path) -> None:
 def test_an_empty_split_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no record"):
         run_on(tmp_path / "report", test=0, change=None)
+
+
+class Parrot:
+    """Gives the expected answer back, except to every third question."""
+
+    def answer(self, samples, *, batch_size=64, given=None):  # type: ignore[no-untyped-def]
+        found = []
+        for s in samples:
+            right = int(s.id[1:]) % 3 > 0
+            label = None if s.label is None else s.label if right else "好"
+            scores = {} if label is None else {k: 0.9 if k == label else 0.1 for k in ("好", "bad")}
+            found.append(Prediction(label, scores, s.answer if right else "", 0.5))
+        return found
+
+
+def question(i: int, split: str, task: str) -> Sample:
+    """A record without media: its question is all there is."""
+    good, words = i % 2 == 0, Characters()
+    text = words.encode(("很好吃" if good else "太难吃") + chr(0x4E00 + i % 50))
+    tokens = np.array([BOS, *text, ANSWER, EOS], dtype=np.int32)
+    name = f"name {i % 7}"
+    label = ("好" if good else "bad") if task == "mood" else None
+    return Sample(
+        f"r{i}", task, tokens, len(text) + 1, split=split, group=f"g{i}", lang="zh", label=label, answer=label or name
+    )
+
+
+def test_tasks_of_words_alone_and_without_classes(tmp_path: Path) -> None:
+    def split(name: str, first: int, n: int) -> list[Sample]:
+        return [question(first + i, name, task) for i in range(n) for task in ("mood", "name")]
+
+    splits = {"test": split("test", 0, 60), "train": split("train", 1000, 80), "val": split("val", 2000, 20)}
+    tasks = [TaskSpec(name="mood", labels=["bad", "好"]), TaskSpec(name="name", has_text=True)]
+    spec = FeatureSpec(vocab_size=70000, tokenizer_digest="0" * 64, max_len=64, tasks=tasks)
+    bench = Bench(lambda s: splits[s], {"teacher": Parrot()}, spec, Characters())
+    work = artifacts.begin(tmp_path / "report", "report", recipe=RECIPE, config=CONFIG)
+    report = evaluate_on(bench, CONFIG, work, NullRun(work.path), story="words")
+    rows = {(r["model"], r["task"], r["metric"]): r for r in rows_of(report) if r["lang"] == "all"}
+    assert {r["modalities"] for r in rows.values()} == {"text"}
+    assert rows["logistic", "mood", "accuracy"]["value"] > 0.95, "hashed characters tell the two apart"
+    assert rows["teacher", "name", "exact_match"]["value"] == pytest.approx(2 / 3, abs=1e-6)
+    assert ("teacher", "mood", "exact_match") not in rows, "a class is no answer in words"
+    assert ("teacher", "name", "accuracy") not in rows
+    assert ("logistic", "name", "exact_match") not in rows
+    assert rows["majority", "name", "exact_match"]["value"] < 0.5
+    html = (report.path / "report.html").read_text()
+    assert "#1 好" in html, "a class that a plot cannot write is explained beside it"
+    assert (report.path / "confusion-mood.png").exists()
+    assert not (report.path / "confusion-name.png").exists()

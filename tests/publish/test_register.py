@@ -33,8 +33,8 @@ class Registry:
         config = RegisterConfig(gate=GateConfig(**gate_settings))
         with tracker or Tracker.start(self.uri, story="demo", out=self.root) as tracking:
             self.artifact = register(
-                config, story="demo", checkpoint=w.checkpoint(seed), report=report, shards=w.shards, manifest=w.manifest,
-                data=w.data, out=self.root / out, tracker=tracking, tracking_uri=self.uri,
+                config, story="demo", checkpoint=w.checkpoint(seed), report=report, shards=w.shards,
+                manifest=w.manifest, data=w.data, out=self.root / out, tracker=tracking, tracking_uri=self.uri,
             )  # fmt: skip
         found: dict[str, Any] = json.loads((self.root / out / "registered.json").read_text())
         return found
@@ -98,7 +98,12 @@ def test_another_test_set_makes_the_champion_answer_again(
 ) -> None:
     asked = []
     real = challenge.answers_to
-    monkeypatch.setattr("mmlm.publish.register.answers_to", lambda *a, **k: asked.append(a[0]) or real(*a, **k))
+
+    def noted(model: str, *rest: Any, **named: Any) -> Any:
+        asked.append(model)
+        return real(model, *rest, **named)
+
+    monkeypatch.setattr("mmlm.publish.register.answers_to", noted)
     report = world.report("report-4", {1}, digest="another")
     before = registry.champion
     told = registry("four", 4, report)

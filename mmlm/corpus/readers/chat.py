@@ -86,8 +86,9 @@ def _record(
     if not parts:
         raise RefuseError("no_parts", "nothing before the answer")
     return Record(
-        name, tuple(parts), as_text(line.get("task")) or source.task, target, as_split(line.get("split")) or source.split,
-        group or name, as_text(line.get("lang")) or source.lang, as_text(line.get("source")) or shown,
+        name, tuple(parts), as_text(line.get("task")) or source.task, target,
+        as_split(line.get("split")) or source.split, group or name,
+        as_text(line.get("lang")) or source.lang, as_text(line.get("source")) or shown,
         as_text(line.get("license")) or source.license,
     )  # fmt: skip
 

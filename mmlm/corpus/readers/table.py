@@ -122,7 +122,8 @@ class _Reader:
             parts.append(Part("text", "context", context))
         parts += [Part("text", text=t) for t in (text, question) if t]
         target = _target(ask, scope)
-        if not parts or (text is None and not [p for p in parts if p.kind != "text" or p.role == "context"]):
+        told = text is not None or question != wording or any(p.modality != "text" for p in parts)
+        if not told:
             raise RefuseError("no_parts", "neither text, picture, sound nor fields in this row")
         return Record(
             name, tuple(parts), ask.task, target, base.split, base.group, lang, base.source, base.license

@@ -1,0 +1,149 @@
+"""`mmlm new`: look at somebody's files and write a story for them, with sizes chosen from what is there and said why."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmlm.corpus.guess import Guess, look
+from mmlm.errors import ConfigError
+from mmlm.storage import write_bytes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the amount and kind of data suggest."""
+
+    batch: int
+    steps: int
+    student_steps: int
+    width: int
+    layers: int
+    vocab_size: int
+    max_len: int
+    image: dict[str, Any] | None
+    audio: dict[str, Any] | None
+
+
+def write_story(folder: Path, data: Path, name: str | None = None) -> list[str]:
+    """Write the story folder `folder` for the files at `data`. Returns what to tell the person, a line each.
+
+    Raises DataError when nothing there can be learnt from, ConfigError when `folder` is taken.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is already there and not empty", cure="give a new folder: nothing is overwritten")
+    guess = look(data)
+    if not guess.tasks:
+        raise ConfigError(f"no task can be seen in {data}", wanted="labels or answers", cure="name a label or answer column")
+    sizes = choose(guess)
+    title = name or _plain(folder.name)
+    files = {
+        "story.yaml": _story(title, guess),
+        "scan.yaml": _head("How your files become records. Check the roles of the columns here.", guess.scan),
+        "shard.yaml": _shard(sizes),
+        "train.yaml": _train(sizes, guess),
+        "distill.yaml": _distill(sizes, guess),
+        "evaluate.yaml": _head("Scores, intervals and the report. Nothing has to be set here.", {}),
+        "register.yaml": _head("Which model is registered, and what it has to beat.", {"model": "student"}),
+    }
+    for file, text in files.items():
+        write_bytes(folder / file, text.encode())
+    minutes = estimate_minutes(sizes)
+    return [
+        *guess.says,
+        f"wrote {folder}/ ({', '.join(files)}): every choice is commented there",
+        f"a run takes about {minutes:.0f} minute{'s' if minutes >= 1.5 else ''} on 2 cores: mmlm run {folder}",
+    ]
+
+
+def choose(guess: Guess) -> Sizes:
+    """Sizes for a model trained from nothing on 2 cores: small data get small pictures and few, repeated steps."""
+    records = max(1, guess.counts.get("records", 1))
+    image = audio = None
+    if "image" in guess.modalities:
+        side = float((guess.sizes.get("image_side") or {}).get("median") or 64)
+        size = 32 if side <= 48 or records < 3000 and side <= 96 else 64
+        image = {"size": size, "patch": 8, "channels": guess.sizes.get("channels") or 3, "resize": "pad"}
+    if "audio" in guess.modalities:
+        longest = float((guess.sizes.get("audio_seconds") or {}).get("p95") or 4)
+        audio = {"max_seconds": float(min(30, max(0.5, round(longest * 1.1, 1))))}
+        audio["frames_per_token"] = 8 if longest < 5 else 16
+    characters = float((guess.sizes.get("text_chars") or {}).get("p95") or 40)
+    places = (image["size"] // 8) ** 2 if image else 0
+    places += int(100 * audio["max_seconds"]) // audio["frames_per_token"] + 1 if audio else 0
+    words = int(min(1024, max(64, characters)))
+    max_len = -(-(places + words + 32) // 32) * 32
+    batch = 64 if records >= 500 else 32
+    steps = int(min(2000, max(400, 40 * records / batch)))
+    long = max_len > 400
+    return Sizes(
+        batch=batch, steps=steps // 2 if long else steps, student_steps=max(300, steps // (4 if long else 2)), width=128,
+        layers=3 if records >= 2000 else 2, vocab_size=1024 if characters > 60 else 400, max_len=max_len, image=image,
+        audio=audio,
+    )  # fmt: skip
+
+
+def estimate_minutes(sizes: Sizes) -> float:
+    """Rough minutes of a whole run on 2 cores: start-up plus steps at about 12 microseconds a position and layer pair."""
+    positions = min(sizes.max_len, 60 + sizes.max_len // 2)
+    step = sizes.batch * positions * sizes.layers / 2 * 12e-6
+    return (40 + (sizes.steps + 0.6 * sizes.student_steps) * step) / 60
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip("-") or "story"
+
+
+def _head(comment: str, content: dict[str, Any]) -> str:
+    body = yaml.safe_dump(content, allow_unicode=True, sort_keys=False, width=110) if content else ""
+    return "".join(f"# {line}\n" for line in comment.splitlines()) + body
+
+
+def _story(title: str, guess: Guess) -> str:
+    comment = "Written by `mmlm new`; yours to change.\n" + "\n".join(guess.says)
+    content = {"name": title, "about": guess.says[0] if guess.says else "", "data": os.path.abspath(guess.data)}
+    return _head(comment, content)
+
+
+def _shard(sizes: Sizes) -> str:
+    features: dict[str, Any] = {"tokenizer": {"vocab_size": sizes.vocab_size}, "max_len": sizes.max_len}
+    if sizes.image:
+        features["image"] = sizes.image
+    if sizes.audio:
+        features["audio"] = sizes.audio
+    comment = (
+        "What every record is turned into. Larger pictures (size, a multiple of patch) see more and cost more;\n"
+        "records longer than max_len, and files that cannot be read, go to shards/quarantine.parquet with a reason."
+    )
+    return _head(comment, {"features": features, "error_budget": 0.1})
+
+
+def _loop(sizes: Sizes, guess: Guess, steps: int) -> dict[str, Any]:
+    augment: dict[str, Any] = {}
+    if sizes.image:
+        augment["shift"] = max(1, sizes.image["size"] // 16)
+    if sizes.audio:
+        augment["time_mask"] = 0.1
+    data: dict[str, Any] = {"batch": sizes.batch, "modality_dropout": 0.3}
+    if augment:
+        data["augment"] = augment
+    return {"steps": steps, "seed": 0, "precision": "bf16", "optimizer": {"lr": 0.002}, "data": data}
+
+
+def _train(sizes: Sizes, guess: Guess) -> str:
+    model = {"width": sizes.width, "layers": sizes.layers, "heads": 4, "attention": "prefix", "dropout": 0.1}
+    comment = "The teacher. More steps or a wider model fit better and take longer; raise `steps` first."
+    return _head(comment, {**_loop(sizes, guess, sizes.steps), "model": model, "zero": {"stage": 2}})
+
+
+def _distill(sizes: Sizes, guess: Guess) -> str:
+    model = {"width": 80, "layers": sizes.layers, "heads": 4, "attention": "prefix", "mlp_width": 160}
+    comment = "The student, led by the teacher. Remove this file, and say `model: teacher` in register.yaml, to go without."
+    return _head(comment, {**_loop(sizes, guess, sizes.student_steps), "model": model, "temperature": 2.0, "task": 0.5})
+
+

@@ -1,0 +1,27 @@
+"""A fixture that scans what a test wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmlm.config import parse
+from mmlm.corpus.config import ScanConfig
+from mmlm.corpus.scan import scan
+from tests.corpus.samples import Scan, Scanned
+
+
+@pytest.fixture
+def scanned(tmp_path: Path) -> Scan:
+    """scanned(data, source, ...) → the manifest of one source, with a wide error budget unless said otherwise."""
+    made = 0
+
+    def make(data: Path, *sources: dict[str, Any], **settings: Any) -> Scanned:
+        nonlocal made
+        made += 1
+        config = parse(ScanConfig, {"error_budget": 1.0, **settings, "sources": list(sources)}, "test")
+        return Scanned(scan(config, data=data, out=tmp_path / f"manifest-{made}"))
+
+    return make

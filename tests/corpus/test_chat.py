@@ -1,0 +1,114 @@
+"""Chat messages of the usual dialects become records."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from mmlm.corpus.records import Record
+from tests.corpus.samples import Scan, png, wav, write_lines
+
+SOURCE = {"kind": "chat", "files": "c.jsonl", "task": "chat"}
+URI = "data:image/png;base64," + base64.b64encode(png(9)).decode()
+
+
+def parts(record: Record) -> list[tuple[str, str, str | None]]:
+    return [(p.kind, p.role, p.uri or p.text or ("inline" if p.data else None)) for p in record.parts]
+
+
+def turns(*content: Any) -> list[dict[str, Any]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(content)]
+
+
+def test_dialects(tmp_path: Path, scanned: Scan) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "b.png").write_bytes(png(2))
+    (tmp_path / "a.wav").write_bytes(wav(2))
+    sound = base64.b64encode(wav(4)).decode()
+    q = {"type": "text", "text": "What?"}
+    picture = {"type": "image", "image": "a.png"}
+    heard = {"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}}
+    rows = [
+        {"id": "plain", "messages": turns("What?", "A cat."), "label": "cat", "split": "validation", "group": "g"},
+        {"id": "parts", "messages": turns([picture, {"type": "audio", "audio": "a.wav"}, q], "x")},
+        {"id": "url", "messages": turns([{"type": "image_url", "image_url": {"url": URI}}, q], "x")},
+        {"id": "input", "messages": turns([heard, q], "x")},
+        {
+            "id": "gpt", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}],
+            "image": "a.png",
+        },
+        {
+            "id": "middle", "messages": turns("<image> or <image>, heard as <audio>?", "x"),
+            "images": ["a.png", "b.png"], "audios": ["a.wav"],
+        },
+        {"id": "list", "messages": turns("What?", "x"), "images": ["b.png"]},
+        {"id": "hole", "messages": turns([{"type": "image"}, q], "x"), "images": ["b.png"]},
+        {"id": "fields", "messages": turns([{"type": "fields", "fields": {"age": 3, "sex": "f", "bp": None}}, q], "x")},
+        {"id": "long", "messages": [{"role": "system", "content": "Be brief."}, *turns("Hello", "Hi", "What?", "x")]},
+        {"id": "class", "messages": turns("What?"), "label": 7, "task": "digit"},
+        {"id": "classes", "messages": turns("What?"), "labels": ["b", "a", "b"]},
+        {"id": "no list", "messages": turns("Is <image> a tag?", "Yes.")},
+    ]  # fmt: skip
+    write_lines(tmp_path / "c.jsonl", rows)
+    made = scanned(tmp_path, SOURCE)
+    assert not made.refused
+    r = made.records
+    question = ("text", "user", "What?")
+    assert (r["plain"].target.text, r["plain"].target.label, r["plain"].split, r["plain"].group) == (
+        "A cat.",
+        "cat",
+        "val",
+        "g",
+    )
+    assert parts(r["parts"]) == [("image", "user", "a.png"), ("audio", "user", "a.wav"), question]
+    assert parts(r["url"]) == [("image", "user", "inline"), question]
+    assert r["input"].parts[0].data == wav(4)
+    assert parts(r["gpt"]) == [("image", "user", "a.png"), question]
+    assert [p[2] for p in parts(r["middle"])] == ["a.png", "or", "b.png", ", heard as", "a.wav", "?"]
+    assert parts(r["list"]) == parts(r["hole"]) == [("image", "user", "b.png"), question]
+    assert r["fields"].parts[0].fields == {"age": 3.0, "sex": "f", "bp": None}
+    assert parts(r["long"]) == [
+        ("text", "system", "Be brief."), ("text", "context", "Hello"), ("text", "context", "Hi"), question,
+    ]  # fmt: skip
+    assert (r["class"].task, r["class"].target.label, r["class"].target.text) == ("digit", "7", None)
+    assert r["classes"].target.labels == ("a", "b")
+    assert parts(r["no list"]) == [("text", "user", "Is <image> a tag?")]
+
+
+def test_refusals(tmp_path: Path, scanned: Scan) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    rows: list[Any] = [
+        {"id": "good", "messages": turns("What?", "x")},
+        {"id": "no target", "messages": turns("What?")},
+        {"id": "no messages", "text": "What?"},
+        {"id": "empty", "messages": []},
+        {"id": "silent", "messages": turns("What?", " ")},
+        {"id": "no question", "messages": turns("", "x")},
+        {"id": "too few", "messages": turns("<image><image>", "x"), "images": ["a.png"]},
+        {"id": "too many", "messages": turns("<image>", "x"), "images": ["a.png", "a.png"]},
+        {"id": "role", "messages": [{"role": "wizard", "content": "x"}]},
+        {"id": "part", "messages": turns([{"type": "hologram"}], "x")},
+        {"id": "film", "messages": turns([{"type": "video", "video": "a.mp4"}], "x")},
+        {"id": "climbs", "messages": turns([{"type": "image", "image": "../a.png"}], "x")},
+        {"id": "number", "messages": turns(7, "x")},
+        {"id": "twice", "messages": "What?"},
+    ]
+    write_lines(tmp_path / "c.jsonl", rows)
+    made = scanned(tmp_path, SOURCE)
+    assert set(made.records) == {"good"}
+    assert {r["id"]: r["reason"] for r in made.refused} == {
+        "no target": "no_target", "no messages": "no_messages", "empty": "no_messages", "silent": "no_target",
+        "no question": "no_parts", "too few": "media_mismatch", "too many": "media_mismatch", "role": "bad_role",
+        "part": "unsupported_kind", "film": "unsupported_kind", "climbs": "unsafe_path", "number": "bad_row",
+        "twice": "no_messages",
+    }  # fmt: skip
+
+
+def test_media_lie_below_root(tmp_path: Path, scanned: Scan) -> None:
+    (tmp_path / "deep/media").mkdir(parents=True)
+    (tmp_path / "deep/media/a.png").write_bytes(png(1))
+    rows = [{"id": str(i), "messages": turns([{"type": "image", "image": "media/a.png"}], "x")} for i in range(3)]
+    write_lines(tmp_path / "deep/c.jsonl", rows)
+    made = scanned(tmp_path, {**SOURCE, "files": "**/*.jsonl", "root": "deep"})
+    assert made.records["0"].parts[0].uri == "deep/media/a.png"

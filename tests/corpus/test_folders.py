@@ -1,0 +1,95 @@
+"""Class folders become records."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tests.corpus.samples import Scan, png, wav
+
+SOURCE = {"kind": "folders"}
+
+
+def fill(folder: Path, names: dict[str, bytes]) -> None:
+    for name, data in names.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def test_pictures_sounds_and_texts(tmp_path: Path, scanned: Scan) -> None:
+    fill(
+        tmp_path,
+        {
+            "big cats/holiday 1.png": png(1),
+            "big cats/deeper/2.png": png(2),
+            "猫/叫.wav": wav(5),
+            "猫/note.txt": "一只猫".encode(),
+            "猫/no ending": png(3),
+            "猫/broken.png": b"\x89PNG broken",
+            "猫/silent.wav": wav(1, 0),
+            "猫/empty.txt": b" \n",
+            "猫/latin.txt": b"\xff\xfe\xfa",
+            "猫/table.xlsx": b"PK\x03\x04",
+            "猫/sound.png": wav(7),
+            "README.txt": b"about",
+            ".DS_Store": b"x",
+            "猫/.hidden.png": png(4),
+            "猫/Thumbs.db": b"x",
+            "__MACOSX/a/._1.png": b"x",
+        },
+    )
+    made = scanned(tmp_path, SOURCE)
+    labels = {i: r.target.label for i, r in made.records.items()}
+    assert labels == {
+        "big cats/holiday 1.png": "big cats", "big cats/deeper/2.png": "big cats",
+        "猫/叫.wav": "猫", "猫/note.txt": "猫", "猫/no ending": "猫",
+    }  # fmt: skip
+    assert made.reasons == {
+        "猫/broken.png": "unreadable_image", "猫/silent.wav": "empty_sound", "猫/empty.txt": "no_parts",
+        "猫/latin.txt": "bad_encoding", "猫/table.xlsx": "unknown_format", "猫/sound.png": "wrong_kind",
+        "README.txt": "no_class",
+    }  # fmt: skip
+    assert [p.kind for p in made.records["big cats/holiday 1.png"].parts] == ["image", "text"]
+    assert [p.text for p in made.records["猫/note.txt"].parts] == ["一只猫"]
+    task = made.artifact.extra["tasks"][0]
+    assert (task["name"], task["has_text"]) == ("category", False)
+
+
+def test_nested_classes(tmp_path: Path, scanned: Scan) -> None:
+    fill(
+        tmp_path, {f"data/birds/{name}/{i}.png": png(10 * i + len(name)) for i in range(3) for name in ("owl", "raven")}
+    )
+    made = scanned(tmp_path, {**SOURCE, "path": "data", "nested": True})
+    assert made.records["data/birds/owl/0.png"].target.label == "birds/owl"
+
+
+def test_given_splits_are_kept(tmp_path: Path, scanned: Scan) -> None:
+    names = {"train": "train", "valid": "val", "test": "test"}
+    fill(tmp_path, {f"{s}/{c}/{i}.png": png(hash_of(s, c, i)) for s in names for c in "ab" for i in range(3)})
+    made = scanned(tmp_path, SOURCE)
+    assert all(r.split == names[i.split("/")[0]] for i, r in made.records.items())
+    assert {r.target.label for r in made.records.values()} == {"a", "b"}
+
+
+def hash_of(*words: object) -> int:
+    return sum(ord(c) * 31**i for i, c in enumerate("".join(map(str, words)))) % 2**31
+
+
+def test_identical_pictures_never_cross_splits(tmp_path: Path, scanned: Scan) -> None:
+    fill(tmp_path, {f"{c}/{i}.png": png(i % 10) for c in "ab" for i in range(40)})
+    made = scanned(tmp_path, SOURCE)
+    by_group: dict[str, set[str]] = {}
+    for record in made.records.values():
+        by_group.setdefault(record.group, set()).add(record.split)
+    assert len(by_group) == 10
+    assert all(len(s) == 1 for s in by_group.values())
+
+
+def test_names_that_are_not_unicode_and_loops_of_links(tmp_path: Path, scanned: Scan) -> None:
+    fill(tmp_path, {"a/1.png": png(1), "b/2.png": png(2)})
+    (tmp_path / "a/round").symlink_to(tmp_path)
+    with open(os.fsencode(tmp_path) + b"/a/\xff.png", "wb") as f:
+        f.write(png(3))
+    made = scanned(tmp_path, SOURCE)
+    assert set(made.records) == {"a/1.png", "b/2.png"}
+    assert [r["reason"] for r in made.refused] == ["bad_name"]

@@ -1,0 +1,181 @@
+"""Somebody's files, looked at; and what was guessed is scanned."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmlm.corpus.guess import Guess, look
+from mmlm.errors import DataError
+from tests.corpus.samples import Scan, Scanned, png, wav, write_lines
+from tests.corpus.test_folders import fill
+
+
+def scan_guess(guess: Guess, scanned: Scan) -> Scanned:
+    return scanned(guess.data, *guess.scan["sources"])
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_class_folders(tmp_path: Path, scanned: Scan) -> None:
+    fill(
+        tmp_path,
+        {f"{c}/holiday {i}.png": png(i + 100 * len(c), 32) for c in ("even", "odd ones", "猫") for i in range(8)},
+    )
+    fill(tmp_path, {"even/broken.png": b"\x89PNG broken", "notes.json": b"{}"})
+    guess = look(tmp_path)
+    assert (guess.form, guess.tasks, guess.modalities) == (
+        "folders",
+        {"category": ["even", "odd ones", "猫"]},
+        ("image", "text"),
+    )
+    assert guess.sizes["image_side"]["median"] == 32
+    assert guess.sizes["channels"] == 1
+    assert any("3 class folders" in s for s in guess.says)
+    assert any("cannot be read" in s for s in guess.says)
+    made = scan_guess(guess, scanned)
+    assert made.counts["kept"] == 24
+
+
+def test_class_folders_below_splits_with_sounds(tmp_path: Path) -> None:
+    fill(tmp_path, {f"{s}/{c}/{i}.wav": wav(i) for s in ("train", "test") for c in "ab" for i in range(3)})
+    guess = look(tmp_path)
+    assert guess.tasks == {"category": ["a", "b"]}
+    assert guess.counts["train"] == 6
+    assert guess.sizes["audio_seconds"]["median"] == pytest.approx(0.1)
+
+
+def test_a_table_of_reviews(tmp_path: Path, scanned: Scan) -> None:
+    rows = [
+        {
+            "review_id": i,
+            "review": f"I thought that number {i} was rather fine",
+            "sentiment": ("pos", "neg")[i % 2],
+            "stars": i % 5,
+        }
+        for i in range(40)
+    ]
+    guess = look(write_csv(tmp_path / "reviews.csv", rows))
+    assert guess.tasks == {"sentiment": ["neg", "pos"]}
+    ask = guess.scan["sources"][0]["ask"][0]
+    assert (ask["text"], ask["label"]) == ("review", "sentiment")
+    assert scan_guess(guess, scanned).counts["kept"] == 40
+
+
+def test_a_folder_with_a_table_and_its_media(tmp_path: Path, scanned: Scan) -> None:
+    fill(tmp_path, {f"pics/{i}.png": png(i, 16) for i in range(20)} | {f"snd/{i}.wav": wav(i + 1) for i in range(20)})
+    rows = [
+        {"uid": f"u{i}", "file": f"pics/{i}.png", "sound": f"snd/{i}.wav", "species": ("owl", "crow")[i % 2],
+         "weight": i / 3, "set": "train"}
+        for i in range(20)
+    ]  # fmt: skip
+    write_csv(tmp_path / "index.csv", rows)
+    guess = look(tmp_path)
+    assert (guess.form, guess.modalities) == ("table", ("audio", "fields", "image", "text"))
+    assert guess.tasks == {"species": ["crow", "owl"]}
+    columns = guess.scan["sources"][0]["map"]
+    assert columns == {"image": "file", "audio": "sound", "split": "set", "id": "uid", "fields": {"weight": "weight"}}
+    assert scan_guess(guess, scanned).counts["kept"] == 20
+
+
+def test_media_paths_may_be_relative_to_a_folder_of_media(tmp_path: Path, scanned: Scan) -> None:
+    fill(tmp_path, {f"images/{i}.png": png(i) for i in range(8)})
+    write_csv(tmp_path / "labels.csv", [{"filename": f"{i}.png", "label": i % 2} for i in range(8)])
+    guess = look(tmp_path / "labels.csv")
+    assert guess.scan["sources"][0]["root"] == "images"
+    assert scan_guess(guess, scanned).counts["kept"] == 8
+
+
+def test_tables_per_split(tmp_path: Path, scanned: Scan) -> None:
+    for name, n in (("train", 20), ("test", 6)):
+        write_csv(
+            tmp_path / f"{name}.csv", [{"text": f"this is {name} text {i}", "label": "ab"[i % 2]} for i in range(n)]
+        )
+    made = scan_guess(look(tmp_path), scanned)
+    assert made.counts["test"] == 6
+    assert made.counts["val"] > 0
+
+
+def test_questions_and_answers(tmp_path: Path, scanned: Scan) -> None:
+    rows = [{"question": f"what is {i}?", "answer": f"it is the number {i}"} for i in range(12)]
+    (tmp_path / "qa.json").write_text(json.dumps({"data": rows}))
+    guess = look(tmp_path / "qa.json")
+    assert guess.tasks == {"answer": []}
+    made = scan_guess(guess, scanned)
+    assert made.artifact.extra["tasks"][0]["has_text"]
+
+
+def test_records_of_numbers(tmp_path: Path, scanned: Scan) -> None:
+    rows = [
+        {"patient": f"p{i // 2}", "age": 20 + i, "bmi": 20 + i / 7, "sex": "mf"[i % 2], "outcome": i % 2}
+        for i in range(30)
+    ]
+    guess = look(write_csv(tmp_path / "t.csv", rows))
+    source = guess.scan["sources"][0]
+    assert guess.tasks == {"outcome": ["0", "1"]}
+    assert source["map"]["group"] == "patient"
+    assert set(source["map"]["fields"]) == {"age", "bmi", "sex"}
+    assert scan_guess(guess, scanned).counts["kept"] == 30
+
+
+def test_chat_messages(tmp_path: Path, scanned: Scan) -> None:
+    fill(tmp_path, {f"m/{i}.png": png(i) for i in range(6)})
+    rows = [
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": f"m/{i}.png"},
+                                                   {"type": "text", "text": "What?"}]},
+                      {"role": "assistant", "content": f"answer {i}"}]}
+        for i in range(6)
+    ]  # fmt: skip
+    guess = look(write_lines(tmp_path / "chat.jsonl", rows))
+    assert (guess.form, guess.modalities, guess.tasks) == ("chat", ("image", "text"), {"answer": []})
+    assert scan_guess(guess, scanned).counts["kept"] == 6
+
+
+def test_nested_json(tmp_path: Path, scanned: Scan) -> None:
+    fill(tmp_path, {f"x/{i}.png": png(i) for i in range(10)})
+    rows = [
+        {"id": i, "image": f"x/{i}.png", "meta": {"age": i + 0.5}, "audio": [], "label": "ab"[i % 2]} for i in range(10)
+    ]
+    guess = look(write_lines(tmp_path / "t.jsonl", rows))
+    assert guess.scan["sources"][0]["map"]["fields"] == {"meta_age": "meta.age"}
+    assert scan_guess(guess, scanned).counts["kept"] == 10
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({}, "empty folder"),
+        ({"a.png": b"x"}, "no class folder"),
+        ({"one/a.png": b"x"}, "single class folder"),
+        ({"a/1.xyz": b"x", "b/2.xyz": b"x"}, "no class folder"),
+        ({"a/1.png": b"x", "b/2.png": b"x"}, "none of the files"),
+        ({"t.csv": b"a,b\n"}, "no rows"),
+        ({"t.csv": b"x,y\n1.5,2.5\n2.5,3.5\n"}, "no column to be answered"),
+        ({"a.csv": b"x,label\n1,2\n", "b.csv": b"x,label\n1,2\n"}, "2 tables"),
+        ({"t.csv": b"image,label\n1.png,a\n2.png,b\n3.png,a\n4.png,b\n"}, "not below"),
+        ({"t.csv": b"x,target\n" + b"".join(b"%d,%d.5\n" % (i, i) for i in range(30))}, "different numbers"),
+    ],
+)
+def test_what_cannot_be_learnt_from_is_told(tmp_path: Path, files: dict[str, bytes], told: str) -> None:
+    fill(tmp_path, files)
+    with pytest.raises(DataError, match=told):
+        look(tmp_path)
+
+
+def test_other_things(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing at"):
+        look(tmp_path / "nowhere")
+    (tmp_path / "song.mid").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"ends in \.mid"):
+        look(tmp_path / "song.mid")

@@ -1,0 +1,137 @@
+"""Training on real ranks over gloo, against a plain PyTorch loop and against itself after a stop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmlm import artifacts
+from mmlm.artifacts import Artifact
+from mmlm.config import parse
+from mmlm.data.loader import Loader
+from mmlm.errors import ArtifactError
+from mmlm.features import spec as feature_spec
+from mmlm.launch.local import ranks
+from mmlm.tracking import NullTracker
+from mmlm.train import checkpoint, weights
+from mmlm.train.config import ScheduleConfig, TrainConfig
+from mmlm.train.loop import learning_rate
+from mmlm.train.objectives import Answering
+from mmlm.train.train import train
+from mmlm.world import World
+
+SMALL: dict[str, Any] = {
+    "steps": 4,
+    "save_every": 2,
+    "keep": 3,
+    "log_every": 1,
+    "model": {"width": 32, "layers": 1, "heads": 2, "attention": "prefix"},
+    "data": {"batch": 16},
+}
+
+
+def run(shards: Artifact, out: Path, count: int, **changes: Any) -> Artifact:
+    config = parse(TrainConfig, {**SMALL, **changes}, "test")
+    return train(config, shards, out=out, launch=ranks(count), tracker=NullTracker())
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["metrics"]["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(keypad_shards: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return run(keypad_shards, tmp_path_factory.mktemp("two") / "model", 2)
+
+
+def test_two_ranks_equal_one_on_the_same_global_batch(two_ranks: Artifact, keypad_shards: Artifact, tmp_path: Path):
+    alone = run(keypad_shards, tmp_path / "model", 1)
+    assert two_ranks.counts["ranks"] == 2 and alone.counts["ranks"] == 1
+    assert losses(alone.path) == pytest.approx(losses(two_ranks.path), rel=2**-8)  # bf16 keeps 8 bits
+
+
+def test_two_steps_and_two_more_after_a_stop_equal_four(two_ranks: Artifact, keypad_shards: Artifact, tmp_path: Path):
+    out = tmp_path / "model"
+    shutil.copytree(two_ranks.path, out)
+    (out / "artifact.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "step-00000004")
+    (out / artifacts.WORK).write_text(json.dumps({"fingerprint": two_ranks.fingerprint}))
+    resumed = run(keypad_shards, out, 2)
+    assert losses(out) == losses(two_ranks.path)  # the same number of ranks: bit by bit
+    assert resumed.digest == two_ranks.digest
+
+
+def test_float32_on_two_ranks_equals_plain_pytorch(keypad_shards: Artifact, tmp_path: Path):
+    made = run(keypad_shards, tmp_path / "model", 2, precision="fp32", zero={"stage": 1})
+    config = parse(TrainConfig, SMALL, "test")
+    spec = feature_spec.load(keypad_shards.path)
+    torch.manual_seed(config.seed)
+    model = weights.build(config.model, spec)
+    decayed = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    others = [p for p in model.parameters() if not any(p is d for d in decayed)]
+    groups = [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(config.optimizer.beta1, config.optimizer.beta2))
+    loader, objective = Loader(keypad_shards.path, config.data, config.seed, World()), Answering(config.loss, spec)
+    expected = []
+    for step in range(config.steps):
+        terms = objective(model, loader.batch(step))
+        loss = torch.stack([t.sum * (t.weight / t.count) for t in terms.values()]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
+        optimizer.step()
+        expected.append(loss.item())
+    assert losses(made.path) == pytest.approx(expected, rel=1e-4)
+    stored = weights.load_model(made.path, spec).state_dict()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(stored[name], parameter, atol=2e-4), name
+
+
+def test_the_same_config_again_is_left_untouched(two_ranks: Artifact, keypad_shards: Artifact):
+    before = (two_ranks.path / "artifact.json").stat().st_mtime_ns
+    assert run(keypad_shards, two_ranks.path, 1).digest == two_ranks.digest
+    assert (two_ranks.path / "artifact.json").stat().st_mtime_ns == before
+
+
+def test_another_config_in_the_same_folder_is_refused(two_ranks: Artifact, keypad_shards: Artifact):
+    with pytest.raises(ArtifactError, match="another config"):
+        run(keypad_shards, two_ranks.path, 2, seed=1)
+
+
+def test_a_damaged_checkpoint_is_passed_over(two_ranks: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_ranks.path / "checkpoints", folder)
+    newest = checkpoint.newest(folder)
+    assert newest is not None and newest.step == 4
+    path = folder / "step-00000004" / "weight.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    older = checkpoint.newest(folder)
+    assert older is not None and older.step == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_feature_spec_is_refused(two_ranks: Artifact, keypad_shards: Artifact):
+    ours = feature_spec.load(two_ranks.path)
+    feature_spec.require_same(ours, feature_spec.load(keypad_shards.path))
+    other = ours.model_copy(update={"tokenizer_digest": "f" * 64})
+    with pytest.raises(ArtifactError, match="tokenizer"):
+        feature_spec.require_same(ours, other)
+    smaller = ours.model_copy(update={"max_len": 12})
+    with pytest.raises(ArtifactError, match="max_len"):
+        feature_spec.require_same(ours, smaller)
+
+
+def test_schedule_rises_then_falls_to_its_floor():
+    rates = [learning_rate(s, 100, 1.0, ScheduleConfig(warmup=0.1, floor=0.05)) for s in range(100)]
+    assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert rates[-1] == pytest.approx(0.05, abs=0.002)
