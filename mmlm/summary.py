@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from mmlm.config import blank_credentials
+from mmlm.features.spec import SPECIAL_TOKENS
 from mmlm.storage import write_json
 from mmlm.story import Places, Stage, Story, checkpoints, noun
 
@@ -101,31 +102,32 @@ def write(story: Story, places: Places, stages: Sequence[Stage], seconds: float,
 
 def table(summary: dict[str, Any], out: Path) -> str:
     """Stages, scores, some answers, and where to look, for a terminal."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    # a pipe has no width of its own; 100 columns keep the tables whole there
-    console = Console(width=None if os.isatty(1) else 100, force_terminal=False, record=True, file=open(os.devnull, "w"))
-    stages = Table(title=f"{summary['story']}: stages", title_justify="left")
+    # the tables keep their width in a pipe and in a narrow window alike: wrapped numbers cannot be read
+    console = Console(width=140, force_terminal=False, record=True, file=open(os.devnull, "w"))
+    stages = Table(title=f"{summary['story']}: stages", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("stage", "seconds", "counts"):
         stages.add_column(name, justify="right" if name == "seconds" else "left")
     for row in summary["stages"]:
         counts = ", ".join(f"{k} {v:,}" for k, v in row["counts"].items() if isinstance(v, int))
         stages.add_row(row["name"], "already there" if row["skipped"] else f"{row['seconds']:.1f}", counts)
     console.print(stages)
-    scores = Table(title="scores on the test split, with 95 % intervals", title_justify="left")
+    scores = Table(title="scores on the test split [95 % interval]", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("task", "metric", "given"):
-        scores.add_column(name)
+        scores.add_column(name, no_wrap=True)
     names = list(dict.fromkeys(r["model"] for r in summary["scores"]))
     for name in names:
-        scores.add_column(name, justify="right")
+        scores.add_column(name, justify="right", no_wrap=True)
     for key, cells in _rows(summary["scores"]).items():
         scores.add_row(*key, *(cells.get(n, "") for n in names))
     console.print(scores)
     text = console.export_text()
     sizes = ", ".join(f"{name} {m['parameters']:,}" for name, m in summary["models"].items())
     shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
-    lines = [text.rstrip(), f"parameters: {sizes}", *examples(out / "report" / "predictions.parquet")]
+    lines = [text.rstrip(), f"parameters: {sizes}", *examples(out)]
     if all(row["skipped"] for row in summary["stages"]):
         lines.append("nothing was recomputed: every stage was already there")
     lines += [
@@ -139,26 +141,35 @@ def table(summary: dict[str, Any], out: Path) -> str:
 
 
 def _rows(scores: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, str]]:
-    """(task, metric, given) → model → value with its interval; the headline metrics over all languages."""
-    headline = ("accuracy", "f1_macro", "exact_match", "chrf")
+    """(task, metric, given) → model → value with its interval: accuracy where there are classes, else text scores."""
+    chosen = [r for r in scores if r["lang"] == "all" and r["split"] == "test"]
+    classed = {r["task"] for r in chosen if r["metric"] == "accuracy"}
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
-    for r in scores:
-        if r["metric"] in headline and r["lang"] == "all" and r["split"] == "test":
-            cell = f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
+    for r in chosen:
+        if r["metric"] == "accuracy" or r["task"] not in classed and r["metric"] in ("exact_match", "chrf"):
+            digits = 1 if r["metric"] == "chrf" else 3
+            cell = f"{r['value']:.{digits}f} [{r['low']:.{digits}f}, {r['high']:.{digits}f}]"
             rows.setdefault((r["task"], r["metric"], r["modalities"]), {})[r["model"]] = cell
     return rows
 
 
-def examples(path: Path, count: int = 5) -> list[str]:
-    """A few questions of the test split with the answers that were given."""
-    rows = pq.read_table(path).to_pylist() if path.exists() else []
-    models = {r["model"] for r in rows}
-    model = "student" if "student" in models else "teacher"
-    chosen = [r for r in rows if r["model"] == model]
-    widest = max((len(r["given"]) for r in chosen), default=0)
-    chosen = [r for r in chosen if len(r["given"]) == widest]
-    lines = ["some of its answers:"] if chosen else []
-    for row in chosen[:: max(1, len(chosen) // count)][:count]:
-        mark = "✓" if row["correct"] else "✗"
-        lines.append(f"  {mark} {row.get('question') or row['task']}  →  {row['answer']}   (wanted: {row['expected']})")
+def examples(out: Path, count: int = 5) -> list[str]:
+    """A few questions of the test split with the answers that were given, everything being shown to the model."""
+    from mmlm.data.reader import ShardReader
+    from mmlm.features.text import Tokenizer
+
+    rows = pq.read_table(out / "report" / "predictions.parquet").to_pylist()
+    model = "student" if any(r["model"] == "student" for r in rows) else "teacher"
+    widest = max((len(r["given"]) for r in rows if r["model"] == model), default=0)
+    reader, tokenizer = ShardReader(out / "shards", ("test",)), Tokenizer.load(out / "shards")
+    lines = ["some of its answers:"]
+    for number in range(0, len(reader), max(1, len(reader) // count)):
+        sample = reader[number]
+        row = next((r for r in rows if (r["id"], r["model"], len(r["given"])) == (sample.id, model, widest)), None)
+        if row is None or len(lines) > count:
+            continue
+        prompt = [int(t) for t in sample.tokens[: sample.answer_at] if t >= len(SPECIAL_TOKENS)]
+        shown = " + ".join(name for name in ("image", "audio", "fields") if name in sample.modalities)
+        mark = "✓" if row["answer"] == row["expected"] else "✗"
+        lines.append(f"  {mark} {tokenizer.decode(prompt).strip()} ({shown})  →  {row['answer']}   (wanted: {row['expected']})")
     return lines

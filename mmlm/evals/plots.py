@@ -32,7 +32,7 @@ MAX_CLASSES = 30
 def _figure(width: float, height: float) -> Iterator[tuple[Figure, Any]]:
     style: dict[Any, Any] = {
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-        "figure.constrained_layout.use": True, "savefig.facecolor": "white", "axes.titlesize": 10, "text.parse_math": False,
+        "figure.constrained_layout.use": True, "savefig.facecolor": "white", "text.parse_math": False,
     }  # fmt: skip
     with plt.rc_context(style):
         figure, axes = plt.subplots(figsize=(width, height), dpi=110)

@@ -248,7 +248,8 @@ def _examples(tables: Sequence[Answered], bench: Bench, reader: Samples, most: i
     cards = [_example(reader[f.at], f, p, bench) for f, p in chosen]
     return [
         f"<h3>Questions and answers of {escape(table.model)}</h3>",
-        f'<p class="soft">{wrong:,} of {len(pairs):,} are wrong; the surest of them come first.</p>',
+        f'<p class="soft">{wrong:,} of {len(pairs):,} are wrong; the surest of them come first. '
+        "Right and wrong go by the class where the task has classes.</p>",
         '<div class="examples">' + "".join(cards) + "</div>",
     ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+import os
 import re
 import threading
 import unicodedata
@@ -35,14 +36,15 @@ _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[^;,]*)*;base64,", 
 class Responder:
     """A checkpoint folder that answers people's questions. Safe to call from several threads."""
 
-    def __init__(self, folder: Path | str, device: str = "cpu") -> None:
-        self.answerer = Answerer(folder, device=device)
+    def __init__(self, folder: Path | str, device: str | None = None) -> None:
+        """`device`: such as `cuda`; absent: what MMLM_DEVICE names, else the CPU."""
+        self.answerer = Answerer(folder, device=device or os.environ.get("MMLM_DEVICE", "cpu"))
         self.spec: FeatureSpec = self.answerer.spec
         self._encoder = Encoder(self.spec, self.answerer.tokenizer)
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, model: str | Path, *, tracking_uri: str | None = None, device: str = "cpu") -> Responder:
+    def load(cls, model: str | Path, *, tracking_uri: str | None = None, device: str | None = None) -> Responder:
         """`model` is `models:/NAME@champion`, `models:/NAME/1`, `runs:/…`, or a folder: a checkpoint, an MLflow
         model, or the output of `mmlm run`. Raises ArtifactError when there is none."""
         from mmlm.publish.locate import checkpoint_folder

@@ -27,7 +27,7 @@ class MmlmModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Loads the checkpoint of the bundle on the CPU, or on the GPU that MMLM_DEVICE names."""
-        self.responder = Responder(context.artifacts["checkpoint"], os.environ.get("MMLM_DEVICE", "cpu"))
+        self.responder = Responder(context.artifacts["checkpoint"])
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         table = pd.DataFrame(model_input)

@@ -1,0 +1,59 @@
+"""What people see when something is wrong: one line, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmlm.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code, and everything that was said."""
+    try:
+        code = main(list(arguments))
+    except SystemExit as leaving:  # argparse
+        code = int(leaving.code or 0)
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["run", "nosuchstory"], "nosuchstory"),
+        (["run", "demmo"], "did you mean `demo`"),
+        (["run", "demo", "--set", "train.sede=1"], "did you mean `seed`"),
+        (["run", "demo", "--set", "trian.seed=1"], "did you mean `train`"),
+        (["run", "demo", "--set", "train.seed=abc"], "train.yaml: `seed` = 'abc'"),
+        (["run", "demo", "--set", "train.model.width=33"], "even multiple of heads"),
+        (["run", "demo", "--set", "nonsense"], "wanted key=value"),
+        (["verify", "."], "artifact.json"),
+        (["inspect", "gone"], "is not there"),
+        (["predict", "--model", "gone"], "nothing to answer"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_wrong_input_is_named_in_one_line(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    code, said = run(capsys, *arguments)
+    assert code == 2
+    assert named in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_all_problems_of_a_config_are_listed_at_once(capsys: pytest.CaptureFixture[str]):
+    code, said = run(capsys, "run", "demo", "--set", "train.sede=1", "--set", "train.steps=0", "--set", "shard.ray_form=1")
+    assert code == 2
+    assert all(key in said for key in ("sede", "steps", "ray_form"))
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
+    code, said = run(capsys, "--help")
+    assert code == 0
+    for verb in ("scan", "shard", "train", "distill", "evaluate", "register", "serve", "predict", "run", "new", "doctor"):
+        assert verb in said
