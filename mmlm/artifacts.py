@@ -78,7 +78,9 @@ def read(path: Path | str, kind: str | None = None) -> Artifact:
     except (FileNotFoundError, NotADirectoryError):
         state = "is not there" if not path.exists() else "is unfinished" if (path / WORK).exists() else f"has no {NAME}"
         raise ArtifactError(
-            f"{path} {state}", wanted=f"a finished {kind or 'noun'}", cure="run the stage that makes it, or check the path"
+            f"{path} {state}",
+            wanted=f"a finished {kind or 'noun'}",
+            cure="run the stage that makes it, or check the path",
         ) from None
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{path / NAME} cannot be read ({error})", cure="make the noun again") from None
@@ -123,7 +125,9 @@ def begin(
             raise ArtifactConflict(out, started.get("fingerprint", "unreadable"), wanted)
         work.run_id = started.get("run_id")
     elif out.exists() and any(out.iterdir()):
-        raise ArtifactError(f"{out} is not empty and holds no {kind}", cure="choose another --out: nothing is overwritten")
+        raise ArtifactError(
+            f"{out} is not empty and holds no {kind}", cure="choose another --out: nothing is overwritten"
+        )
     out.mkdir(parents=True, exist_ok=True)
     work.lock()
     work.note()

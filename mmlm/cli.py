@@ -118,11 +118,17 @@ def _story_flags(command: Any) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting, such as train.seed=1"
     )
-    command.add_argument("--tracking-uri", metavar="URI", help="MLflow (default: MLFLOW_TRACKING_URI, or sqlite in runs/)")
+    command.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow (default: MLFLOW_TRACKING_URI, or sqlite in runs/)"
+    )
     command.add_argument("--on", choices=["local", "ray"], default="local", help="here, or as a job of a Ray cluster")
-    command.add_argument("--address", metavar="URL", help="the Ray cluster's job address, such as http://127.0.0.1:8265")
+    command.add_argument(
+        "--address", metavar="URL", help="the Ray cluster's job address, such as http://127.0.0.1:8265"
+    )
     command.add_argument("--workers", type=int, metavar="N", help="processes that make shards (default: one a core)")
-    command.add_argument("--ranks", type=int, metavar="N", help="training processes (default: one a GPU, or 2 on a CPU)")
+    command.add_argument(
+        "--ranks", type=int, metavar="N", help="training processes (default: one a GPU, or 2 on a CPU)"
+    )
     command.add_argument("--stop-on-interrupt", action="store_true", help="with --on ray: Ctrl-C also stops the job")
     command.add_argument("--inside-ray", action="store_true", help=argparse.SUPPRESS)
 
@@ -130,7 +136,9 @@ def _story_flags(command: Any) -> None:
 def _people(commands: Any) -> None:
     new = _command(commands, "new", "look at somebody's files and write a story for them", _new)
     new.add_argument("story", type=Path, metavar="DIR", help="the story folder to write")
-    new.add_argument("--data", type=Path, required=True, metavar="PATH", help="a folder, CSV, JSON, JSONL or Parquet file")
+    new.add_argument(
+        "--data", type=Path, required=True, metavar="PATH", help="a folder, CSV, JSON, JSONL or Parquet file"
+    )
     new.add_argument("--name", help="the story's name (default: the folder's)")
 
     predict = _command(commands, "predict", "answer one question by flags, or many by --input", _predict)
@@ -228,11 +236,17 @@ def _submit(arguments: argparse.Namespace, verb: str) -> int:
 
     story = stories.load(arguments.story, arguments.set)
     out = (arguments.out or Path("runs") / story.name).resolve()
-    place = str(story.folder.resolve()) if story.folder.resolve().parent != stories.library().resolve() else arguments.story
+    place = (
+        str(story.folder.resolve()) if story.folder.resolve().parent != stories.library().resolve() else arguments.story
+    )
     command = [sys.executable, "-m", "mmlm.cli", verb, place, "--out", str(out), "--inside-ray"]
     if arguments.data:
         command += ["--data", str(arguments.data.resolve())]
-    uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+    uri = (
+        arguments.tracking_uri
+        or os.environ.get("MLFLOW_TRACKING_URI")
+        or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+    )
     command += ["--tracking-uri", uri]
     for override in arguments.set:
         command += ["--set", override]
@@ -294,7 +308,9 @@ def _questions(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             rows.append({"error": f"line {number} is not JSON ({error})"})
             continue
-        rows.append(row if isinstance(row, dict) and "error" not in row else {"error": f"line {number} is not an object"})
+        rows.append(
+            row if isinstance(row, dict) and "error" not in row else {"error": f"line {number} is not an object"}
+        )
     if not rows:
         raise ConfigError(f"{path} holds no questions", wanted='lines such as {"text": "…", "image": "…"}')
     return rows

@@ -38,7 +38,7 @@ def parse(kind: type[C], data: Any, where: str) -> C:
 
 
 def _problem(kind: type[Config], error: Any) -> str:
-    location = [p for p in error["loc"]]
+    location = list(error["loc"])
     key = ".".join(str(p) for p in location)
     if error["type"] == "extra_forbidden":
         parent = _model_at(kind, location[:-1])

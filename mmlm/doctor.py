@@ -34,7 +34,9 @@ def examine() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     disk = shutil.disk_usage(".").free
     if memory < 6e9:
-        problems.append(f"{memory / 1e9:.1f} GB of memory: the demo needs about 4, a training on your data may need more")
+        problems.append(
+            f"{memory / 1e9:.1f} GB of memory: the demo needs about 4, a training on your data may need more"
+        )
     if disk < 5e9:
         problems.append(f"{disk / 1e9:.1f} GB of disk are free: 5 are a safe beginning")
     return {
@@ -55,7 +57,10 @@ def examine() -> dict[str, Any]:
 def _gpus() -> list[str]:
     try:
         found = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"], capture_output=True, text=True, timeout=10
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return []

@@ -49,7 +49,10 @@ def words(found: dict[str, Any]) -> str:
     """`look`'s facts on a few lines."""
     if found["kind"] == "run":
         return "\n\n".join(words(noun) for noun in found["nouns"].values())
-    lines = [f"{found['kind']}  {found['path']}", f"  made {found['created']} in {found['seconds']:.1f} s by mmlm {found['code_version']}"]
+    lines = [
+        f"{found['kind']}  {found['path']}",
+        f"  made {found['created']} in {found['seconds']:.1f} s by mmlm {found['code_version']}",
+    ]
     lines.append(f"  fingerprint {found['fingerprint'][:16]}  digest {found['digest'][:16]}")
     for name, digest in found["parents"].items():
         lines.append(f"  from {name} {digest[:16]}")
@@ -60,9 +63,13 @@ def words(found: dict[str, Any]) -> str:
         if found.get(table):
             lines.append(f"  {table}: " + ", ".join(f"{reason} {n}" for reason, n in found[table].items()))
     if spec := found.get("feature_spec"):
-        lines.append(f"  vocabulary {spec['vocab_size']}, longest sequence {spec['max_len']}, image {spec['image']}, audio {spec['audio']}")
+        lines.append(
+            f"  vocabulary {spec['vocab_size']}, longest sequence {spec['max_len']}, image {spec['image']}, audio {spec['audio']}"
+        )
         for task in spec["tasks"]:
-            lines.append(f"  task {task['name']}: {len(task['labels'])} classes, languages {', '.join(task['langs']) or 'any'}")
+            lines.append(
+                f"  task {task['name']}: {len(task['labels'])} classes, languages {', '.join(task['langs']) or 'any'}"
+            )
     for row in found.get("scores", []):
         if row["lang"] == "all" and row["metric"] in ("accuracy", "exact_match", "chrf"):
             lines.append(

@@ -39,7 +39,9 @@ def write_story(folder: Path, data: Path, name: str | None = None) -> list[str]:
         raise ConfigError(f"{folder} is already there and not empty", cure="give a new folder: nothing is overwritten")
     guess = look(data)
     if not guess.tasks:
-        raise ConfigError(f"no task can be seen in {data}", wanted="labels or answers", cure="name a label or answer column")
+        raise ConfigError(
+            f"no task can be seen in {data}", wanted="labels or answers", cure="name a label or answer column"
+        )
     sizes = choose(guess)
     title = name or _plain(folder.name)
     files = {
@@ -67,17 +69,17 @@ def choose(guess: Guess) -> Sizes:
     image = audio = None
     if "image" in guess.modalities:
         side = float((guess.sizes.get("image_side") or {}).get("median") or 64)
-        size = 32 if side <= 48 or records < 3000 and side <= 96 else 64
+        size = 32 if side <= 48 or (records < 3000 and side <= 96) else 64
         image = {"size": size, "patch": 8, "channels": guess.sizes.get("channels") or 3, "resize": "pad"}
     if "audio" in guess.modalities:
         longest = float((guess.sizes.get("audio_seconds") or {}).get("p95") or 4)
         audio = {"max_seconds": float(min(30, max(0.5, round(longest * 1.1, 1))))}
         audio["frames_per_token"] = 8 if longest < 5 else 16
     characters = float((guess.sizes.get("text_chars") or {}).get("p95") or 40)
-    places = (image["size"] // 8) ** 2 if image else 0
-    places += int(100 * audio["max_seconds"]) // audio["frames_per_token"] + 1 if audio else 0
-    words = int(min(1024, max(64, characters)))
-    max_len = -(-(places + words + 32) // 32) * 32
+    places = int(min(1024, max(64, characters))) + 32
+    places += (int(image["size"]) // 8) ** 2 if image else 0
+    places += int(100 * float(audio["max_seconds"])) // int(audio["frames_per_token"]) + 1 if audio else 0
+    max_len = -(-places // 32) * 32
     batch = 64 if records >= 500 else 32
     steps = int(min(2000, max(400, 40 * records / batch)))
     long = max_len > 400
@@ -143,7 +145,7 @@ def _train(sizes: Sizes, guess: Guess) -> str:
 
 def _distill(sizes: Sizes, guess: Guess) -> str:
     model = {"width": 80, "layers": sizes.layers, "heads": 4, "attention": "prefix", "mlp_width": 160}
-    comment = "The student, led by the teacher. Remove this file, and say `model: teacher` in register.yaml, to go without."
+    comment = (
+        "The student, led by the teacher. Remove this file, and say `model: teacher` in register.yaml, to go without."
+    )
     return _head(comment, {**_loop(sizes, guess, sizes.student_steps), "model": model, "temperature": 2.0, "task": 0.5})
-
-

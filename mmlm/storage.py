@@ -84,7 +84,9 @@ def resolve(uri: str, root: Path | str) -> str:
     if is_remote(str(root)):
         return f"{str(root).rstrip('/')}/{uri}"
     if "\0" in uri or ".." in Path(uri).parts:
-        raise DataError(f"the path {uri!r} climbs out of the data folder", cure="give paths below --data, or absolute ones")
+        raise DataError(
+            f"the path {uri!r} climbs out of the data folder", cure="give paths below --data, or absolute ones"
+        )
     return str(Path(root) / uri)
 
 

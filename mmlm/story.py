@@ -7,6 +7,7 @@ others. What a run is stands in those files; where it runs (`Places`) is an argu
 from __future__ import annotations
 
 import difflib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -122,7 +123,9 @@ def find(name: str) -> Path:
         if (folder / "story.yaml").is_file():
             return folder
     if Path(name).is_dir():
-        raise ConfigError(f"{name} has no story.yaml", wanted="a story's folder", cure="`mmlm new DIR --data YOURS` writes one")
+        raise ConfigError(
+            f"{name} has no story.yaml", wanted="a story's folder", cure="`mmlm new DIR --data YOURS` writes one"
+        )
     close = difflib.get_close_matches(name, built_in(), 1, 0.5)
     hint = f"did you mean `{close[0]}`?" if close else "`mmlm new DIR --data YOURS` writes one"
     raise ConfigError(f"there is no story {name!r}", wanted=f"a folder, or one of {', '.join(built_in())}", cure=hint)
@@ -136,14 +139,18 @@ def load(name: str, overrides: list[str] | None = None) -> Story:
         if (folder / f"{part}.yaml").is_file():
             raw[part] = read_yaml(folder / f"{part}.yaml") or {}
         elif part != "distill":
-            raise ConfigError(f"{folder} has no {part}.yaml", cure=f"copy one from a built-in story: {library() / 'demo'}")
+            raise ConfigError(
+                f"{folder} has no {part}.yaml", cure=f"copy one from a built-in story: {library() / 'demo'}"
+            )
     for override in overrides or []:
         key, value = split_override(override)
         verb = key.split(".")[0]
         if verb not in VERBS or "." not in key:
             close = difflib.get_close_matches(verb, VERBS, 1, 0.5)
             hint = f", did you mean `{close[0]}`?" if close else ""
-            raise ConfigError(f"--set {override}: no stage `{verb}`{hint}", wanted="STAGE.key=value, such as train.seed=1")
+            raise ConfigError(
+                f"--set {override}: no stage `{verb}`{hint}", wanted="STAGE.key=value, such as train.seed=1"
+            )
         if verb not in raw:
             raise ConfigError(f"--set {override}: this story has no {verb}.yaml")
         apply_override(raw, key, value)
@@ -261,7 +268,7 @@ def run(story: Story, places: Places, say: Callable[[str], None]) -> list[Stage]
         started = time.time()
         path = places.out / NOUNS[verb] / artifacts.NAME
         say(f"{verb} …")
-        artifact, extra = settle(lambda verb=verb: perform(story, verb, places))
+        artifact, extra = settle(functools.partial(perform, story, verb, places))
         skipped = path.stat().st_mtime < started
         stages.append(Stage(verb, artifact, skipped, 0.0 if skipped else time.time() - started, extra))
         say(f"{verb}: {'already there' if skipped else f'{stages[-1].seconds:.1f} s'}  {describe(artifact.counts)}")
@@ -270,4 +277,6 @@ def run(story: Story, places: Places, say: Callable[[str], None]) -> list[Stage]
 
 def describe(counts: dict[str, Any]) -> str:
     """The figures of a stage on one line."""
-    return ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in counts.items() if isinstance(v, int | str))
+    return ", ".join(
+        f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in counts.items() if isinstance(v, int | str)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -107,7 +108,7 @@ def table(summary: dict[str, Any], out: Path) -> str:
     from rich.table import Table
 
     # the tables keep their width in a pipe and in a narrow window alike: wrapped numbers cannot be read
-    console = Console(width=140, force_terminal=False, record=True, file=open(os.devnull, "w"))
+    console = Console(width=140, force_terminal=False, record=True, file=io.StringIO())
     stages = Table(title=f"{summary['story']}: stages", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("stage", "seconds", "counts"):
         stages.add_column(name, justify="right" if name == "seconds" else "left")
@@ -146,7 +147,7 @@ def _rows(scores: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, 
     classed = {r["task"] for r in chosen if r["metric"] == "accuracy"}
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for r in chosen:
-        if r["metric"] == "accuracy" or r["task"] not in classed and r["metric"] in ("exact_match", "chrf"):
+        if r["metric"] == "accuracy" or (r["task"] not in classed and r["metric"] in ("exact_match", "chrf")):
             digits = 1 if r["metric"] == "chrf" else 3
             cell = f"{r['value']:.{digits}f} [{r['low']:.{digits}f}, {r['high']:.{digits}f}]"
             rows.setdefault((r["task"], r["metric"], r["modalities"]), {})[r["model"]] = cell
@@ -171,5 +172,7 @@ def examples(out: Path, count: int = 5) -> list[str]:
         prompt = [int(t) for t in sample.tokens[: sample.answer_at] if t >= len(SPECIAL_TOKENS)]
         shown = " + ".join(name for name in ("image", "audio", "fields") if name in sample.modalities)
         mark = "✓" if row["answer"] == row["expected"] else "✗"
-        lines.append(f"  {mark} {tokenizer.decode(prompt).strip()} ({shown})  →  {row['answer']}   (wanted: {row['expected']})")
+        lines.append(
+            f"  {mark} {tokenizer.decode(prompt).strip()} ({shown})  →  {row['answer']}   (wanted: {row['expected']})"
+        )
     return lines

@@ -99,6 +99,7 @@ class Run:
     def __init__(self, folder: Path, state: spool.State) -> None:
         self.folder, self.state = folder, state
         self._noun = False
+        self._named: set[str] = set()
 
     @property
     def run_id(self) -> str | None:
@@ -111,6 +112,7 @@ class Run:
             with contextlib.suppress(TypeError, ValueError):
                 numbers[store.metric_name(str(key))] = float(value)
         if numbers:
+            self._named |= set(numbers)
             with contextlib.suppress(OSError):
                 spool.append_metrics(self.folder, numbers, step)
 
@@ -136,8 +138,9 @@ class Run:
         self._noun = True
         row = artifact if isinstance(artifact, Mapping) else vars(artifact)
         self.tags({"digest": row["digest"], "kind": row["kind"], "mmlm.code_version": row["code_version"]})
-        self.metrics({f"count.{k}": v for k, v in row["counts"].items() if isinstance(v, (int, float))})
-        self.metrics({"seconds": row["seconds"]})
+        counts = {k: v for k, v in row["counts"].items() if isinstance(v, (int, float)) and k not in self._named}
+        # MLflow's page draws what stands before a slash as a section of its own, so that curves come first
+        self.metrics({**{f"counts/{k}": v for k, v in counts.items()}, "counts/seconds": row["seconds"]})
         self.artifact(self.folder / "artifact.json")
 
     def end(self, error: BaseException | None) -> None:
@@ -190,6 +193,8 @@ class Tracker:
         """The parent run's id, once the first stage has begun."""
         self._client: Any = None
         self._experiment = ""
+        self._figures: dict[str, float] = {}
+        """What the parent run shows: seconds of each stage, and the headline of the report."""
         self._key = hashlib.sha256(uri.encode()).hexdigest()[:16]
         self._note = self.out / ".tracking-parent.json"
 
@@ -301,6 +306,7 @@ class Tracker:
             run.end(None)
         finally:
             sender.finish()
+            self._figures |= _figures(name, work.path / "artifact.json")
             if state.dropped:
                 _log.warning("MLflow refused %d values of %s", state.dropped, name)
 
@@ -326,6 +332,8 @@ class Tracker:
             return
         self._remember(_status(error))
         try:
+            for name, value in self._figures.items():
+                self._client.log_metric(self.parent, name, value)
             if error is not None:
                 text = f"{type(error).__name__}: {error}" if not isinstance(error, MmlmError) else str(error)
                 self._client.set_tag(self.parent, "error", text[:4900])
@@ -334,3 +342,15 @@ class Tracker:
         except Exception as problem:
             _log.warning("the parent run stays open until the next start (%s)", str(problem).splitlines()[0][:160])
         self.parent = None
+
+
+def _figures(stage: str, path: Path) -> dict[str, float]:
+    """The few figures of a finished stage that stand for it in the parent run."""
+    figures: dict[str, float] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        figures[f"seconds/{stage}"] = float(row["seconds"])
+        for model, tasks in row["extra"].get("headline", {}).items():
+            for task, score in tasks.items():
+                figures[store.metric_name(f"{task} {score['metric']}/{model}")] = float(score["value"])
+    return figures

@@ -36,7 +36,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     ],
 )
 def test_wrong_input_is_named_in_one_line(
-    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.chdir(tmp_path)
     code, said = run(capsys, *arguments)
@@ -47,7 +51,9 @@ def test_wrong_input_is_named_in_one_line(
 
 
 def test_all_problems_of_a_config_are_listed_at_once(capsys: pytest.CaptureFixture[str]):
-    code, said = run(capsys, "run", "demo", "--set", "train.sede=1", "--set", "train.steps=0", "--set", "shard.ray_form=1")
+    code, said = run(
+        capsys, "run", "demo", "--set", "train.sede=1", "--set", "train.steps=0", "--set", "shard.ray_form=1"
+    )
     assert code == 2
     assert all(key in said for key in ("sede", "steps", "ray_form"))
 
@@ -55,5 +61,17 @@ def test_all_problems_of_a_config_are_listed_at_once(capsys: pytest.CaptureFixtu
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     code, said = run(capsys, "--help")
     assert code == 0
-    for verb in ("scan", "shard", "train", "distill", "evaluate", "register", "serve", "predict", "run", "new", "doctor"):
+    for verb in (
+        "scan",
+        "shard",
+        "train",
+        "distill",
+        "evaluate",
+        "register",
+        "serve",
+        "predict",
+        "run",
+        "new",
+        "doctor",
+    ):
         assert verb in said

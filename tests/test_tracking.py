@@ -75,7 +75,8 @@ def test_stages_are_nested_runs_with_params_curves_and_lineage(store: str, tmp_p
     assert shard.data.params["nested.zero.stage"] == "2"
     assert len(shard.data.params["nested.long"]) == 500
     assert [m.value for m in c.get_metric_history(shard.info.run_id, "loss")] == [1.0, 0.5]
-    assert shard.data.metrics["count.records"] == 7
+    assert shard.data.metrics["counts/records"] == 7
+    assert c.get_run(parent).data.metrics.keys() == {"seconds/scan", "seconds/shard"}
     assert shard.data.tags["digest"] == artifacts.read(tmp_path / "shard").digest
     assert {f.path for f in c.list_artifacts(shard.info.run_id)} == {"note.txt", "artifact.json"}
     assert not (tmp_path / ".tracking-parent.json").exists()

@@ -90,10 +90,19 @@ def collate(samples: Sequence[Sample], spec: FeatureSpec, *, pad_left: bool = Fa
     values, value_at = _values(samples, spec)
     names = {t.name: n for n, t in enumerate(spec.tasks)}
     return Batch(
-        *(torch.from_numpy(x) for x in (tokens, valid, prompt, target, answer_at)),
-        torch.tensor([_label(s, spec, offsets) for s in samples]),
-        torch.tensor([names.get(s.task, -1) for s in samples]),
-        *(torch.from_numpy(x) for x in (patches, patch_at, mels, mel_at, values, value_at)),
+        tokens_BT=torch.from_numpy(tokens),
+        valid_BT=torch.from_numpy(valid),
+        prompt_BT=torch.from_numpy(prompt),
+        target_BT=torch.from_numpy(target),
+        answer_at_B=torch.from_numpy(answer_at),
+        label_B=torch.tensor([_label(s, spec, offsets) for s in samples]),
+        task_B=torch.tensor([names.get(s.task, -1) for s in samples]),
+        patches_PD=torch.from_numpy(patches),
+        patch_at_P=torch.from_numpy(patch_at),
+        mels_MD=torch.from_numpy(mels),
+        mel_at_M=torch.from_numpy(mel_at),
+        values_K=torch.from_numpy(values),
+        value_at_K=torch.from_numpy(value_at),
     )
 
 
@@ -170,5 +179,3 @@ def _values(samples: Sequence[Sample], spec: FeatureSpec) -> tuple[np.ndarray, n
                     values.append(1.0)
                     at.append(rows[(name, "missing")])
     return np.array(values, np.float32), np.array(at, np.int64)
-
-

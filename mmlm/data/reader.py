@@ -27,7 +27,9 @@ class ShardReader:
         self.path = Path(path)
         self.artifact = artifacts.read(self.path, "shards")
         self.spec = feature_spec.load(self.path)
-        rows = [r for r in pq.read_table(self.path / "manifest.parquet").to_pylist() if r["split"] in splits and r["path"]]
+        rows = [
+            r for r in pq.read_table(self.path / "manifest.parquet").to_pylist() if r["split"] in splits and r["path"]
+        ]
         self._maps: dict[int, mmap.mmap] = {}
         self._tars = [self.path / row["path"] for row in rows]
         self._members: list[tuple[int, list[tuple[str, int, int]]]] = []
@@ -64,7 +66,7 @@ class ShardReader:
         """The task of every sample, without decoding media."""
         names = []
         for number, members in self._members:
-            ext, offset, size = next(m for m in members if m[0] == "json")
+            _, offset, size = next(m for m in members if m[0] == "json")
             names.append(codec.task_of(self._open(number)[offset : offset + size]))
         return names
 
@@ -75,7 +77,8 @@ class ShardReader:
                     self._maps[number] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
                 raise ArtifactError(
-                    f"the shard {self._tars[number]} cannot be read ({error})", cure="run `mmlm verify` on the shard set"
+                    f"the shard {self._tars[number]} cannot be read ({error})",
+                    cure="run `mmlm verify` on the shard set",
                 ) from None
         return self._maps[number]
 

@@ -10,7 +10,9 @@ from mmlm.model.transformer import FusedTransformer, Inputs
 
 
 @torch.no_grad()
-def generate(model: FusedTransformer, prompts: Inputs, limit: int) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
+def generate(
+    model: FusedTransformer, prompts: Inputs, limit: int
+) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
     """Answers to left-padded prompts that all end with `<answer>`.
 
     Returns the token ids of each answer without `<eos>`, the summed log-probability of each answer (B,), and the

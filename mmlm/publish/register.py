@@ -70,7 +70,7 @@ def register(
             },
         )  # fmt: skip
         numbers = ("value", "champion_value", "difference", "low", "high", "probability_better")
-        run.metrics({f"gate.{k}": verdict[k] for k in numbers if verdict[k] is not None})
+        run.metrics({f"gate/{k}": verdict[k] for k in numbers if verdict[k] is not None})
         run.tags({"model_version": f"{name}/{version.version}", "promoted": promoted, "reason": verdict["reason"]})
         run.artifact(work.path / "gate.json")
         run.artifact(work.path / FILE)

@@ -10,11 +10,15 @@ import contextlib
 import logging
 import os
 import signal
+import tempfile
 import threading
+import uuid
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from mmlm.errors import LaunchError, MmlmError
+from mmlm.shards import reaper
 from mmlm.shards.plan import Unit
 from mmlm.shards.write import UnitWriter, Written
 
@@ -79,38 +83,52 @@ def _session(workers: int, address: str | None) -> Iterator[None]:
     if ray.is_initialized():  # somebody else's session: used, not closed
         yield
         return
-    # Ray puts its own SIGTERM handler in place of ours, which would leave without the cleaning up below.
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM) if main else None
-    try:
+    with _nothing_left() if not address else contextlib.nullcontext() as folder:
         try:
-            _start(workers, address)
+            _start(workers, address, folder)
+            yield
         finally:
-            if main:
-                signal.signal(signal.SIGTERM, handler)
-        yield
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _nothing_left() -> Iterator[Path]:
+    """A folder for a session's files; it and every process of the session are gone afterwards, come what may."""
+    # /tmp and not the user's TMPDIR: the paths of Ray's sockets may have 107 characters at most
+    folder = Path(tempfile.mkdtemp(prefix="mmlm-ray-", dir="/tmp"))
+    tag = uuid.uuid4().hex
+    process = reaper.start(tag, folder)
+    os.environ[reaper.TAG] = tag
+    try:
+        yield folder
     finally:
-        ray.shutdown()
+        os.environ.pop(reaper.TAG, None)
+        reaper.finish(process)
 
 
-def _start(workers: int, address: str | None) -> None:
+def _start(workers: int, address: str | None, folder: Path | None) -> None:
     import ray
 
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    handler = signal.getsignal(signal.SIGTERM)  # Ray would put its own in place of the caller's
     try:
-        if address:
+        if address:  # inside a Ray job, the job's own cluster
             ray.init(address=None if "RAY_JOB_ID" in os.environ else address, **common)
-        else:
-            # Without an address a stale "current cluster" file of another session would be followed.
+        else:  # "local": a stale note of another session's cluster would be followed otherwise
             ray.init(
-                address="local", num_cpus=workers, include_dashboard=False, object_store_memory=STORE_BYTES, **common
-            )
+                address="local", num_cpus=workers, include_dashboard=False, object_store_memory=STORE_BYTES,
+                _temp_dir=str(folder), **common,
+            )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         first = str(error).strip().split("\n", 1)[0]
-        where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+        if address:
+            raise LaunchError(
+                f"the Ray cluster at {address} cannot be reached ({first})",
+                cure="check --address, or leave it out to work on this machine",
+            ) from None
         raise LaunchError(
-            f"{where} does not start ({first})" if not address else f"{where} cannot be reached ({first})",
-            cure="check --address, or leave it out to work on this machine"
-            if address
-            else "`mmlm doctor` says what is missing",
+            f"Ray does not start on this machine ({first})", cure="`mmlm doctor` says what is missing"
         ) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)

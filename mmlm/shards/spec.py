@@ -56,7 +56,9 @@ def _read_tasks(manifest: Artifact) -> tuple[list[TaskSpec], set[str]]:
     given = manifest.extra.get("tasks") or {}
     rows = given if isinstance(given, list) else [{"name": name, **value} for name, value in given.items()]
     tasks = [TaskSpec(**{key: value for key, value in row.items() if key in known}) for row in rows]
-    kinds = {part["kind"] for row in read_rows(manifest.path, columns=["parts.list.element.kind"]) for part in row["parts"]}
+    kinds = {
+        part["kind"] for row in read_rows(manifest.path, columns=["parts.list.element.kind"]) for part in row["parts"]
+    }
     return sorted(tasks, key=lambda task: task.name), kinds
 
 

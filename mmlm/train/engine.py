@@ -168,7 +168,9 @@ class DeepSpeedEngine:
     def _refresh(self) -> None:
         """Let the low-precision weights that the forward pass reads follow the float32 ones that were just set."""
         if hasattr(self.optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
-            flat = zip(self.optimizer.fp16_partitioned_groups_flat, self.optimizer.fp32_partitioned_groups_flat, strict=True)
+            flat = zip(
+                self.optimizer.fp16_partitioned_groups_flat, self.optimizer.fp32_partitioned_groups_flat, strict=True
+            )
             for number, (low, full) in enumerate(flat):
                 low.data.copy_(full.data)
                 self.optimizer._unflatten_partitioned_parameters(number)

@@ -66,7 +66,7 @@ def fit(
             batch = loader.batch(step).to(device)
             log.waited(time.perf_counter() - wait)
             terms = objective(trainer.model, batch)
-            sums = [float(terms[n].count) for n in objective.names]
+            sums = [float(terms[n].items) for n in objective.names]
             *counts, asked = engine.total([*sums, float(stop.asked)], device)
             loss = sum(
                 (terms[n].sum * (terms[n].weight / max(c, 1.0)) for n, c in zip(objective.names, counts, strict=True)),
@@ -98,15 +98,13 @@ def _means(objective: Objective, terms: dict[str, Any], counts: list[float], dev
     return {"loss": sum(terms[n].weight * means[f"loss_{n}"] for n in objective.names), **means}
 
 
-def probe_loss(
-    trainer: engine.DeepSpeedEngine, objective: Objective, loader: Loader, device: torch.device
-) -> float:
+def probe_loss(trainer: engine.DeepSpeedEngine, objective: Objective, loader: Loader, device: torch.device) -> float:
     """Loss of the probe batch; every rank computes the same one."""
     trainer.model.eval()
     with torch.no_grad():
         terms = objective(trainer.model, loader.probe().to(device))
     trainer.model.train()
-    return float(sum(t.weight * t.sum.item() / max(t.count, 1) for t in terms.values()))
+    return float(sum(t.weight * t.sum.item() / max(t.items, 1) for t in terms.values()))
 
 
 def _save(

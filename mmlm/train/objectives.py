@@ -17,7 +17,7 @@ from mmlm.train.config import LossConfig
 class Term(NamedTuple):
     sum: torch.Tensor
     """Scalar, differentiable: the summed loss on this rank."""
-    count: float
+    items: float
     """How many tokens or records were summed."""
     weight: float
 

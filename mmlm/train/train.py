@@ -34,14 +34,22 @@ def train(config: TrainConfig, shards: Artifact, *, out: Path, launch: Launch, t
 
 
 def run_ranks(
-    work: artifacts.Work, config: LoopConfig, target: str, arguments: dict[str, Any], launch: Launch, tracker: Any, verb: str
+    work: artifacts.Work,
+    config: LoopConfig,
+    target: str,
+    arguments: dict[str, Any],
+    launch: Launch,
+    tracker: Any,
+    verb: str,
 ) -> Artifact:
     """Run a training function on all ranks under one tracked run, and finish the noun. Shared by train and distill."""
     check_metrics_room(work.path)
     with tracker.run(verb, config, work) as run:
         launch(target, arguments, log=work.path / "logs")
         counts = json.loads((work.path / "counts.json").read_text())
-        artifact = work.finish(counts=counts, digest_of=("model.safetensors", "config.json", feature_spec.FILE, "tokenizer.json"))
+        artifact = work.finish(
+            counts=counts, digest_of=("model.safetensors", "config.json", feature_spec.FILE, "tokenizer.json")
+        )
         run.metrics({"parameters": counts["parameters"], "seconds": artifact.seconds})
         run.noun(artifact)
     return artifact

@@ -55,6 +55,7 @@ def load_model(folder: Path, spec: FeatureSpec) -> FusedTransformer:
     except (RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise ArtifactError(
-            f"the weights in {folder} do not fit its config and feature spec ({first})", cure="train again, or check the path"
+            f"the weights in {folder} do not fit its config and feature spec ({first})",
+            cure="train again, or check the path",
         ) from None
     return model

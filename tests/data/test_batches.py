@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from small import SPEC, sample
+from tests.small import SPEC, sample
 
 from mmlm.data.augment import augment
 from mmlm.data.collate import collate

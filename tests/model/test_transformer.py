@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import SPEC, sample
+from tests.small import SPEC, sample
 
 from mmlm.data.collate import IGNORE, collate, field_rows
 from mmlm.data.modalities import keep_modalities

@@ -56,7 +56,11 @@ def test_the_second_run_recomputes_nothing(told: Path):
 def test_the_champion_answers_on_the_command_line(told: Path):
     picture = next((told / "runs/demo/raw/keypad").rglob("*.png"))
     sound = next((told / "runs/demo/raw/keypad").rglob("*.wav"))
-    lines = [{"text": "Which number is it?", "image": str(picture)}, {"audio": str(sound)}, {"image": str(told / "gone.png")}]
+    lines = [
+        {"text": "Which number is it?", "image": str(picture)},
+        {"audio": str(sound)},
+        {"image": str(told / "gone.png")},
+    ]
     (told / "ask.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = mmlm(told, "predict", "--model", "models:/mmlm-demo@champion", "--input", "ask.jsonl", "--json")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
@@ -77,7 +81,14 @@ def test_one_changed_number_reruns_what_depends_on_it_and_back_again(told: Path)
     done = mmlm(told, "run", "demo", *SMALLEST, "--set", "distill.steps=5")
     assert done.returncode == 0, done.stderr[-2000:]
     skipped = {s["name"]: s["skipped"] for s in summary(told)["stages"]}  # type: ignore[attr-defined]
-    assert skipped == {"scan": True, "shard": True, "train": True, "distill": False, "evaluate": False, "register": False}
+    assert skipped == {
+        "scan": True,
+        "shard": True,
+        "train": True,
+        "distill": False,
+        "evaluate": False,
+        "register": False,
+    }
     done = mmlm(told, "run", "demo", *SMALLEST)
     assert done.returncode == 0
     assert all(s["skipped"] for s in summary(told)["stages"])  # type: ignore[attr-defined]

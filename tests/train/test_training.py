@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -74,13 +75,16 @@ def test_float32_on_two_ranks_equals_plain_pytorch(keypad_shards: Artifact, tmp_
     model = weights.build(config.model, spec)
     decayed = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     others = [p for p in model.parameters() if not any(p is d for d in decayed)]
-    groups = [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.optimizer.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(config.optimizer.beta1, config.optimizer.beta2))
     loader, objective = Loader(keypad_shards.path, config.data, config.seed, World()), Answering(config.loss, spec)
     expected = []
     for step in range(config.steps):
         terms = objective(model, loader.batch(step))
-        loss = torch.stack([t.sum * (t.weight / t.count) for t in terms.values()]).sum()
+        loss = torch.stack([t.sum * (t.weight / t.items) for t in terms.values()]).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
@@ -133,5 +137,5 @@ def test_a_checkpoint_of_another_feature_spec_is_refused(two_ranks: Artifact, ke
 def test_schedule_rises_then_falls_to_its_floor():
     rates = [learning_rate(s, 100, 1.0, ScheduleConfig(warmup=0.1, floor=0.05)) for s in range(100)]
     assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
     assert rates[-1] == pytest.approx(0.05, abs=0.002)

@@ -1,0 +1,75 @@
+"""Configs: everything wrong at once, with a suggestion; overrides; no secrets at rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mmlm.config import Config, apply_override, blank_credentials, parse, resolved, split_override
+from mmlm.errors import ConfigError
+from mmlm.train.config import TrainConfig
+
+
+class Inner(Config):
+    rate: float = 1.0
+
+
+class Outer(Config):
+    seed: int = 0
+    inner: Inner = Inner()
+    uri: str = ""
+
+
+def test_every_problem_is_listed_with_a_suggestion():
+    with pytest.raises(ConfigError) as caught:
+        parse(Outer, {"sede": 1, "inner": {"rate": "fast", "raet": 2}}, "outer.yaml")
+    said = str(caught.value)
+    assert "outer.yaml" in said
+    assert "`sede`, did you mean `seed`" in said
+    assert "`inner.raet`, did you mean `rate`" in said or "`inner.raet`, did you mean `inner.rate`" in said
+    assert "`inner.rate` = 'fast'" in said
+
+
+@pytest.mark.parametrize("data", [[1], "text", 3])
+def test_a_file_that_is_no_mapping_is_refused(data: Any):
+    with pytest.raises(ConfigError, match="mapping"):
+        parse(Outer, data, "outer.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3", 3), ("true", True), ("[1, 2]", [1, 2]), ("words here", "words here"), ("1e-3", "1e-3"), ("0.001", 0.001)],
+)
+def test_overrides_are_read_as_yaml(text: str, value: Any):
+    data: dict[str, Any] = {"train": {"seed": 0}}
+    apply_override(data, "train.data.batch", text)
+    assert data == {"train": {"seed": 0, "data": {"batch": value}}}
+
+
+def test_a_rate_in_scientific_notation_is_a_number_all_the_same():
+    data: dict[str, Any] = {}
+    apply_override(data, "optimizer.lr", "1e-3")
+    assert parse(TrainConfig, data, "train").optimizer.lr == 0.001
+
+
+def test_an_override_does_not_replace_a_value_by_a_section():
+    with pytest.raises(ConfigError, match="not a section"):
+        apply_override({"train": 3}, "train.seed", "1")
+
+
+@pytest.mark.parametrize("text", ["train.seed", "=1", "a b=1"])
+def test_an_override_without_form_is_refused(text: str):
+    with pytest.raises(ConfigError):
+        split_override(text)
+
+
+def test_configs_are_immutable():
+    with pytest.raises(ValueError, match="frozen"):
+        Outer().seed = 3  # type: ignore[misc]
+
+
+def test_credentials_are_blanked_wherever_they_stand():
+    assert blank_credentials("s3://key:secret@bucket/x") == "s3://***@bucket/x"
+    assert resolved(Outer(uri="https://me:pw@host/path"))["uri"] == "https://***@host/path"
+    assert blank_credentials("https://host/a@b") == "https://host/a@b"
