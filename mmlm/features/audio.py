@@ -1,9 +1,9 @@
 """Sound → log-mel: WAV, FLAC, OGG and MP3 become (frames, mels) float16.
 
-One channel, resampled; power spectrum of Hann windows; triangular filters of unit area, evenly spaced on Slaney's mel
-scale (M. Slaney, Auditory Toolbox, Interval Research TR 1998-010: linear below 1 kHz, logarithmic above); log10 relative
-to the loudest value of the sound, floored. So the result does not depend on the level. No matrix product is used: its
-last bits would depend on the number of threads, and shards are byte-reproducible.
+One channel, resampled; power spectrum of Hann windows; triangular filters of unit area, evenly spaced on Slaney's
+mel scale (M. Slaney, Auditory Toolbox, Interval Research TR 1998-010: linear below 1 kHz, logarithmic above); log10
+relative to the loudest value of the sound, floored. So the result does not depend on the level. No matrix product is
+used: its last bits would depend on the number of threads, and shards are byte-reproducible.
 """
 
 from __future__ import annotations

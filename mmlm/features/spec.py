@@ -1,4 +1,4 @@
-"""FeatureSpec: what a ShardSet holds, in numbers. The model is built from ModelConfig + this; nothing is written twice."""
+"""FeatureSpec: what a ShardSet holds, in numbers. The model is built from ModelConfig + this, nothing is said twice."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def load(folder: Path) -> FeatureSpec:
     try:
         data = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ArtifactError(f"{folder} has no {FILE}", wanted="a shard set or a checkpoint", cure="check the path") from None
+        raise ArtifactError(f"{folder} has no {FILE}", wanted="a shard set or a checkpoint") from None
     return parse(FeatureSpec, data, str(folder / FILE))
 
 

@@ -29,6 +29,11 @@ MAX_ELEMENTS = 200_000
 MAX_EMBEDDED_PIXELS = 16 << 20
 """Pixels of one embedded picture."""
 
+MAX_OCTAVES = 16
+"""Octaves of one noise filter."""
+
+_RULE = re.compile(r"([^{}]*)\{([^{}]*)\}")
+_WORD = re.compile(r"[\w-]+|\*")
 _REFERENCE = re.compile(r"url\(\s*['\"]?\s*#([^)'\"\s]+)")
 _DATA = re.compile(r"\s*data:image/(png|jpe?g|gif|webp)\s*;\s*base64\s*,", re.IGNORECASE)
 
@@ -54,6 +59,7 @@ def render_svg(data: bytes, side: int) -> np.ndarray:
         png = resvg_py.svg_to_bytes(
             svg_string=ET.tostring(root, encoding="unicode"),
             background="white", skip_system_fonts=True, width=side, height=side,
+            dpi=96,  # its own default, 0, makes every length in pt or mm nothing
         )  # fmt: skip
         with Image.open(io.BytesIO(png), formats=("PNG",)) as picture:
             return np.asarray(picture.convert("RGB"))
@@ -64,13 +70,47 @@ def render_svg(data: bytes, side: int) -> np.ndarray:
 def _check(root: ET.Element) -> None:
     """Raise SampleError `unsafe_svg` when the drawing reaches outside itself or unfolds to too much."""
     by_id: dict[str, ET.Element] = {}
+    rules: list[tuple[set[str], list[str]]] = []
     for element in root.iter():
         if name := element.get("id"):
             by_id.setdefault(name, element)
         for key, value in element.attrib.items():
             if key.rpartition("}")[2] == "href" and _name(element) in ("image", "feImage"):
                 _check_link(value)
-    _weigh(root, by_id, {}, 0)
+        if _name(element) == "style":
+            rules += _rules("".join(element.itertext()))
+        if _name(element) == "feTurbulence" and not _is_small(element.get("numOctaves", "1")):
+            raise SampleError(
+                "unsafe_svg", f"noise of {element.get('numOctaves')} octaves", wanted=f"at most {MAX_OCTAVES}"
+            )
+    _weigh(root, by_id, rules, {}, 0)
+
+
+def _is_small(octaves: str) -> bool:
+    try:
+        return float(octaves) <= MAX_OCTAVES
+    except ValueError:
+        return True  # resvg takes the default
+
+
+def _rules(css: str) -> list[tuple[set[str], list[str]]]:
+    """Words of the selector, and the elements referred to, of each rule of a style sheet that refers to any."""
+    found = ((set(_WORD.findall(selector)), _REFERENCE.findall(body)) for selector, body in _RULE.findall(css))
+    return [(words, targets) for words, targets in found if targets]
+
+
+def _references(element: ET.Element, rules: list[tuple[set[str], list[str]]]) -> list[str]:
+    """Ids that an element refers to by attributes or, at most, by the style sheet."""
+    targets = []
+    for name, value in element.attrib.items():
+        if "url(" in value:
+            targets += _REFERENCE.findall(value)
+        if name.rpartition("}")[2] == "href" and value.strip().startswith("#"):
+            targets.append(value.strip()[1:])
+    if rules:
+        names = {"*", _name(element), element.get("id", ""), *element.get("class", "").split()}
+        targets += [target for words, listed in rules if words & names for target in listed]
+    return targets
 
 
 def _name(element: ET.Element) -> str:
@@ -85,7 +125,7 @@ def _check_link(link: str) -> None:
         raise SampleError(
             "unsafe_svg",
             f"the SVG refers to {link[:60]!r}",
-            wanted="a picture embedded as data:image/png;base64 or the like",
+            wanted="pictures embedded as data:image/png;base64",
         )
     try:
         with Image.open(
@@ -95,30 +135,22 @@ def _check_link(link: str) -> None:
     except (OSError, ValueError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
         raise SampleError("unreadable_image", f"a picture embedded in the SVG cannot be read ({error})") from None
     if pixels > MAX_EMBEDDED_PIXELS:
-        raise SampleError(
-            "bomb", f"a picture of {pixels:,} pixels in an SVG", wanted=f"at most {MAX_EMBEDDED_PIXELS:,}"
-        )
+        raise SampleError("bomb", f"{pixels:,} pixels inside an SVG", wanted=f"at most {MAX_EMBEDDED_PIXELS:,}")
 
 
-def _weigh(element: ET.Element, by_id: dict[str, ET.Element], known: dict[int, int], depth: int) -> int:
+def _weigh(
+    element: ET.Element, by_id: dict[str, ET.Element], rules: list[tuple[set[str], list[str]]],
+    known: dict[int, int], depth: int,
+) -> int:  # fmt: skip
     """Elements drawn for `element` when every reference is followed. A circle counts as nothing: resvg breaks it."""
     if depth > MAX_DEPTH:
         raise SampleError("unsafe_svg", f"the SVG is nested deeper than {MAX_DEPTH} elements")
     key = id(element)
-    if key in known:
-        return known[key]
-    known[key] = 0
-    weight = 1
-    for child in element:
-        weight += _weigh(child, by_id, known, depth + 1)
-    for name, value in element.attrib.items():
-        targets = _REFERENCE.findall(value) if "url(" in value else []
-        if name.rpartition("}")[2] == "href" and value.strip().startswith("#"):
-            targets.append(value.strip()[1:])
-        for target in targets:
-            if target in by_id:
-                weight += _weigh(by_id[target], by_id, known, depth + 1)
-    if weight > MAX_ELEMENTS:
-        raise SampleError("unsafe_svg", f"the SVG unfolds to more than {MAX_ELEMENTS:,} elements")
-    known[key] = weight
-    return weight
+    if key not in known:
+        known[key] = 0
+        followed = [by_id[target] for target in _references(element, rules) if target in by_id]
+        weight = 1 + sum(_weigh(other, by_id, rules, known, depth + 1) for other in [*element, *followed])
+        if weight > MAX_ELEMENTS:
+            raise SampleError("unsafe_svg", f"the SVG unfolds to more than {MAX_ELEMENTS:,} elements")
+        known[key] = weight
+    return known[key]

@@ -104,7 +104,7 @@ def given_tokenizer(path: str) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """A byte-level BPE tokenizer trained on `texts` (the first `max_bytes` of them); the same texts give the same bytes."""
+    """A byte-level BPE tokenizer trained on the first `max_bytes` of `texts`; the same texts give the same bytes."""
     if config.vocab_size < MIN_VOCABULARY:
         raise ConfigError(
             f"features.tokenizer.vocab_size = {config.vocab_size}",

@@ -33,8 +33,8 @@ def write_on_ray(
 ) -> Iterator[Written]:
     """Write `units` on `workers` Ray workers here, or on the cluster at `address`; at most 2 × workers wait at a time.
 
-    Ray is shut down when the iteration ends, however it ends. Raises what the unit raised (an OSError, an MmlmError), or
-    LaunchError when Ray cannot be reached or workers keep dying.
+    Ray is shut down when the iteration ends, however it ends. Raises what the unit raised (an OSError, an MmlmError),
+    or LaunchError when Ray cannot be reached or workers keep dying.
     """
     import ray
 
@@ -70,7 +70,7 @@ def _result(reference: Any) -> Written:
         first = str(error).strip().split("\n", 1)[0]
         raise LaunchError(
             f"Ray gave up on a shard after {RETRIES + 1} tries ({type(error).__name__}: {first})",
-            cure="often a worker ran out of memory: use fewer --workers, or smaller shards; then run the same command again",
+            cure="often memory ran out: use fewer --workers or smaller shards, then run the same command again",
         ) from None
     return written
 
@@ -112,8 +112,9 @@ def _start(workers: int, address: str | None, folder: Path | None) -> None:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     handler = signal.getsignal(signal.SIGTERM)  # Ray would put its own in place of the caller's
     try:
-        if address:  # inside a Ray job, the job's own cluster
-            ray.init(address=None if "RAY_JOB_ID" in os.environ else address, **common)
+        if address:  # inside a Ray job, RAY_ADDRESS already names the job's own cluster
+            inside = address == "auto" and "RAY_ADDRESS" in os.environ
+            ray.init(address=None if inside else address, **common)
         else:  # "local": a stale note of another session's cluster would be followed otherwise
             ray.init(
                 address="local", num_cpus=workers, include_dashboard=False, object_store_memory=STORE_BYTES,

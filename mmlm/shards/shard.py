@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mmlm import artifacts, world
-from mmlm.artifacts import Artifact, Work
+from mmlm.artifacts import Artifact
 from mmlm.errors import DataError
 from mmlm.features import spec as feature_spec
-from mmlm.features.spec import FeatureSpec
 from mmlm.features.text import FILE as TOKENIZER
-from mmlm.features.text import Tokenizer
 from mmlm.progress import Progress
 from mmlm.shards.commit import MANIFEST, QUARANTINE, Committer
 from mmlm.shards.config import ShardConfig
 from mmlm.shards.fanout import write_on_ray
-from mmlm.shards.plan import RECIPE, Unit, codec_versions, plan_units
+from mmlm.shards.plan import RECIPE, codec_versions, plan_units
 from mmlm.shards.spec import find_tokenizer, make_spec
-from mmlm.shards.write import UnitWriter, Written, absolute
+from mmlm.shards.write import UnitWriter, absolute
 
 
 def shard(
@@ -56,9 +53,8 @@ def shard(
             spec = make_spec(manifest, config.features, tokenizer)
             tokenizer.save(work.path)
             feature_spec.save(spec, work.path)
-            counts = _make_shards(
-                config, manifest, spec, tokenizer, work, absolute(data), workers or world.cores(), ray_address
-            )
+            writer = UnitWriter(spec, tokenizer, config, absolute(data), work.path)
+            counts = _make_shards(config, manifest.path, writer, work.path, workers or world.cores(), ray_address)
             if run is not None:
                 _report(run, counts, work.path)
             made = work.finish(counts=counts, digest_of=[MANIFEST, feature_spec.FILE, TOKENIZER])
@@ -69,26 +65,24 @@ def shard(
 
 
 def _make_shards(
-    config: ShardConfig, manifest: Artifact, spec: FeatureSpec, tokenizer: Tokenizer, work: Work,
-    data: str, workers: int, address: str | None,
-) -> dict[str, Any]:  # fmt: skip
+    config: ShardConfig, manifest: Path, writer: UnitWriter, out: Path, workers: int, address: str | None
+) -> dict[str, Any]:
     """Write and publish every unit that is not there yet; returns the stage's counts."""
     planned: dict[str, str] = {}
     total = 0
-    for unit in plan_units(manifest.path, config, spec):
+    for unit in plan_units(manifest, config, writer.spec):
         planned[unit.unit_id] = unit.name
         total += len(unit.rows)
-    committer = Committer(work.path)
+    committer = Committer(out)
     committer.resume(planned)
+    on_ray = address is not None or total >= config.ray_from
+    workers = workers if on_ray else 1
+    missing = (unit for unit in plan_units(manifest, config, writer.spec) if unit.unit_id not in committer.done)
     failed = sum(len(row["quarantine"]) for row in committer.done.values())
-    missing = (u for u in plan_units(manifest.path, config, spec) if u.unit_id not in committer.done)
-    writer = UnitWriter(spec, tokenizer, config, data, work.path)
-    workers = workers if address or total >= config.ray_from else 1
     with Progress("shard", total, "records") as progress:
         progress.resume_at(sum(row["records"] for row in committer.done.values()))
         if len(committer.done) < len(planned):
-            on_ray = address is not None or total >= config.ray_from
-            for written in write_on_ray(missing, writer, workers, address) if on_ray else _write_here(missing, writer):
+            for written in write_on_ray(missing, writer, workers, address) if on_ray else map(writer.write, missing):
                 committer.commit(written)
                 progress.add(written.records)
                 failed += len(written.quarantine)
@@ -96,10 +90,6 @@ def _make_shards(
                     _stop_over_budget(committer, failed, total, config.error_budget)
     committer.close()
     return _count(committer, workers, total)
-
-
-def _write_here(units: Iterator[Unit], writer: UnitWriter) -> Iterator[Written]:
-    return (writer.write(unit) for unit in units)
 
 
 def _reasons(committer: Committer) -> collections.Counter[str]:

@@ -76,3 +76,11 @@ def progress(total: int) -> None:
 
 def record(folder: str, value: Any) -> None:
     Path(folder, f"told-{os.environ['RANK']}").write_text(repr(value))
+
+
+def note_node(folder: str) -> None:
+    """On which node of a Ray cluster this rank runs, once all ranks have met."""
+    import ray
+
+    sum_of_ranks(folder)
+    Path(folder, f"node-{os.environ['RANK']}.txt").write_text(ray.get_runtime_context().get_node_id())

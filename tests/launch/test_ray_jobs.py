@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +71,12 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
+def alive_nodes(dashboard: int) -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/nodes?view=summary", timeout=5) as reply:
+        summary = json.loads(reply.read())["data"]["summary"]
+    return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Two raylets on this machine, one CPU each, away from the default ports. Yields the dashboard's address."""
@@ -99,6 +107,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 except LaunchError:
                     assert time.monotonic() < deadline, Path(log.name).read_text()[-2000:]
                     time.sleep(0.5)
+        deadline = time.monotonic() + 60
+        while alive_nodes(dashboard) < 2:
+            assert time.monotonic() < deadline, Path(log.name).read_text()[-2000:]
+            time.sleep(0.5)
         yield f"http://127.0.0.1:{dashboard}"
     finally:
         for node in reversed(nodes):
@@ -165,10 +177,11 @@ def test_an_interrupted_follower_leaves_the_job_alone_unless_asked(cluster: str,
 def test_ranks_of_a_job_are_placed_on_both_nodes(cluster: str, tmp_path: Path) -> None:
     code = (
         f"from pathlib import Path\nfrom mmlm.launch import ray_train\nout = {str(tmp_path)!r}\n"
-        "ray_train.ranks(2)('tests.launch.targets:sum_of_ranks', {'folder': out}, log=Path(out, 'log'))"
+        "ray_train.ranks(2)('tests.launch.targets:note_node', {'folder': out}, log=Path(out, 'log'))"
     )
     assert ray_jobs.submit([sys.executable, "-c", code], cluster) == "SUCCEEDED"
     assert [(tmp_path / f"sum-{r}.txt").read_text() for r in (0, 1)] == ["3.0", "3.0"]
+    assert len({(tmp_path / f"node-{r}.txt").read_text() for r in (0, 1)}) == 2
 
 
 @pytest.mark.slow

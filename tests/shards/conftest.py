@@ -69,14 +69,23 @@ def make_records(data: Path, count: int = 45, seed: int = 0) -> list[Record]:
         hashed = "".join(sha256_file(data / part.uri) for part in parts if part.uri)
         records.append(
             Record(
-                f"keypad/{i:04d}", tuple(parts), "digit", Target(label=digit), split=("train", "train", "test")[i % 3],
-                group=str(i), lang=("en", "zh")[i % 2], source="keypad.jsonl", content_hash=hashed,
+                f"keypad/{i:04d}",
+                tuple(parts),
+                "digit",
+                Target(label=digit),
+                split=("train", "train", "test")[i % 3],
+                group=str(i),
+                lang=("en", "zh")[i % 2],
+                source="keypad.jsonl",
+                content_hash=hashed,
             )  # fmt: skip
         )
     return records
 
 
-def write_manifest(folder: Path, records: list[Record], tasks: list[dict] | None = None, fields: dict | None = None) -> Artifact:
+def write_manifest(
+    folder: Path, records: list[Record], tasks: list[dict] | None = None, fields: dict | None = None
+) -> Artifact:
     """A finished manifest that holds `records`."""
     rows = [to_row(record) for record in sorted(records, key=lambda record: record.id)]
     work = artifacts.begin(folder, "manifest", recipe=1, config=ByHand(listing=str(hash(tuple(r["id"] for r in rows)))))
