@@ -42,7 +42,7 @@ check: venv ## format, lint, types, who may import whom
 	@$(BIN)/lint-imports
 
 faults: venv ## kill it in every stage, and see it recover (slow)
-	@$(BIN)/python -m pytest -m 'slow' tests/launch $(wildcard tests/faults)
+	@$(BIN)/python -m pytest -m slow tests/launch tests/shards tests/stories $(wildcard tests/faults)
 
 bench: venv ## ours against peers, side by side
 	@found=`ls benchmarks/[a-z]*.py 2>/dev/null`; test -n "$$found" || echo "no benchmarks yet"; mkdir -p runs/bench; \

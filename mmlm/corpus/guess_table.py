@@ -31,6 +31,7 @@ _ANSWER = {
     "answer", "output", "response", "completion", "reply", "target_text", "translation",
     "caption", "transcript", "summary", "a",
 }  # fmt: skip
+_TEXT = {"text", "caption", "title", "description", "sentence", "review", "comment", "body", "content", "message", "en"}
 _LABEL = (
     "label", "class", "category", "target", "diagnosis", "outcome", "sentiment", "species", "genre", "emotion",
     "intent", "topic", "result", "y", "type", "kind", "tag",
@@ -60,6 +61,8 @@ def look_at_tables(data: Path, names: list[str]) -> Guess:
 
 def _one_table(data: Path, names: list[str]) -> list[tuple[str, str]]:
     """(file, split) of the tables that belong together: one, or one per split."""
+    if len(names) > 1:  # not what lies beside a table, such as a JSON file of settings
+        names = [n for n in names if _row_count(data, n) >= 2] or names
     if len(names) == 1:
         return [(names[0], "")]
     found = []
@@ -73,6 +76,11 @@ def _one_table(data: Path, names: list[str]) -> list[tuple[str, str]]:
         f"{data} holds {len(names)} tables: {_listed(names, 6)}", wanted="one, or one per split (train, val, test)",
         cure="give the file itself: --data FILE",
     )  # fmt: skip
+
+
+def _row_count(data: Path, name: str) -> int:
+    """Rows with columns among the first two."""
+    return sum(not isinstance(r, Refusal) and isinstance(r[1], dict) for r in islice(read_rows(data / name, name), 2))
 
 
 def _sources(groups: list[tuple[str, str]], source: dict[str, Any]) -> list[dict[str, Any]]:
@@ -149,7 +157,7 @@ class _Columns:
 
     def named(self, names: set[str] | tuple[str, ...]) -> list[str]:
         """Free columns whose name (its last part) is one of `names`, in the order of a tuple."""
-        found = [c for c in self.free if _last(c) in names]
+        found = [c for c in self.single() if _last(c) in names]
         return sorted(found, key=lambda c: names.index(_last(c))) if isinstance(names, tuple) else found
 
     def texts(self, column: str) -> list[str]:
@@ -247,8 +255,8 @@ class _Columns:
                     f"`{column}` holds {len(self.distinct(column))} different numbers", wanted="classes",
                     cure="predicting a number comes in a later version; make classes of it (such as low, middle, high)",
                 )  # fmt: skip
-        strings = [c for c in self.free if self.is_class(c) and not self.is_number(c) and self.chars(c) <= 40]
-        whole = [c for c in self.free if self.is_class(c) and self.is_number(c) and len(self.distinct(c)) <= 20]
+        strings = [c for c in self.single() if self.is_class(c) and not self.is_number(c) and self.chars(c) <= 40]
+        whole = [c for c in self.single() if self.is_class(c) and self.is_number(c) and len(self.distinct(c)) <= 20]
         return self.take((strings or whole)[-1]) if strings or whole else None
 
     def chars(self, column: str) -> float:
@@ -257,13 +265,32 @@ class _Columns:
 
     def text(self) -> str | None:
         """The column of the longest texts, if they are texts."""
-        found = [c for c in self.free if not self.is_number(c) and self.chars(c) >= 12 and len(self.distinct(c)) > 2]
-        return self.take(max(found, key=self.chars)) if found else None
+        most = max((len(self.values[c]) for c in self.free), default=0)
+        found = [c for c in self.single() if not self.is_number(c) and self.chars(c) >= 12]
+        found = [c for c in found if 2 * len(self.values[c]) >= most and len(self.distinct(c)) > 2]
+        named = [c for c in found if _last(c) in _TEXT]
+        return self.take(max(named or found, key=self.chars)) if found else None
+
+    def single(self) -> list[str]:
+        return [c for c in self.free if "[" not in c]
+
+    def tells(self, column: str, label: str) -> bool:
+        """Whether a column of words gives the label away: each of its values goes with one label only."""
+        seen: dict[str, set[str]] = {}
+        for row in self.rows:
+            pair = [str(v[0]) for c in (column, label) if (v := find(row, c))]
+            if len(pair) == 2:
+                seen.setdefault(pair[0], set()).add(pair[1])
+        return not self.is_number(column) and len(seen) > 1 and all(len(s) == 1 for s in seen.values())
 
     def guess(self) -> Guess:
         roles = self.roles()
         ask, tasks, words = self.ask(roles)
-        fields = {_name(c): c for c in self.free if self.is_number(c) or self.is_class(c)}
+        fields = {_name(c): c for c in self.single() if self.is_number(c) or self.is_class(c)}
+        label = ask.get("label")
+        if given_away := [n for n, c in fields.items() if label and self.tells(c, label)]:
+            words.append(f"Left out because they give `{label}` away: {_listed(given_away)}.")
+            fields = {n: c for n, c in fields.items() if n not in given_away}
         ignored = [c for c in self.free if c not in fields.values()]
         columns: dict[str, Any] = dict(roles)
         if fields:

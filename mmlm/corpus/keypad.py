@@ -15,8 +15,10 @@ import fcntl
 import io
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import threading
 import wave
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -137,8 +139,22 @@ def _mapped(render: Any, chunks: list[Any]) -> Iterator[list[str]]:
         yield from map(render, chunks)
         return
     # spawn: this process may already have threads, and a fork of threads can hang
-    with ProcessPoolExecutor(min(cores(), 8), mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(cores(), 8), mp_context=spawn, initializer=_end_with_parent) as pool:
         yield from pool.map(render, chunks)
+
+
+def _end_with_parent() -> None:
+    """A pool's worker does not notice that its parent was killed, and would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def _group(number: int) -> str:
@@ -195,24 +211,27 @@ def render_digit(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     else:
         large = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BILINEAR))
     sigma = rng.uniform(0, 0.1) if rng.random() < CLEAN else rng.uniform(0, 3)
-    noisy = large + sigma * rng.standard_normal((side, side), dtype=np.float32)
+    noisy = large + np.float32(sigma) * rng.standard_normal((side, side), dtype=np.float32)
     return np.round(np.clip(noisy, 0, 1) * 255).astype(np.uint8)
 
 
 def render_tone(digit: str, rng: np.random.Generator) -> bytes:
     """The key tone of `digit` as a 16-bit mono WAV file: 0.3-0.8 s, noisy, at any level below clipping."""
     rate = RATES[int(rng.integers(len(RATES)))]
-    time = np.arange(int(rate * rng.uniform(0.3, 0.8))) / rate
+    time = np.arange(int(rate * rng.uniform(0.3, 0.8)), dtype=np.float32) / rate
     phases = rng.uniform(0, 2 * np.pi, 2)
-    # two sines of amplitude 1 have a root mean square of 1
-    tone = sum(np.sin(2 * np.pi * hertz * time + phase) for hertz, phase in zip(DTMF[digit], phases, strict=True))
+    # two sines of amplitude 1 have a root mean square of 1; 32 bits are exact enough here, and twice as fast
+    low, high = (
+        np.sin(np.float32(2 * np.pi * hertz) * time + np.float32(phase))
+        for hertz, phase in zip(DTMF[digit], phases, strict=True)
+    )
     ratio = rng.uniform(0, 0.1) if rng.random() < CLEAN else rng.uniform(0, 15)
-    sound = tone + ratio * rng.standard_normal(len(time), dtype=np.float32)
-    level = rng.uniform(0.1, 0.95) / np.abs(sound).max()
+    sound = low + high + np.float32(ratio) * rng.standard_normal(len(time), dtype=np.float32)
+    level = np.float32(rng.uniform(0.1, 0.95) * 32767) / np.abs(sound).max()
     held = io.BytesIO()
     with wave.open(held, "wb") as f:
         f.setnchannels(1)
         f.setsampwidth(2)
         f.setframerate(rate)
-        f.writeframes(np.round(sound * level * 32767).astype("<i2").tobytes())
+        f.writeframes(np.round(sound * level).astype("<i2").tobytes())
     return held.getvalue()

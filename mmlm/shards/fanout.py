@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import tempfile
 import threading
 import uuid
@@ -24,6 +25,8 @@ from mmlm.shards.write import UnitWriter, Written
 
 RETRIES = 3
 """How often a unit is given to another worker when its worker dies."""
+KNOCK_SECONDS = 10.0
+"""How long a cluster's address may take to answer."""
 STORE_BYTES = 200 << 20
 """Shared memory for what goes to workers: rows of the manifest, no media."""
 
@@ -106,6 +109,13 @@ def _nothing_left() -> Iterator[Path]:
         reaper.finish(process)
 
 
+def _knock(address: str) -> None:
+    """Raise OSError when nothing listens at `host:port`; Ray itself would try for more than five minutes."""
+    host, colon, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+
+
 def _start(workers: int, address: str | None, folder: Path | None) -> None:
     import ray
 
@@ -113,6 +123,7 @@ def _start(workers: int, address: str | None, folder: Path | None) -> None:
     handler = signal.getsignal(signal.SIGTERM)  # Ray would put its own in place of the caller's
     try:
         if address:  # inside a Ray job, RAY_ADDRESS already names the job's own cluster
+            _knock(address)
             inside = address == "auto" and "RAY_ADDRESS" in os.environ
             ray.init(address=None if inside else address, **common)
         else:  # "local": a stale note of another session's cluster would be followed otherwise
@@ -120,7 +131,7 @@ def _start(workers: int, address: str | None, folder: Path | None) -> None:
                 address="local", num_cpus=workers, include_dashboard=False, object_store_memory=STORE_BYTES,
                 _temp_dir=str(folder), **common,
             )  # fmt: skip
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         first = str(error).strip().split("\n", 1)[0]
         if address:
             raise LaunchError(

@@ -118,7 +118,7 @@ def test_questions_and_answers(tmp_path: Path, scanned: Scan) -> None:
 
 def test_records_of_numbers(tmp_path: Path, scanned: Scan) -> None:
     rows = [
-        {"patient": f"p{i // 2}", "age": 20 + i, "bmi": 20 + i / 7, "sex": "mf"[i % 2], "outcome": i % 2}
+        {"patient": f"p{i // 2}", "age": 20 + i, "bmi": 20 + i / 7, "sex": "mf"[i % 2], "outcome": i // 3 % 2}
         for i in range(30)
     ]
     guess = look(write_csv(tmp_path / "t.csv", rows))
@@ -179,3 +179,23 @@ def test_other_things(tmp_path: Path) -> None:
     (tmp_path / "song.mid").write_bytes(b"x")
     with pytest.raises(DataError, match=r"ends in \.mid"):
         look(tmp_path / "song.mid")
+
+
+def test_a_column_that_gives_the_label_away_is_left_out_and_odd_files_beside_the_table_too(tmp_path: Path) -> None:
+    rows = [
+        {"size": i / 3, "path": f"{'ab'[i % 2]}/{i % 4}", "colour": "rgb"[i % 3], "label": "ab"[i % 2]}
+        for i in range(40)
+    ]
+    write_csv(tmp_path / "t.csv", rows)
+    (tmp_path / "stats.json").write_text('{"rows": 40}')
+    guess = look(tmp_path)
+    assert guess.scan["sources"][0]["map"]["fields"] == {"size": "size", "colour": "colour"}
+    assert any("give `label` away: path" in s for s in guess.says)
+
+
+def test_media_paths_may_be_relative_to_the_folder_above(tmp_path: Path, scanned: Scan) -> None:
+    fill(tmp_path, {f"media/{i}.png": png(i) for i in range(8)})
+    rows = [{"image": f"media/{i}.png", "label": "ab"[i % 2]} for i in range(8)]
+    guess = look(write_lines(tmp_path / "corpus/manifest.jsonl", rows))
+    assert guess.data == tmp_path
+    assert scan_guess(guess, scanned).counts["kept"] == 8

@@ -6,7 +6,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from tests.small import SPEC, sample
 
 from mmlm.data.augment import augment
 from mmlm.data.collate import collate
@@ -14,6 +13,7 @@ from mmlm.data.config import AugmentConfig
 from mmlm.data.modalities import drop_modalities, keep_modalities
 from mmlm.data.order import Order, share
 from mmlm.features.spec import AUDIO, CONTEXT, IMAGE
+from tests.small import SPEC, sample
 
 
 def test_every_epoch_holds_every_sample_once_and_in_another_order():

@@ -12,7 +12,18 @@ from mmlm.features.config import TokenizerConfig
 from mmlm.features.encode import Encoder, opened_length
 from mmlm.features.failures import SampleError
 from mmlm.features.spec import (
-    ANSWER, AUDIO, BOS, CONTEXT, EOS, FIELDS, IMAGE, AudioSpec, FeatureSpec, FieldsSpec, ImageSpec, TaskSpec,
+    ANSWER,
+    AUDIO,
+    BOS,
+    CONTEXT,
+    EOS,
+    FIELDS,
+    IMAGE,
+    AudioSpec,
+    FeatureSpec,
+    FieldsSpec,
+    ImageSpec,
+    TaskSpec,
 )  # fmt: skip
 from mmlm.features.text import Tokenizer, train_tokenizer
 

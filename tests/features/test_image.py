@@ -90,7 +90,7 @@ def test_formats_and_modes(form: str, mode: str) -> None:
     picture = Image.new("RGB", (50, 50), (255, 255, 255)).convert(mode)
     try:
         content = data(picture, form)
-    except (OSError, KeyError):
+    except (OSError, KeyError, ValueError):
         pytest.skip(f"{form} does not hold {mode}")
     assert decode_image(content, COLOUR).min() >= 250
 
@@ -119,10 +119,7 @@ def header(width: int, height: int) -> bytes:
 
     ihdr = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", ihdr)
-        + chunk(b"IDAT", zlib.compress(bytes(width + 1)))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     )
 
 
@@ -158,8 +155,9 @@ def test_svg_is_drawn_on_white() -> None:
     ],
 )
 def test_svg_sizes_in_any_unit(size: str) -> None:
-    drawing = f'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="100%" height="100%" fill="#0f0"/></svg>'
-    assert (decode_image(drawing.encode(), COLOUR) == (0, 255, 0)).all()
+    whole = '<rect width="100%" height="100%" fill="#0f0"/>'
+    drawing = f'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" {size}>{whole}</svg>'
+    assert (decode_image(drawing.encode(), COLOUR)[1:-1, 1:-1] == (0, 255, 0)).all()  # edges may fall between pixels
 
 
 def test_an_embedded_picture_is_drawn() -> None:

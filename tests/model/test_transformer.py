@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.small import SPEC, sample
 
 from mmlm.data.collate import IGNORE, collate, field_rows
 from mmlm.data.modalities import keep_modalities
@@ -13,6 +12,7 @@ from mmlm.model.attention import attend
 from mmlm.model.config import ModelConfig
 from mmlm.model.generation import generate, words_only
 from mmlm.model.transformer import FusedTransformer, count_parameters
+from tests.small import SPEC, sample
 
 
 def model(attention: str = "prefix") -> FusedTransformer:

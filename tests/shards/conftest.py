@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 import wave
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from PIL import Image
 
 from mmlm import artifacts
@@ -78,7 +75,7 @@ def make_records(data: Path, count: int = 45, seed: int = 0) -> list[Record]:
                 lang=("en", "zh")[i % 2],
                 source="keypad.jsonl",
                 content_hash=hashed,
-            )  # fmt: skip
+            )
         )
     return records
 

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mmlm.errors import ArtifactError
+from mmlm.shards.shard import shard
+from mmlm.shards.verify import verify
+from tests.shards.conftest import CONFIG, make_records, write_manifest
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("verify")
+    manifest = write_manifest(root / "manifest", make_records(root / "data", 30))
+    return shard(CONFIG, manifest, data=root / "data", out=root / "shards").path
+
+
+@pytest.fixture
+def copy(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "shards"))
+
+
+def flip(path: Path, at: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_sound_shard_set_has_no_problem(good: Path) -> None:
+    assert verify(good) == []
+
+
+@pytest.mark.parametrize("at", [0.0, 0.33, 0.999])
+def test_one_flipped_bit_is_found_and_named(copy: Path, at: float) -> None:
+    tar = sorted(copy.glob("*.tar"))[1]
+    flip(tar, at)
+    problems = verify(copy)
+    assert len(problems) == 1
+    assert problems[0].startswith(tar.name)
+
+
+@pytest.mark.parametrize("name", ["manifest.parquet", "feature_spec.json", "tokenizer.json"])
+def test_a_flipped_bit_in_a_table_or_spec_is_found(copy: Path, name: str) -> None:
+    flip(copy / name, 0.5)
+    assert any(name in problem for problem in verify(copy))
+
+
+def test_what_is_missing_cut_or_too_much_is_named(copy: Path) -> None:
+    first, second, third = sorted(copy.glob("*.tar"))[:3]
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-512])
+    shutil.copy(third, copy / "train-00042-0badcafe.tar")
+    flip(third.with_suffix(".index.parquet"), 0.5)
+    problems = "\n".join(verify(copy))
+    assert f"{first.name}: missing" in problems
+    assert second.name in problems
+    assert "train-00042-0badcafe.tar: not in the manifest" in problems
+    assert third.with_suffix(".index.parquet").name in problems
+
+
+def test_a_missing_quarantine_is_named(copy: Path) -> None:
+    (copy / "quarantine.parquet").unlink()
+    assert verify(copy) == ["quarantine.parquet is missing"]
+
+
+def test_what_is_no_shard_set_is_refused(tmp_path: Path, good: Path) -> None:
+    for path in (tmp_path, tmp_path / "gone", good.parent / "manifest"):
+        with pytest.raises(ArtifactError):
+            verify(path)
