@@ -15,7 +15,7 @@ SMALLEST = [
     "--set", "train.steps=6", "--set", "train.data.batch=32",
     "--set", "distill.steps=4", "--set", "distill.data.batch=32",
     "--set", "shard.shard_records=40",
-    "--set", "evaluate.bootstrap.samples=50",
+    "--set", "evaluate.bootstrap.samples=100",
 ]  # fmt: skip
 
 
