@@ -32,6 +32,7 @@ FORMAT = 1
 """Version of the layout of `artifact.json`. A newer one is refused."""
 NAME = "artifact.json"
 WORK = ".work.json"
+_WORDS = {"shards": "shard set", "model_version": "registered model"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def read(path: Path | str, kind: str | None = None) -> Artifact:
         state = "is not there" if not path.exists() else "is unfinished" if (path / WORK).exists() else f"has no {NAME}"
         raise ArtifactError(
             f"{path} {state}",
-            wanted=f"a finished {kind or 'noun'}",
+            wanted=f"the finished {_WORDS.get(kind or '', kind or 'noun')}",
             cure="run the stage that makes it, or check the path",
         ) from None
     except (ValueError, TypeError) as error:

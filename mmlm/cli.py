@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _command(commands: Any, name: str, text: str, call: Callable[[argparse.Namespace], int | None]) -> Any:
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    command.set_defaults(command=call, name=name)
+    command.set_defaults(command=call)
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.add_argument("--quiet", action="store_true", help="no progress")
     return command

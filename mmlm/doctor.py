@@ -75,4 +75,4 @@ def words(found: dict[str, Any]) -> str:
         f"GPUs: {', '.join(found['gpus']) or 'none'}: training runs on {found['default_ranks']} ranks over {found['backend']}",
         "versions: " + ", ".join(f"{k} {v or 'MISSING'}" for k, v in found["versions"].items()),
     ]
-    return "\n".join(lines + [f"! {p}" for p in found["problems"]] or ["nothing is missing"])
+    return "\n".join(lines + ([f"! {problem}" for problem in found["problems"]] or ["nothing is missing"]))

@@ -16,15 +16,20 @@ class MmlmError(Exception):
 
     def __init__(self, found: str, *, wanted: str = "", cure: str = "") -> None:
         self.found, self.wanted, self.cure = found, wanted, cure
-        parts = [found.rstrip(".")]
+        parts = [_sentence(found)]
         if wanted:
-            parts.append(f"wanted {wanted.rstrip('.')}")
+            parts.append(f"wanted {_sentence(wanted)}")
         if cure:
-            parts.append(cure.rstrip("."))
+            parts.append(_sentence(cure))
         super().__init__("; ".join(parts))
 
     def __reduce__(self) -> tuple[object, ...]:  # crosses process borders (Ray) whole
         return (_rebuild, (type(self), self.found, self.wanted, self.cure))
+
+
+def _sentence(text: str) -> str:
+    """Without its full stop, since parts are joined; a path that ends in one (`.`, `..`) keeps it."""
+    return text[:-1] if text.endswith(".") and text[-2:-1].isalnum() else text
 
 
 def _rebuild(kind: type[MmlmError], found: str, wanted: str, cure: str) -> MmlmError:

@@ -20,13 +20,13 @@ class Progress:
         self.started = self.shown = time.monotonic()
         self.first = 0
         self.terminal = self.stream.isatty()
-        self.printed = False
+        self.shown_at: int | None = None
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.printed or self.terminal:
+        if self.terminal or self.shown_at not in (None, self.done):
             self._show(last=True)
 
     def resume_at(self, done: int) -> None:
@@ -58,7 +58,7 @@ class Progress:
 
     def _show(self, last: bool = False) -> None:
         self.shown = time.monotonic()
-        self.printed = True
+        self.shown_at = self.done
         if self.quiet:
             return
         if self.terminal:

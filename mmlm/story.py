@@ -35,8 +35,6 @@ class AboutConfig(Config):
     """One sentence for people."""
     data: str | None = None
     """Where the raw corpora lie unless `--data` says otherwise; relative to this file's folder. Not part of identity."""
-    ask: list[str] = []
-    """Questions shown with their answers when a run ends; by default some of the test split."""
 
 
 VERBS: dict[str, type[Config]] = {

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from mmlm.config import blank_credentials
+from mmlm.features import spec as feature_spec
 from mmlm.features.spec import SPECIAL_TOKENS
 from mmlm.storage import write_json
 from mmlm.story import Places, Stage, Story, checkpoints, noun
@@ -136,9 +137,15 @@ def table(summary: dict[str, Any], out: Path) -> str:
         f"report    {shown}/report/report.html",
         f"summary   {shown}/summary.json",
         f"tracking  mlflow ui --backend-store-uri {summary['tracking_uri']}   (or `make ui`, beside the pipeline's page)",
-        f'ask it    mmlm predict --model {summary["model_uri"]} --text "…" --image FILE --audio FILE',
+        f'ask it    mmlm predict --model {summary["model_uri"]} --text "…"{_flags(out)}',
     ]
     return "\n".join(lines)
+
+
+def _flags(out: Path) -> str:
+    """The media that the model takes, as flags of `mmlm predict`."""
+    modalities = feature_spec.load(out / "shards").modalities
+    return "".join(f" --{name} FILE" for name in ("image", "audio") if name in modalities)
 
 
 def _rows(scores: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, str]]:
@@ -170,9 +177,10 @@ def examples(out: Path, count: int = 5) -> list[str]:
         if row is None or len(lines) > count:
             continue
         prompt = [int(t) for t in sample.tokens[: sample.answer_at] if t >= len(SPECIAL_TOKENS)]
-        shown = " + ".join(name for name in ("image", "audio", "fields") if name in sample.modalities)
+        media = " + ".join(name for name in ("image", "audio", "fields", "context") if name in sample.modalities)
+        shown = f" ({media})" if media else ""
         mark = "✓" if row["answer"] == row["expected"] else "✗"
         lines.append(
-            f"  {mark} {tokenizer.decode(prompt).strip()} ({shown})  →  {row['answer']}   (wanted: {row['expected']})"
+            f"  {mark} {tokenizer.decode(prompt).strip()}{shown}  →  {row['answer']}   (wanted: {row['expected']})"
         )
     return lines

@@ -22,7 +22,7 @@ MOST_CLASSES = 200
 _ID = {"id", "key", "uid", "uuid", "index", "idx", "no", "nr", "number", "record_id", "sample_id", "row"}
 _GROUP = {
     "group", "patient", "patient_id", "subject", "subject_id", "speaker", "speaker_id", "session", "client_id",
-    "author", "family",
+    "author", "family", "writer", "user", "user_id", "participant", "participant_id",
 }  # fmt: skip
 _LANG = {"lang", "language", "locale", "lang_code"}
 _SPLIT = {"split", "set", "subset", "partition", "fold", "usage"}
@@ -337,7 +337,7 @@ class _Columns:
                 entry["text"] = text
                 words.append(f"`{text}` is the text that it is about.")
             else:
-                entry |= {"question": {"en": f"What is the {task.replace('_', ' ')}?", "zh": f"{task} 是什么？"}}
+                entry |= {"question": {"en": f"What is the {task.replace('_', ' ')}?", "zh": f"“{task}”是什么？"}}
                 if text:
                     entry["context"] = text
                     words.append(f"`{text}` is text that goes with it.")

@@ -15,10 +15,10 @@ import fcntl
 import io
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
 import threading
+import time
 import wave
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -146,15 +146,14 @@ def _mapped(render: Any, chunks: list[Any]) -> Iterator[list[str]]:
 
 def _end_with_parent() -> None:
     """A pool's worker does not notice that its parent was killed, and would wait for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
+    parent = os.getppid()
 
-    def watch(sentinel: int) -> None:
-        multiprocessing.connection.wait([sentinel])
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
         os._exit(1)
 
-    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _group(number: int) -> str:

@@ -18,7 +18,7 @@ from mmlm.features.svg import looks_like_svg, render_svg
 
 MAX_PIXELS = 64_000_000
 """Largest picture that is decoded."""
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 # Pillow warns above 89 M pixels and raises above 179 M; ours is the lower limit and gives a typed reason.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
