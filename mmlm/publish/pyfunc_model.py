@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import mlflow.models
 import pandas as pd
 from mlflow.pyfunc import PythonModel
 
+import mmlm
 from mmlm.publish.answering import KEYS, Responder
 
 
@@ -22,12 +24,24 @@ def serving() -> bool:
     return "__pyfunc_model_path__" in os.environ or "mlflow.pyfunc.scoring_server.app" in sys.modules
 
 
+def unshadow() -> None:
+    """Take bundles off the import path of a process that has the whole mmlm: MLflow puts them first, and their trimmed
+    package would hide the rest of it from processes that are started later."""
+    home = Path(mmlm.__file__).resolve().parents[1]
+    for entry in list(sys.path):
+        package = Path(entry) / "mmlm"
+        trimmed = (package / "publish" / "pyfunc_model.py").exists() and not (package / "cli.py").exists()
+        if trimmed and package.parent.resolve() != home:
+            sys.path.remove(entry)
+
+
 class MmlmModel(PythonModel):
     """Answers rows; `answer`, `score`, `label_scores`, and a column `error` when a row could not be answered."""
 
     def load_context(self, context: Any) -> None:
         """Loads the checkpoint of the bundle on the CPU, or on the GPU that MMLM_DEVICE names."""
         self.responder = Responder(context.artifacts["checkpoint"])
+        unshadow()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         table = pd.DataFrame(model_input)

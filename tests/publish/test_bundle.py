@@ -184,3 +184,11 @@ def _reachable(url: str) -> bool:
             return bool(reply.status == 200)
     except OSError:
         return False
+
+
+def test_loading_it_leaves_the_import_path_to_the_whole_package(saved: tuple[Path, Path]) -> None:
+    import mlflow.pyfunc
+
+    mlflow.pyfunc.load_model(str(saved[1]))
+    packages = [Path(entry) / "mmlm" for entry in sys.path if (Path(entry) / "mmlm").is_dir()]
+    assert all((package / "cli.py").exists() for package in packages)
