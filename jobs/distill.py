@@ -8,7 +8,6 @@ python jobs/distill.py demo --out runs/demo --on ray --address http://HOST:8265 
 import sys
 
 from mmlm.cli import main
-from mmlm.launch.leader import lead
 
 if __name__ == "__main__":
-    sys.exit(lead(lambda: main(["distill", *sys.argv[1:]])))
+    sys.exit(main(["distill", *sys.argv[1:]]))

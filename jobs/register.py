@@ -7,7 +7,6 @@ python jobs/register.py demo --out runs/demo --on ray --address http://HOST:8265
 import sys
 
 from mmlm.cli import main
-from mmlm.launch.leader import lead
 
 if __name__ == "__main__":
-    sys.exit(lead(lambda: main(["register", *sys.argv[1:]])))
+    sys.exit(main(["register", *sys.argv[1:]]))

@@ -6,7 +6,6 @@ python jobs/serve.py --model models:/mmlm-demo@champion --port 8000
 import sys
 
 from mmlm.cli import main
-from mmlm.launch.leader import lead
 
 if __name__ == "__main__":
-    sys.exit(lead(lambda: main(["serve", *sys.argv[1:]])))
+    sys.exit(main(["serve", *sys.argv[1:]]))

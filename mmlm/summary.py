@@ -79,6 +79,8 @@ def write(story: Story, places: Places, stages: Sequence[Stage], seconds: float,
         }
         for name, checkpoint in checkpoints(story, places)
     }
+    if all(s.skipped for s in stages):  # looking again is no run: what the run took is kept
+        seconds, peak = _before(places.out / "summary.json", seconds, peak)
     summary = {
         "story": story.name,
         "model_uri": registered["model_uri"],
@@ -100,6 +102,15 @@ def write(story: Story, places: Places, stages: Sequence[Stage], seconds: float,
     }
     write_json(places.out / "summary.json", summary)
     return summary
+
+
+def _before(path: Path, seconds: float, peak: int) -> tuple[float, int]:
+    """Seconds and peak memory of the summary that is there, or those given."""
+    try:
+        old = json.loads(path.read_text())
+        return max(float(old["seconds"]), seconds), max(int(old["peak_rss_bytes"]), peak)
+    except (OSError, ValueError, KeyError):
+        return seconds, peak
 
 
 def table(summary: dict[str, Any], out: Path) -> str:
