@@ -125,7 +125,7 @@ def begin(
         if started.get("fingerprint") != wanted:
             raise ArtifactConflict(out, started.get("fingerprint", "unreadable"), wanted)
         work.run_id = started.get("run_id")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(p.name != ".lock" and not p.name.endswith(".tmp") for p in out.iterdir()):
         raise ArtifactError(
             f"{out} is not empty and holds no {kind}", cure="choose another --out: nothing is overwritten"
         )
@@ -133,6 +133,22 @@ def begin(
     work.lock()
     work.note()
     return work
+
+
+def hold(folder: Path) -> TextIO:
+    """Lock `folder` for this process until the file that is returned is closed, or the process ends in any way.
+
+    Raises ArtifactError when another process holds it.
+    """
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise ArtifactError(
+            f"another process is working on {folder}", cure="wait for it to end, or choose another --out"
+        ) from None
+    return lock
 
 
 class Work:
@@ -150,14 +166,7 @@ class Work:
         self._lock: TextIO | None = None
 
     def lock(self) -> None:
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise ArtifactError(
-                f"another process is working on {self.path}", cure="wait for it to end, or choose another --out"
-            ) from None
+        self._lock = hold(self.path)
 
     def note(self) -> None:
         """Record whose work this is, so that only the same config and inputs continue it."""
@@ -194,6 +203,7 @@ class Work:
 
 def set_aside(path: Path, wanted: str) -> None:
     """Move what `path` holds to `.aside/<noun>-<fingerprint>`; take the noun or work of `wanted` back if it lies there."""
+    hold(path).close()  # a folder that another process works on stays where it is
     shelf = path.parent / ".aside"
     present = "unknown"
     for name in (NAME, WORK):

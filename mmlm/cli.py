@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -66,7 +67,7 @@ def _guarded(arguments: argparse.Namespace) -> int:
 
 def _stop(*_: Any) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Interrupted("asked to stop", cure="run the same command again to go on")
+    raise KeyboardInterrupt  # not an Exception: a handler for bad samples must not take it for one
 
 
 def _fail(error: BaseException, arguments: argparse.Namespace) -> int:
@@ -200,12 +201,12 @@ def _say(text: str) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.on == "ray" and not arguments.inside_ray:
         return _submit(arguments, "run")
+    from mmlm import artifacts, summary
     from mmlm import story as stories
-    from mmlm import summary
 
     started = time.time()
     story, places = _prepare(arguments)
-    with summary.PeakMemory() as memory, places.tracker:
+    with contextlib.closing(artifacts.hold(places.out)), summary.PeakMemory() as memory, places.tracker:
         stages = stories.run(story, places, _say)
     written = summary.write(story, places, stages, time.time() - started, memory.peak)
     print(summary.table(written, places.out))
@@ -296,7 +297,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _questions(path: Path) -> list[dict[str, Any]]:
     """One dict a line; a line that is not one becomes {"error"}. Relative media paths start at the working directory."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text", wanted="JSON lines with text, image, audio") from None
     rows: list[dict[str, Any]] = []
@@ -305,7 +306,7 @@ def _questions(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             rows.append({"error": f"line {number} is not JSON ({error})"})
             continue
         rows.append(

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from mmlm import artifacts
 from mmlm.artifacts import Artifact, ArtifactConflict
 from mmlm.compress.config import DistillConfig
@@ -29,7 +31,7 @@ from mmlm.train.config import TrainConfig
 class AboutConfig(Config):
     """`story.yaml`."""
 
-    name: str
+    name: str = Field(pattern=r"^[^/:@?#%\\\s]+$")
     """Names the registered model: `mmlm-<name>`."""
     about: str = ""
     """One sentence for people."""

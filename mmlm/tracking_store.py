@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import http.client
 import logging
 import os
 import re
@@ -103,7 +104,7 @@ def probe(uri: str, timeout: float = 5.0, tries: int = 2) -> None:
             if kind.startswith("http"):
                 _health(uri, timeout)
             return
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             problem = getattr(error, "reason", None) or error
             if attempt + 1 < tries:
                 time.sleep(0.5)

@@ -46,12 +46,19 @@ class Answerer:
         self.parameters = count_parameters(self.model)
 
     def answer(
-        self, samples: Iterable[Sample], *, batch_size: int = 128, given: frozenset[str] | None = None, limit: int = 48
+        self,
+        samples: Iterable[Sample],
+        *,
+        batch_size: int = 128,
+        given: frozenset[str] | None = None,
+        limit: int | None = None,
     ) -> list[Answer]:
-        """One Answer per sample, in order. `given` names the modalities that are kept; `limit` the longest answer, tokens.
+        """One Answer per sample, in order. `given` names the modalities that are kept; `limit` the longest
+        answer, tokens; by default what the longest sequence of the shards leaves room for.
 
         A task without answer texts of its own is answered with the class head's best label, every other by generation.
         """
+        limit = limit or max(48, self.spec.max_len)
         rows = [s if given is None else keep_modalities(s, given) for s in samples]
         order = np.argsort([_length(s, self.spec) for s in rows], kind="stable")
         answers: list[Answer | None] = [None] * len(rows)

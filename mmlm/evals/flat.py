@@ -28,11 +28,14 @@ def flat_rows(samples: Sequence[Sample], kept: frozenset[str], spec: FeatureSpec
     parts: list[np.ndarray] = []
     if "image" in kept and spec.image is not None:
         channels = spec.image.channels
-        parts.append(_stack([_picture(s.images[0], channels) if s.images else None for s in samples]))
+        width = SIDE * SIDE + CELLS * CELLS * (DIRECTIONS + (3 if channels == 3 else 0))
+        parts.append(_stack([_picture(s.images[0], channels) if s.images else None for s in samples], width))
     if "audio" in kept and spec.audio is not None:
-        parts.append(_stack([_sound(s.sounds[0]) if s.sounds else None for s in samples]))
+        width = 3 * spec.audio.n_mels + 1
+        parts.append(_stack([_sound(s.sounds[0]) if s.sounds else None for s in samples], width))
     if "fields" in kept and spec.fields is not None:
-        parts.append(_stack([_fields(s, spec) if s.fields else None for s in samples]))
+        width = 2 * len(spec.fields.numbers) + sum(map(len, spec.fields.categories.values()))
+        parts.append(_stack([_fields(s, spec) if s.fields else None for s in samples], width))
     rows = np.concatenate(parts, axis=1) if parts else np.zeros((len(samples), 0), dtype=np.float32)
     if "context" in kept or not kept:
         hashed = _texts([_text(s, decode, question=not kept) for s in samples])
@@ -40,9 +43,8 @@ def flat_rows(samples: Sequence[Sample], kept: frozenset[str], spec: FeatureSpec
     return rows
 
 
-def _stack(found: list[np.ndarray | None]) -> np.ndarray:
-    """Rows with a column in front that says whether the modality is there."""
-    width = next((len(row) for row in found if row is not None), 0)
+def _stack(found: list[np.ndarray | None], width: int) -> np.ndarray:
+    """Rows with a column in front that says whether the modality is there; as wide when none of these rows has it."""
     table = np.zeros((len(found), width + 1), dtype=np.float32)
     for i, row in enumerate(found):
         if row is not None:

@@ -8,6 +8,7 @@ or the same machine. The tracking URI must be one that the cluster reaches.
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import shlex
@@ -88,7 +89,7 @@ def probe(address: str) -> str:
             known = "ray_version" in json.loads(reply.read(65536))
     except urllib.error.HTTPError as error:
         known = error.code in (401, 403)  # a cluster that wants a token: the client sends it
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise LaunchError(f"no Ray cluster answers at {url} ({reason})", cure=START) from None
     if not known:

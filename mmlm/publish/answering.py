@@ -24,7 +24,7 @@ from mmlm.evals.answer import Answerer
 from mmlm.features.encode import Encoder
 from mmlm.features.sample import Sample
 from mmlm.features.spec import FeatureSpec, TaskSpec
-from mmlm.storage import read_uri
+from mmlm.storage import is_remote, read_uri
 
 KEYS = ("text", "image", "audio")
 MEDIA = {"image": "picture", "audio": "sound"}
@@ -123,7 +123,10 @@ def media_bytes(value: Any, word: str, paths: bool) -> bytes:
     found = _DATA_URI.match(value[:200])
     if found:
         return _base64(value[found.end() :], word)
-    return read_uri(value) if paths else _base64(value, word)
+    if not paths:
+        return _base64(value, word)
+    # the person's own path: `..` is meant, unlike in a corpus
+    return read_uri(value if is_remote(value) else os.path.abspath(value.removeprefix("file://")))
 
 
 def _base64(text: str, word: str) -> bytes:

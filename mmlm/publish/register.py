@@ -140,7 +140,7 @@ class _Registration:
             "story": self.story, "fingerprint": self.work.fingerprint, "digest": self.checkpoint.digest,
             "test_digest": str(self.report.extra.get("test_digest", "")), "gate": json.dumps(verdict.plain()),
             "promoted": str(verdict.promote).lower(), "reason": verdict.reason, "model": self.config.model,
-            f"{verdict.task}.{verdict.metric}": f"{verdict.value:.4f}",
+            tracking_store.metric_name(f"{verdict.task}.{verdict.metric}"): f"{verdict.value:.4f}",
             **{f"parent.{k}": v for k, v in self.work.parents.items()},
             **{f"parent.{k}": v for k, v in self.checkpoint.parents.items()},
         }  # fmt: skip

@@ -38,7 +38,8 @@ def pack(sample: Sample, image_codec: Literal["png", "webp"] = "png") -> dict[st
         "tokens.npy": _npy(sample.tokens.astype(np.int32, copy=False)),
     }
     for i, image in enumerate(sample.images):
-        members[f"image{i}.{image_codec}"] = _encode_image(image, image_codec)
+        codec = "png" if image.shape[-1] == 1 else image_codec  # WebP has no grey: it would come back as colour
+        members[f"image{i}.{codec}"] = _encode_image(image, codec)
     for i, sound in enumerate(sample.sounds):
         members[f"audio{i}.npy"] = _npy(sound.astype(np.float16, copy=False))
     return dict(sorted(members.items()))

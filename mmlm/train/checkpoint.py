@@ -8,16 +8,16 @@ checked all the same before it is used.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mmlm.storage import fsync_folder, sha256_file, write_json
+from mmlm.train.weights import write_tensors
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
@@ -41,9 +41,7 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], p
     hashes = {}
     for kind in KINDS:
         path = temporary / f"{kind}.safetensors"
-        save_file(tensors[kind], path)
-        with path.open("rb") as f:
-            os.fsync(f.fileno())
+        write_tensors(tensors[kind], path)
         hashes[path.name] = sha256_file(path)
     write_json(temporary / "state.json", {"step": step, "probe": probe, "sha256": hashes})
     fsync_folder(temporary)

@@ -194,9 +194,13 @@ def total(values: list[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def broadcast(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def stop() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 
 from mmlm import world as worlds
 from mmlm.data.loader import Loader
-from mmlm.errors import ArtifactError, Interrupted, MmlmError
+from mmlm.errors import ArtifactError, DataError, Interrupted, LaunchError, MmlmError, explain_os_error
 from mmlm.progress import Progress
 from mmlm.train import checkpoint, engine, weights
 from mmlm.train.config import LoopConfig, ScheduleConfig
@@ -74,6 +76,11 @@ def fit(
             )
             lr = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
             norm = trainer.step(loss, lr)
+            if not math.isfinite(norm):
+                raise DataError(
+                    f"{name}: the gradient of step {step + 1} is not a finite number (loss {loss.item():.4g})",
+                    cure=f"lower optimizer.lr, or give precision fp32; the last good checkpoint is in {out}/checkpoints",
+                )
             last = step + 1 == config.steps
             if (step + 1) % config.log_every == 0 or last:
                 means = _means(objective, terms, counts, device)
@@ -113,15 +120,20 @@ def _save(
 ) -> None:  # fmt: skip
     probe = probe_loss(trainer, objective, loader, device)
     tensors = trainer.state()
-    failed: MmlmError | OSError | None = None
+    _on_main(lambda: checkpoint.save(out / "checkpoints", step, tensors, probe, config.keep), world)
+
+
+def _on_main(write: Callable[[], None], world: World) -> None:
+    """Let rank 0 write while the others wait; when it cannot (a full disk), every rank raises the same LaunchError."""
+    problem: MmlmError | None = None
     if world.is_main:
         try:
-            checkpoint.save(out / "checkpoints", step, tensors, probe, config.keep)
-        except OSError as error:  # a full disk: let the other ranks leave too, then say so
-            failed = error
-    if engine.total([float(failed is not None)], device)[0]:
-        raise failed or Interrupted("rank 0 could not save the checkpoint")
-    engine.barrier()
+            write()
+        except OSError as error:
+            problem = explain_os_error(error) or LaunchError(f"cannot write the checkpoint ({error})")
+    told = engine.broadcast((problem.found, problem.cure) if problem else None)
+    if told:
+        raise LaunchError(told[0], cure=told[1])
 
 
 def _resume(
@@ -146,9 +158,7 @@ def _write_model(
     trainer: engine.DeepSpeedEngine, model: torch.nn.Module, config: LoopConfig, shards: Path, out: Path, world: World
 ) -> None:
     tensors = trainer.state()["weight"]
-    if world.is_main:
-        weights.save_model(out, tensors, model.config, shards)  # type: ignore[arg-type]
-    engine.barrier()
+    _on_main(lambda: weights.save_model(out, tensors, model.config, shards), world)  # type: ignore[arg-type]
 
 
 class Log:
@@ -172,8 +182,9 @@ class Log:
         metrics["data_wait"] = self.wait / seconds
         metrics["padding"] = 1 - float(batch.valid_BT.float().mean())
         self.clock, self.wait, self.tokens_from = time.perf_counter(), 0.0, step
-        with self.path.open("a") as f:
-            f.write(json.dumps({"step": step, "time": int(time.time() * 1000), "metrics": metrics}) + "\n")
+        row = json.dumps({"step": step, "time": int(time.time() * 1000), "metrics": metrics})
+        with contextlib.suppress(OSError), self.path.open("a") as f:  # figures never stop the training
+            f.write(row + "\n")
 
 
 def _step_of(line: str) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from mmlm.config import parse
 from mmlm.data.collate import field_rows
@@ -17,7 +18,7 @@ from mmlm.features import spec as feature_spec
 from mmlm.features.spec import FeatureSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.transformer import FusedTransformer
-from mmlm.storage import write_json
+from mmlm.storage import atomic_write, write_json
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -31,10 +32,16 @@ def build(config: ModelConfig, spec: FeatureSpec) -> FusedTransformer:
 
 def save_model(folder: Path, tensors: dict[str, torch.Tensor], config: ModelConfig, shards: Path) -> None:
     """Write everything of FILES into `folder`; spec and tokenizer are copied from `shards`."""
-    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, folder / WEIGHTS)
+    write_tensors({name: t.contiguous().cpu() for name, t in tensors.items()}, folder / WEIGHTS)
     write_json(folder / CONFIG, config.model_dump(mode="json"))
     for name in (feature_spec.FILE, "tokenizer.json"):
         shutil.copyfile(shards / name, folder / name)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file that appears whole or not at all. A full disk is an OSError, which safetensors' own writer hides."""
+    with atomic_write(path) as f:
+        f.write(to_bytes(tensors))
 
 
 def load_config(folder: Path) -> ModelConfig:
