@@ -108,9 +108,8 @@ class Stage:
 
 
 def library() -> Path:
-    """The folder of the built-in stories: in a wheel beside the package, in a checkout in `jobs/configs`."""
-    inside = Path(__file__).parent / "stories"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "jobs" / "configs"
+    """The folder of the built-in stories: in a wheel inside the package, in a checkout a link to `jobs/configs`."""
+    return (Path(__file__).parent / "stories").resolve()
 
 
 def built_in() -> list[str]:

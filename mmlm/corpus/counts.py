@@ -43,8 +43,11 @@ class Tally:
         if record.lang:
             self.task_langs[record.task].add(record.lang)
         target = record.target
-        labels = {*([target.label] if target.label is not None else []), *(target.labels or ())}
-        self.has_text[record.task] |= target.text is not None
+        # several labels at once are no choice of one class: such records are answered as text
+        labels = {target.label} if target.label is not None else set()
+        self.has_text[record.task] |= target.text is not None or bool(
+            target.label is None and target.labels is not None
+        )
         if record.split != "train":
             self.other_labels[record.task] |= labels
             return

@@ -7,6 +7,7 @@ ends as plain YAML that a person can change.
 from __future__ import annotations
 
 import io
+import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable
@@ -45,7 +46,9 @@ class Guess:
     modalities: tuple[str, ...]
     """Sorted, of image, audio, fields, context, text."""
     sizes: dict[str, Any]
-    """image_side {median, p95} in pixels, channels 1 or 3, audio_seconds {median, p95}, text_chars {median, p95}."""
+    """image_side {median, p95} in pixels, channels 1 or 3, audio_seconds {median, p95}; text_bytes
+    {median, p90, p95, max}: UTF-8 bytes of all words of a record, its answer included; fields, their number;
+    images_each and audios_each, the most in one record."""
     counts: dict[str, int]
     """records, and per class or split what there is."""
     says: list[str] = field(default_factory=list)
@@ -56,6 +59,7 @@ def look(path: Path) -> Guess:
     """What lies at `path`, a file or a folder. Raises DataError when nothing in it can be learnt from."""
     from mmlm.corpus.guess_table import look_at_tables
 
+    _require_utf8(os.path.abspath(path), "the path")
     if not path.exists():
         raise DataError(f"there is nothing at {path}", wanted=_FORMS, cure="check the path")
     if path.is_file():
@@ -69,6 +73,8 @@ def look(path: Path) -> Guess:
         raise DataError(
             f"{path} is an empty folder", wanted=_FORMS, cure="put your files there, or give another folder"
         )
+    for folder in sorted({os.path.dirname(f) for f in files}):
+        _require_utf8(folder, "the folder")
     tables = [f for f in files if f.count("/") <= 1 and f.lower().endswith(ENDINGS)]
     classes = _classes(files)
     if tables:
@@ -111,7 +117,19 @@ def _classes(files: list[str]) -> dict[str, list[str]]:
         folders = name.split("/")[:-1][with_splits:]
         if folders and _is_record(name):
             found.setdefault(as_label(folders[0]) or folders[0], []).append(name)
+    if all(c.lower() in SPLIT_NAMES for c in found):
+        return {}  # such as train/1.png beside a table
     return dict(sorted(found.items()))
+
+
+def _require_utf8(name: str, what: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{what} {name!a} is not named in UTF-8", wanted="names in UTF-8",
+            cure="rename it (`convmv -f gb18030 -t utf8 -r --notest FOLDER` renames all below a folder)",
+        ) from None  # fmt: skip
 
 
 def _folders(path: Path, files: list[str], classes: dict[str, list[str]]) -> Guess:
@@ -137,17 +155,19 @@ def _folders(path: Path, files: list[str], classes: dict[str, list[str]]) -> Gue
         says.append(f"{others:,} other files will be refused or looked into when scanning.")
     media = {k: [path / f for f in v] for k, v in by_kind.items()}
     sizes, seen = measure(media["image"], media["audio"])
-    if by_kind["text"]:
-        sizes["text_chars"] = spread([len(_peek(f)) for f in media["text"][:SAMPLE]])
     says += seen
-    if not sizes:
+    if not sizes and not by_kind["text"]:
         raise DataError(f"none of the files in {path} can be read", wanted=_FORMS, cure="check that they are whole")
+    question = {"en": "Which class is this?", "zh": "这是哪一类？"}
+    answer = max(len(c.encode()) for c in classes)
+    lengths = [answer + os.path.getsize(f) for f in _sample(media["text"], SAMPLE)]
+    sizes["text_bytes"] = text_sizes(lengths or [answer + len(question["zh"].encode())])
     modalities = {k for k, v in by_kind.items() if v} | {"text"}
     source = {
         "kind": "folders",
         "path": ".",
         "task": "category",
-        "question": {"en": "Which class is this?", "zh": "这是哪一类？"},
+        "question": question,
     }
     return Guess(
         "folders",
@@ -159,11 +179,6 @@ def _folders(path: Path, files: list[str], classes: dict[str, list[str]]) -> Gue
         counts,
         says,
     )
-
-
-def _peek(path: Path) -> str:
-    with path.open(encoding="utf-8", errors="replace") as f:
-        return f.read(20_000)
 
 
 def measure(images: list[Any], sounds: list[Any]) -> tuple[dict[str, Any], list[str]]:
@@ -195,12 +210,18 @@ def spread(values: list[Any]) -> dict[str, float]:
     return {"median": float(statistics.median(values)), "p95": float(quantile(values, 0.95))}
 
 
+def text_sizes(lengths: list[int]) -> dict[str, float]:
+    """Of the words of a sample's records, their answers included, in UTF-8 bytes."""
+    return {**spread(lengths), "p90": float(quantile(lengths, 0.9)), "max": float(max(lengths))}
+
+
 def _sample(items: list[Any], most: int) -> list[Any]:
     return items[:: max(1, -(-len(items) // most))]
 
 
 def _bytes(item: Any) -> bytes:
-    return item if isinstance(item, bytes) else read_uri(str(item))
+    # absolute, since the person may have given a path with `..` in it, which read_uri takes for an attack
+    return item if isinstance(item, bytes) else read_uri(os.path.abspath(item))
 
 
 def _header(item: Any, kind: str) -> Header | None:

@@ -56,6 +56,8 @@ def scan(config: ScanConfig, *, data: Path, out: Path, tracker: Any = None) -> A
     for source in config.sources:
         if isinstance(source, KeypadSource):
             write_keypad(source, config.split, data)
+        if isinstance(source, FolderSource):
+            _require_outside(Path(out), data / source.path)
     work = artifacts.begin(out, "manifest", recipe=RECIPE, config=config, extra={"sources": _listing(config, data)})
     if work.artifact:
         return work.artifact
@@ -68,6 +70,14 @@ def scan(config: ScanConfig, *, data: Path, out: Path, tracker: Any = None) -> A
             return artifact
     finally:
         work.release()
+
+
+def _require_outside(out: Path, data: Path) -> None:
+    """Raise DataError when what is made would be found among the class folders by the next run."""
+    if out.resolve().is_relative_to(data.resolve()):
+        raise DataError(
+            f"{out} lies inside the data folder {data}", cure="give --out elsewhere, such as --out ../runs/NAME"
+        )
 
 
 def _make(config: ScanConfig, data: Path, work: Work) -> Artifact:

@@ -14,14 +14,11 @@ from tests.corpus.samples import Scan, Scanned
 
 
 @pytest.fixture
-def scanned(tmp_path: Path) -> Scan:
+def scanned(tmp_path_factory: pytest.TempPathFactory) -> Scan:
     """scanned(data, source, ...) → the manifest of one source, with a wide error budget unless said otherwise."""
-    made = 0
 
     def make(data: Path, *sources: dict[str, Any], **settings: Any) -> Scanned:
-        nonlocal made
-        made += 1
         config = parse(ScanConfig, {"error_budget": 1.0, **settings, "sources": list(sources)}, "test")
-        return Scanned(scan(config, data=data, out=tmp_path / f"manifest-{made}"))
+        return Scanned(scan(config, data=data, out=tmp_path_factory.mktemp("manifest") / "m"))
 
     return make

@@ -102,7 +102,7 @@ def _json_list(path: Path, shown: str) -> Iterator[Row | Refusal]:
 
 def _csv(path: Path, shown: str) -> Iterator[Row | Refusal]:
     csv.field_size_limit(min(sys.maxsize, MAX_LINE))
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as f:
+    with path.open(encoding=csv_encoding(path), errors="surrogateescape", newline="") as f:
         head = f.readline()
         f.seek(0)
         delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=head.count)
@@ -113,7 +113,7 @@ def _csv(path: Path, shown: str) -> Iterator[Row | Refusal]:
             raise DataError(f"{shown}: {error}", wanted="a CSV file", cure="check its first line") from None
         if not header:
             return
-        header = [name.strip() for name in header]
+        header = [name.strip() or f"column_{number}" for number, name in enumerate(header, 1)]
         while True:
             try:
                 cells = next(reader, None)
@@ -131,6 +131,32 @@ def _csv(path: Path, shown: str) -> Iterator[Row | Refusal]:
                 yield Refusal(where, "", "bad_encoding", "not UTF-8")
             else:
                 yield where, dict(zip(header, cells, strict=True))
+
+
+def csv_encoding(path: Path) -> str:
+    """`gb18030` (which includes GBK) when the file is Chinese text in it, else `utf-8-sig`.
+
+    That it decodes is not enough, since so does much Latin-1 and broken UTF-8: hardly a line with other than ASCII
+    may be UTF-8, and most characters must be common ones (GB 2312). Raises OSError.
+    """
+    utf8 = other = characters = common = 0
+    with path.open("rb") as f:
+        while line := f.readline(MAX_LINE):
+            if line.isascii():
+                continue
+            try:
+                line.decode()
+                utf8 += 1
+                continue
+            except UnicodeDecodeError:
+                other += 1
+            try:
+                beyond = [c for c in line.decode("gb18030") if not c.isascii()]
+            except UnicodeDecodeError:
+                return "utf-8-sig"
+            characters += len(beyond)
+            common += len("".join(beyond).encode("gb2312", "ignore")) // 2
+    return "gb18030" if other > 10 * utf8 and common >= 0.8 * characters else "utf-8-sig"
 
 
 def _encodable(text: str) -> bool:
