@@ -120,7 +120,7 @@ def table(summary: dict[str, Any], out: Path) -> str:
     from rich.table import Table
 
     # the tables keep their width in a pipe and in a narrow window alike: wrapped numbers cannot be read
-    console = Console(width=140, force_terminal=False, record=True, file=io.StringIO())
+    console = Console(width=160, force_terminal=False, record=True, file=io.StringIO())
     stages = Table(title=f"{summary['story']}: stages", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("stage", "seconds", "counts"):
         stages.add_column(name, justify="right" if name == "seconds" else "left")
@@ -173,25 +173,37 @@ def _rows(scores: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, 
 
 
 def examples(out: Path, count: int = 5) -> list[str]:
-    """A few questions of the test split with the answers that were given, everything being shown to the model."""
+    """A few questions of the test split with the answers that were given, the most being shown to the model."""
+    from mmlm.data.modalities import keep_modalities
     from mmlm.data.reader import ShardReader
     from mmlm.features.text import Tokenizer
 
     rows = pq.read_table(out / "report" / "predictions.parquet").to_pylist()
     model = "student" if any(r["model"] == "student" for r in rows) else "teacher"
-    widest = max((len(r["given"]) for r in rows if r["model"] == model), default=0)
+    fullest: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["model"] == model and len(row["given"]) >= len(fullest.get(row["id"], row)["given"]):
+            fullest[row["id"]] = row
     reader, tokenizer = ShardReader(out / "shards", ("test",)), Tokenizer.load(out / "shards")
     lines = ["some of its answers:"]
     for number in range(0, len(reader), max(1, len(reader) // count)):
         sample = reader[number]
-        row = next((r for r in rows if (r["id"], r["model"], len(r["given"])) == (sample.id, model, widest)), None)
+        row = fullest.get(sample.id)
         if row is None or len(lines) > count:
             continue
-        prompt = [int(t) for t in sample.tokens[: sample.answer_at] if t >= len(SPECIAL_TOKENS)]
-        media = " + ".join(name for name in ("image", "audio", "fields", "context") if name in sample.modalities)
+        given = row["given"].split("+")
+        asked = keep_modalities(sample, set(given) - {"context"})
+        question = _short(
+            tokenizer.decode([int(t) for t in asked.tokens[: asked.answer_at] if t >= len(SPECIAL_TOKENS)])
+        )
+        media = " + ".join(name for name in given if name in sample.modalities)
         shown = f" ({media})" if media else ""
         mark = "✓" if row["answer"] == row["expected"] else "✗"
-        lines.append(
-            f"  {mark} {tokenizer.decode(prompt).strip()}{shown}  →  {row['answer']}   (wanted: {row['expected']})"
-        )
+        lines.append(f"  {mark} {question}{shown}  →  {_short(row['answer'])}   (wanted: {_short(row['expected'])})")
     return lines
+
+
+def _short(text: str | None) -> str:
+    """One printable line of at most 80 characters."""
+    line = "".join(c if c.isprintable() else " " for c in " ".join(str(text or "").split()))
+    return line if len(line) <= 80 else line[:79] + "…"
