@@ -1,0 +1,44 @@
+"""What needs a CUDA device; skips itself where there is none. Run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmlm.artifacts import Artifact
+from mmlm.config import parse
+from mmlm.data.reader import ShardReader
+from mmlm.evals.answer import Answerer
+from mmlm.launch.local import ranks
+from mmlm.tracking import NullTracker
+from mmlm.train.config import TrainConfig
+from mmlm.train.train import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(keypad_shards: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    config = parse(TrainConfig, {"steps": 20, "log_every": 1, "data": {"batch": 32}}, "test")
+    out = tmp_path_factory.mktemp("gpu") / "model"
+    return train(config, keypad_shards, out=out, launch=ranks(1), tracker=NullTracker())
+
+
+def test_the_loss_falls_in_bf16_on_the_gpu(trained: Artifact):
+    rows = [
+        json.loads(line)["metrics"]["loss"] for line in (Path(trained.path) / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) == 20 and rows[-1] < 0.7 * rows[0]
+
+
+def test_a_gpu_answers_like_the_cpu(trained: Artifact, keypad_shards: Artifact):
+    samples = list(ShardReader(keypad_shards.path, ("test",)))
+    here, there = Answerer(trained.path, "cpu").answer(samples), Answerer(trained.path, "cuda").answer(samples)
+    for a, b in zip(here, there, strict=True):
+        assert a.label_scores == pytest.approx(b.label_scores, abs=1e-3)
