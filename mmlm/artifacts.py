@@ -63,7 +63,7 @@ class ArtifactConflict(ArtifactError):
         super().__init__(
             f"{path} holds {present[:12]}, made from another config or other inputs",
             wanted=wanted[:12],
-            cure="choose another --out, remove that folder, or use `mmlm run`, which sets it aside",
+            cure="choose another --out, or set it aside: `mmlm run` does, and every verb with --replace",
         )
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -168,6 +168,14 @@ class Work:
     def lock(self) -> None:
         self._lock = hold(self.path)
 
+    def reopen(self) -> None:
+        """Make the finished noun that is here unfinished again; what its verb finds done stays done."""
+        self.lock()
+        self.run_id = self.artifact.run_id if self.artifact else None
+        self.note()
+        (self.path / NAME).unlink(missing_ok=True)
+        self.artifact = None
+
     def note(self) -> None:
         """Record whose work this is, so that only the same config and inputs continue it."""
         write_json(self.path / WORK, {"fingerprint": self.fingerprint, "kind": self.kind, "run_id": self.run_id})
@@ -199,6 +207,17 @@ class Work:
         (self.path / WORK).unlink(missing_ok=True)
         self.release()
         return artifact
+
+
+def predecessor(path: Path) -> Artifact | None:
+    """The finished noun that lay at `path` most recently and was set aside; None when there is none."""
+    found = []
+    for folder in (path.parent / ".aside").glob(f"{path.name}-*"):
+        try:
+            found.append(read(folder))
+        except ArtifactError:  # set aside unfinished
+            continue
+    return max(found, key=lambda artifact: (artifact.created, artifact.fingerprint), default=None)
 
 
 def set_aside(path: Path, wanted: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -100,6 +101,13 @@ def build_parser() -> argparse.ArgumentParser:
         command = _command(commands, verb, text, _verb)
         command.set_defaults(verb=verb)
         _story_flags(command)
+        command.add_argument(
+            "--replace", action="store_true", help="set aside what other settings or data made there, as `run` does"
+        )
+        if verb == "shard":
+            command.add_argument(
+                "--retry", metavar="REASON", help="make the shards again that lost samples for REASON (or `all`)"
+            )
     _people(commands)
     return parser
 
@@ -163,6 +171,14 @@ def _people(commands: Any) -> None:
 
     verify = _command(commands, "verify", "check every checksum and count of a shard set", _verify)
     verify.add_argument("path", type=Path, metavar="DIR")
+    verify.add_argument(
+        "--rebuild", type=int, default=0, metavar="N", help="also make N random shards again and compare their bytes"
+    )
+    verify.add_argument("--seed", type=int, default=0, help="which N shards (with --rebuild)")
+    verify.add_argument("--manifest", type=Path, metavar="DIR", help="with --rebuild (default: `manifest` beside DIR)")
+    verify.add_argument(
+        "--data", type=Path, metavar="DIR", help="with --rebuild: the raw corpora (default: `raw` beside DIR)"
+    )
 
     doctor = _command(commands, "doctor", "say what this machine can do, and what is missing", _doctor)
     doctor.add_argument("--json", action="store_true")
@@ -186,7 +202,7 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
     tracker = Tracker.start(arguments.tracking_uri, story=story.name, out=out)
     places = stories.Places(
         out=out, data=data, launch=launch, tracker=tracker, tracking_uri=tracker.uri, workers=arguments.workers,
-        ray_address="auto" if arguments.inside_ray else None,
+        ray_address="auto" if arguments.inside_ray else None, retry=getattr(arguments, "retry", None),
     )  # fmt: skip
     return story, places
 
@@ -224,8 +240,9 @@ def _verb(arguments: argparse.Namespace) -> int:
     if getattr(story, arguments.verb) is None:
         raise ConfigError(f"the story {story.name} has no {arguments.verb}.yaml")
     started = time.time()
+    make = functools.partial(stories.perform, story, arguments.verb, places)
     with places.tracker:
-        artifact, _ = stories.perform(story, arguments.verb, places)
+        artifact, _ = stories.settle(make) if arguments.replace else make()
     state = "already there" if artifact.path.joinpath("artifact.json").stat().st_mtime < started else "done"
     print(f"{arguments.verb}: {state}: {artifact.path}  {stories.describe(artifact.counts)}")
     return 0
@@ -251,8 +268,10 @@ def _submit(arguments: argparse.Namespace, verb: str) -> int:
     command += ["--tracking-uri", uri]
     for override in arguments.set:
         command += ["--set", override]
-    for flag in ("workers", "ranks"):
-        if getattr(arguments, flag):
+    if getattr(arguments, "replace", False):
+        command.append("--replace")
+    for flag in ("workers", "ranks", "retry"):
+        if getattr(arguments, flag, None):
             command += [f"--{flag}", str(getattr(arguments, flag))]
     if getattr(arguments, "require_promotion", False):
         command.append("--require-promotion")
@@ -333,15 +352,22 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from mmlm.shards.verify import verify
+    from mmlm.shards.verify import rebuild, verify
 
     problems = verify(arguments.path)
+    if arguments.rebuild and not problems:
+        beside = arguments.path.resolve().parent
+        problems = rebuild(
+            arguments.path, arguments.manifest or beside / "manifest", arguments.data or beside / "raw",
+            arguments.rebuild, arguments.seed,
+        )  # fmt: skip
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
         print(f"mmlm: {arguments.path}: {len(problems)} problem(s); make the shards again", file=sys.stderr)
         return 2
-    print(f"{arguments.path}: every checksum and count holds")
+    again = f", and {arguments.rebuild} shards made again have the same bytes" if arguments.rebuild else ""
+    print(f"{arguments.path}: every checksum and count holds{again}")
     return 0
 
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from mmlm import artifacts
 from mmlm.artifacts import Artifact, ArtifactConflict
 from mmlm.compress.config import DistillConfig
-from mmlm.config import Config, apply_override, parse, read_yaml, split_override
+from mmlm.config import Config, apply_override, parse, read_yaml, resolved, split_override
 from mmlm.corpus.config import ScanConfig
 from mmlm.errors import ConfigError
 from mmlm.evals.config import EvaluateConfig
@@ -94,6 +94,8 @@ class Places:
     tracking_uri: str | None = None
     workers: int | None = None
     ray_address: str | None = None
+    retry: str | None = None
+    """Reason for which samples were lost that `shard` tries again."""
 
 
 @dataclass
@@ -187,13 +189,17 @@ def perform(story: Story, verb: str, places: Places) -> tuple[Artifact, dict[str
     if verb == "scan":
         from mmlm.corpus.scan import scan
 
-        made = scan(story.scan, data=places.data, out=out, tracker=places.tracker)
+        earlier = artifacts.predecessor(out)
+        made = scan(
+            story.scan, data=places.data, out=out, tracker=places.tracker,
+            earlier=earlier if earlier and earlier.config == resolved(story.scan) else None,
+        )  # fmt: skip
     elif verb == "shard":
         from mmlm.shards.shard import shard
 
         made = shard(
             story.shard, noun(places, "scan"), data=places.data, out=out, workers=places.workers, tracker=places.tracker,
-            ray_address=places.ray_address,
+            ray_address=places.ray_address, earlier=artifacts.predecessor(out), retry=places.retry,
         )  # fmt: skip
     elif verb == "train":
         from mmlm.train.train import train

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmlm.storage import sha256_bytes, sha256_json
+
 Kind = Literal["text", "image", "audio", "video", "fields"]
 KINDS: tuple[str, ...] = ("text", "image", "audio", "video", "fields")
 SPLITS = ("train", "val", "test")
@@ -97,16 +99,25 @@ SCHEMA = pa.schema(
         ("number", pa.float64()),
         ("answer", pa.string()),
         ("parts", pa.list_(PART)),
+        ("text_bytes", pa.int64()),  # UTF-8 bytes of all texts, the answer included
+        ("inline_bytes", pa.int64()),  # bytes of media that lie in this very table
+        ("images", pa.int32()),
+        ("sounds", pa.int32()),
+        ("videos", pa.int32()),
+        ("generation", pa.int32()),  # which scan of a growing corpus added the record, from 0
     ]
 )
+"""One row per record. The counts before `generation` let shards be planned without reading the parts."""
 REFUSED = pa.schema([("source", pa.string()), ("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
 
 def to_row(record: Record) -> dict[str, Any]:
-    """A record as a row of SCHEMA."""
+    """A record as a row of SCHEMA, of generation 0. A record without a content hash gets one that names its URIs."""
+    target, kinds = record.target, [p.kind for p in record.parts]
+    texts = [*(p.text for p in record.parts), target.text, target.label, *(target.labels or ())]
     return {
         "id": record.id, "task": record.task, "split": record.split, "group": record.group, "lang": record.lang,
-        "source": record.source, "license": record.license, "content_hash": record.content_hash,
+        "source": record.source, "license": record.license, "content_hash": record.content_hash or _hash_by_name(record),
         "label": record.target.label,
         "labels": list(record.target.labels) if record.target.labels is not None else None,
         "number": record.target.number, "answer": record.target.text,
@@ -115,7 +126,21 @@ def to_row(record: Record) -> dict[str, Any]:
              "fields": json.dumps(p.fields, ensure_ascii=False, sort_keys=True) if p.fields is not None else None}
             for p in record.parts
         ],
+        "text_bytes": sum(len(text.encode("utf-8", "replace")) for text in texts if text),
+        "inline_bytes": sum(len(p.data or b"") for p in record.parts),
+        "images": kinds.count("image"), "sounds": kinds.count("audio"), "videos": kinds.count("video"),
+        "generation": 0,
     }  # fmt: skip
+
+
+def _hash_by_name(record: Record) -> str:
+    """Stands for a content hash where the media were not read: their URIs in place of their bytes."""
+    parts = [
+        [p.kind, p.role, p.text, p.uri, None if p.data is None else sha256_bytes(p.data), p.fields]
+        for p in record.parts
+    ]
+    target = record.target
+    return sha256_json([parts, [target.label, target.labels, target.number, target.text]])
 
 
 def from_row(row: dict[str, Any]) -> Record:

@@ -1,9 +1,13 @@
 """scan: raw corpora → Manifest.
 
-Everything found is either kept (a row of `records-00000.parquet`, sorted by id) or refused (a row of
-`refused.parquet` with a typed reason): found = kept + refused, always. The manifest does not depend on the order in
-which files or lines are listed. Memory: sorted runs go to disk; what grows with the corpus is one small entry per
-group (about 200 bytes) and, for tables without ids, one per row.
+Everything found is either kept (a row of `records-*.parquet`, sorted by id), refused (a row of `refused.parquet` with
+a typed reason) or dropped by curation (a row of `curation.parquet`): found = kept + refused + dropped, always. The
+manifest does not depend on the order in which files or lines are listed. Memory: sorted runs go to disk; what grows
+with the corpus is one small entry per group (about 200 bytes) and, for tables without ids, one per row.
+
+A corpus that grew is scanned as a whole, and each record that stands in the earlier manifest as it does now keeps its
+generation there; the others are a new generation. So what comes out is what one scan of everything would give, and
+shards know what is new.
 """
 
 from __future__ import annotations
@@ -12,8 +16,9 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,7 @@ from mmlm.corpus.drafts import Draft, Refusal
 from mmlm.corpus.keypad import write_keypad
 from mmlm.corpus.media import Looked, MediaReader
 from mmlm.corpus.readers.sources import files_of, read_source
-from mmlm.corpus.records import REFUSED, SCHEMA, from_row, to_row
+from mmlm.corpus.records import REFUSED, SCHEMA, from_row, read_rows, to_row
 from mmlm.corpus.sorting import Sorter
 from mmlm.corpus.splits import Splitter
 from mmlm.errors import DataError
@@ -37,20 +42,27 @@ from mmlm.progress import Progress
 from mmlm.storage import atomic_write, is_remote, sha256_json
 from mmlm.world import cores
 
-RECIPE = 1
+RECIPE = 2
 """Bumped by hand when the manifest made of the same corpus changes."""
-RECORDS = "records-00000.parquet"
 REFUSED_FILE = "refused.parquet"
 DROPPED_FILE = "dropped.parquet"
-_ROW_GROUP = 1024
+ROWS_PER_FILE = 2_000_000
+"""Records in one Parquet file of the manifest."""
+_ROW_GROUP, _GROUP_BYTES = 16_384, 16 << 20
+"""Rows of a row group, and bytes of text and inline media in it, at most."""
+_SAME = ("content_hash", "task", "split", "group", "lang", "source")
+"""What makes a record of an earlier manifest the same record today, its id aside."""
 _SPOOL = SCHEMA.append(pa.field("where", pa.string()))
 
 
-def scan(config: ScanConfig, *, data: Path, out: Path, tracker: Any = None) -> Artifact:
+def scan(
+    config: ScanConfig, *, data: Path, out: Path, tracker: Any = None, earlier: Artifact | None = None
+) -> Artifact:
     """Read the corpora below `data` into a manifest in folder `out`.
 
-    Raises DataError when a source is not there, nothing (or nothing to train on) is kept, or more is refused than
-    the error budget allows; `refused.parquet` is then in `out` all the same.
+    `earlier` is the manifest of the corpus before it grew, if there is one. Raises DataError when a source is not
+    there, nothing (or nothing to train on) is kept, or more is refused than the error budget allows; `refused.parquet`
+    is then in `out` all the same.
     """
     data = Path(data)
     for source in config.sources:
@@ -64,7 +76,7 @@ def scan(config: ScanConfig, *, data: Path, out: Path, tracker: Any = None) -> A
     try:
         run = tracker.run("scan", config, work) if tracker else contextlib.nullcontext()
         with run as tracked:
-            artifact = _make(config, data, work)
+            artifact = _make(config, data, work, earlier)
             if tracked:
                 _track(tracked, config, artifact)
             return artifact
@@ -80,7 +92,7 @@ def _require_outside(out: Path, data: Path) -> None:
         )
 
 
-def _make(config: ScanConfig, data: Path, work: Work) -> Artifact:
+def _make(config: ScanConfig, data: Path, work: Work, earlier: Artifact | None) -> Artifact:
     spool = Sorter(work.path / ".spool", _SPOOL, _record_key)
     refused = Sorter(work.path / ".refused", REFUSED, _refused_key)
     dropped = Sorter(work.path / ".dropped", REFUSED, _refused_key)
@@ -99,8 +111,8 @@ def _make(config: ScanConfig, data: Path, work: Work) -> Artifact:
                         dropped.add(_refused_row(part))
                 progress.add(1, f"{refused.count} refused" if refused.count else "")
         splitter.decide()
-        tally = Tally()
-        _write(work.path / RECORDS, SCHEMA, _kept(spool, splitter, refused, tally))
+        tally, generations = Tally(), Generations(earlier)
+        records = _write_records(work.path, generations.of(_kept(spool, splitter, refused, tally)))
         reasons: Counter[str] = Counter()
         _write(work.path / REFUSED_FILE, REFUSED, _counted(refused, reasons))
         if config.on_bad_part == "drop_part":
@@ -112,6 +124,8 @@ def _make(config: ScanConfig, data: Path, work: Work) -> Artifact:
         counts["refused_reasons"] = dict(sorted(reasons.items()))
         if config.on_bad_part == "drop_part":
             counts["dropped_parts"] = dropped.count
+        if earlier:
+            counts |= {"unchanged": generations.kept, "added": counts["kept"] - generations.kept}
         if splitter.torn:
             counts["groups_in_two_splits"] = len(splitter.torn)
         _require_useful(config, counts, work.path)
@@ -121,7 +135,39 @@ def _make(config: ScanConfig, data: Path, work: Work) -> Artifact:
     extra = {"tasks": tally.tasks(), "fields": tally.fields(), "media": sizes.summary()}
     if unseen := tally.unseen_labels():
         extra["unseen_labels"] = unseen
-    return work.finish(counts=counts, digest_of=[RECORDS], extra=extra)
+    if earlier:
+        extra["history"] = [*earlier.extra.get("history", []), earlier.digest]
+    return work.finish(counts=counts, digest_of=records, extra=extra)
+
+
+class Generations:
+    """Tells which records an earlier manifest holds as they are now, in one pass over both in order of id."""
+
+    def __init__(self, earlier: Artifact | None) -> None:
+        columns = ["id", *_SAME, "generation"]
+        rows = read_rows(earlier.path, columns=columns) if earlier and earlier.recipe == RECIPE else iter(())
+        self.rows, self.before = rows, next(rows, None)
+        self.next = 1 + max(_generations(earlier)) if self.before and earlier else 0
+        self.kept = 0
+
+    def of(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """`rows` with their generations."""
+        for row in rows:
+            while self.before and self.before["id"] < row["id"]:
+                self.before = next(self.rows, None)
+            same = self.before and self.before["id"] == row["id"] and all(self.before[k] == row[k] for k in _SAME)
+            row["generation"] = self.before["generation"] if self.before and same else self.next
+            self.kept += bool(same)
+            yield row
+
+
+def _generations(manifest: Artifact) -> set[int]:
+    found: set[int] = set()
+    for path in manifest.path.glob("records-*.parquet"):
+        with pq.ParquetFile(path) as f:
+            for batch in f.iter_batches(65_536, columns=["generation"]):
+                found.update(batch["generation"].unique().to_pylist())
+    return found or {0}
 
 
 def _outcomes(config: ScanConfig, data: Path) -> Iterator[Looked | Refusal]:
@@ -146,15 +192,31 @@ def _kept(spool: Sorter, splitter: Splitter, refused: Sorter, tally: Tally) -> I
         yield row
 
 
-def _write(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> None:
+def _write_records(folder: Path, rows: Iterator[dict[str, Any]]) -> list[str]:
+    """`rows` as `records-00000.parquet` and so on; returns the names of the files."""
+    for old in folder.glob("records-*.parquet"):  # of a run that was killed
+        old.unlink()
+    names: list[str] = []
+    first = next(rows, None)
+    while first is not None or not names:
+        names.append(f"records-{len(names):05d}.parquet")
+        some = chain([first] if first is not None else [], islice(rows, ROWS_PER_FILE - 1))
+        _write(folder / names[-1], SCHEMA, some)
+        first = next(rows, None)
+    return names
+
+
+def _write(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
     """`rows` as one Parquet file, whole or not at all."""
     with atomic_write(path) as f, pq.ParquetWriter(f, schema, compression="zstd") as writer:
         held: list[dict[str, Any]] = []
+        size = 0
         for row in rows:
             held.append(row)
-            if len(held) == _ROW_GROUP:
+            size += row.get("text_bytes", 0) + row.get("inline_bytes", 0)
+            if len(held) == _ROW_GROUP or size >= _GROUP_BYTES:
                 writer.write_table(pa.Table.from_pylist(held, schema=schema))
-                held = []
+                held, size = [], 0
         if held:
             writer.write_table(pa.Table.from_pylist(held, schema=schema))
 

@@ -11,22 +11,30 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+PIECE_ROWS, PIECE_BYTES = 512, 1 << 20
+
 
 class Sorter:
-    """`add` rows of `schema`, then iterate `rows()` in order of `key`. Holds at most `limit` rows at a time."""
+    """`add` rows of `schema`, then iterate `rows()` in order of `key`.
+
+    Holds at most `limit` rows and `limit_bytes` of text and inline media (`text_bytes`, `inline_bytes`) at a time.
+    """
 
     def __init__(
-        self, folder: Path, schema: pa.Schema, key: Callable[[dict[str, Any]], Any], limit: int = 50_000
-    ) -> None:
-        self.folder, self.schema, self.key, self.limit = folder, schema, key, limit
+        self, folder: Path, schema: pa.Schema, key: Callable[[dict[str, Any]], Any], limit: int = 50_000,
+        limit_bytes: int = 256 << 20,
+    ) -> None:  # fmt: skip
+        self.folder, self.schema, self.key, self.limit, self.limit_bytes = folder, schema, key, limit, limit_bytes
         self.held: list[dict[str, Any]] = []
+        self.held_bytes = 0
         self.runs: list[Path] = []
         self.count = 0
 
     def add(self, row: dict[str, Any]) -> None:
         self.held.append(row)
         self.count += 1
-        if len(self.held) >= self.limit:
+        self.held_bytes += _size(row)
+        if len(self.held) >= self.limit or self.held_bytes >= self.limit_bytes:
             self._spill()
 
     def _spill(self) -> None:
@@ -34,10 +42,10 @@ class Sorter:
         path = self.folder / f"run-{len(self.runs):05d}.parquet"
         self.held.sort(key=self.key)
         with pq.ParquetWriter(path, self.schema) as writer:
-            for at in range(0, len(self.held), 1024):
-                writer.write_table(pa.Table.from_pylist(self.held[at : at + 1024], schema=self.schema))
+            for rows in _pieces(self.held):
+                writer.write_table(pa.Table.from_pylist(rows, schema=self.schema))
         self.runs.append(path)
-        self.held = []
+        self.held, self.held_bytes = [], 0
 
     def rows(self) -> Iterator[dict[str, Any]]:
         self.held.sort(key=self.key)
@@ -50,7 +58,26 @@ class Sorter:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _size(row: dict[str, Any]) -> int:
+    size: int = row.get("text_bytes", 0) + row.get("inline_bytes", 0)
+    return size
+
+
+def _pieces(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """`rows` cut into row groups; one of each run is in memory while they are merged."""
+    piece: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        piece.append(row)
+        size += _size(row)
+        if len(piece) == PIECE_ROWS or size >= PIECE_BYTES:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
+
+
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(path) as f:
-        for batch in f.iter_batches(512):
-            yield from batch.to_pylist()
+        for number in range(f.num_row_groups):
+            yield from f.read_row_group(number).to_pylist()

@@ -13,6 +13,8 @@ class TokenizerConfig(Config):
     """Wanted size, special tokens and the 256 bytes included."""
     file: str | None = None
     """Path of a Hugging Face `tokenizer.json` to use instead of training one."""
+    keep: bool = True
+    """Whether the tokenizer of this story's last shard set is kept when data were added, so that only they are sharded."""
     max_bytes: int = 64 << 20
     """Text read for training, bytes; the first of it in order of id."""
 

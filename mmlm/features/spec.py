@@ -104,6 +104,21 @@ class FeatureSpec(Config):
     def digest(self) -> str:
         return sha256_json(self.model_dump(mode="json"))
 
+    @property
+    def image_bytes(self) -> int:
+        """Bytes that one stored picture takes at most; 0 where pictures are left out."""
+        return self.image.size**2 * self.image.channels if self.image else 0
+
+    @property
+    def audio_bytes(self) -> int:
+        """Bytes that one stored sound takes at most; 0 where sounds are left out."""
+        return self.audio.max_frames * self.audio.n_mels * 4 if self.audio else 0
+
+    @property
+    def video_bytes(self) -> int:
+        """Bytes that one stored video (its frames and its sound) takes at most; 0 where videos are left out."""
+        return 0
+
     def task(self, name: str) -> TaskSpec:
         return next(t for t in self.tasks if t.name == name)
 

@@ -7,10 +7,11 @@ away at the next start and made again, with the same bytes.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
+import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmlm.corpus.records import REFUSED
-from mmlm.errors import ArtifactError
+from mmlm.errors import ArtifactError, DataError
+from mmlm.shards.write import QUARANTINE as QUARANTINED
 from mmlm.shards.write import TEMPORARY, Written
 from mmlm.storage import atomic_write, fsync_folder, sha256_file
 
@@ -31,10 +32,14 @@ SHARDS = pa.schema(
         ("path", pa.string()),
         ("unit_id", pa.string()),
         ("split", pa.string()),
+        *((name, pa.int64()) for name in ("generation", "index")),
+        ("first_id", pa.string()),
+        ("last_id", pa.string()),
         ("sha256", pa.string()),
         ("index_sha256", pa.string()),
         *((name, pa.int64()) for name in ("bytes", "samples", "records", "quarantined")),
         *((name, pa.int64()) for name in ("images", "sounds", "tokens", "cut_sounds")),
+        *((name, pa.int64()) for name in ("image_bytes", "audio_bytes", "audio_frames")),
     ]
 )
 """A row per unit; `path` is "" for a unit of which no sample was left."""
@@ -59,8 +64,31 @@ class Committer:
         for path in [*self.out.glob("*.tar"), *self.out.glob("*.index.parquet")]:
             if path.name.removesuffix(".tar").removesuffix(".index.parquet") not in listed:
                 path.unlink()
-        for path in (self.out / TEMPORARY).iterdir():
+        for path in [*(self.out / TEMPORARY).iterdir(), *self.out.glob(".*.tmp")]:
             path.unlink()
+
+    def adopt(self, earlier: Path, planned: dict[str, str]) -> int:
+        """Take from the finished shard set in `earlier` what is the same here, by hard link; returns how many units.
+
+        A shard whose bytes are not those that its manifest tells is left there, and made anew here.
+        """
+        count = 0
+        for row in read_published(earlier):
+            name = planned.get(row["unit_id"])
+            if name is None or row["unit_id"] in self.done:
+                continue
+            if row["samples"]:
+                there = earlier / f"{row['name']}.tar", earlier / f"{row['name']}.index.parquet"
+                if not all(path.is_file() for path in there) or sha256_file(there[0]) != row["sha256"]:
+                    continue
+                _publish(there[1], self.out / f"{name}.index.parquet", row["index_sha256"])
+                _publish(there[0], self.out / f"{name}.tar", row["sha256"])
+            row["name"], row["index"] = name, int(name.split("-")[1])
+            self.done[row["unit_id"]] = row
+            count += 1
+        fsync_folder(self.out)
+        self._rewrite_journal()
+        return count
 
     def _is_there(self, row: dict[str, Any]) -> bool:
         if not row["samples"]:
@@ -105,7 +133,7 @@ class Committer:
 
     def write_quarantine(self) -> None:
         rows = sorted((q for row in self.done.values() for q in row["quarantine"]), key=lambda q: q["id"])
-        _write_table(rows, REFUSED, self.out / QUARANTINE)
+        _write_table(rows, QUARANTINED, self.out / QUARANTINE)
 
     def close(self) -> None:
         """Write the tables that readers trust. Their bytes depend on the units only, not on the order of the work."""
@@ -123,8 +151,35 @@ class Committer:
     def clear(self) -> None:
         """Remove what only an unfinished shard set needs."""
         (self.out / JOURNAL).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            (self.out / TEMPORARY).rmdir()
+        shutil.rmtree(self.out / TEMPORARY, ignore_errors=True)
+
+
+def read_published(folder: Path) -> list[dict[str, Any]]:
+    """The units of a finished shard set as journal rows."""
+    failed: dict[str, list[dict[str, str]]] = {}
+    for lost in pq.read_table(folder / QUARANTINE).to_pylist():
+        failed.setdefault(lost.get("unit_id") or "", []).append(lost)
+    rows = []
+    for row in pq.read_table(folder / MANIFEST).to_pylist():
+        name = row["path"].removesuffix(".tar") or f"{row['split']}-{row['index']:05d}-{row['unit_id'][:8]}"
+        rows.append({**row, "name": name, "quarantine": failed.get(row["unit_id"], [])})
+    return rows
+
+
+def reopen(folder: Path, reason: str) -> int:
+    """Turn a finished shard set back into an unfinished one that lacks the units with samples lost to `reason`.
+
+    The next run makes those units again. Returns the number of such samples. Raises DataError when there is none.
+    """
+    rows = read_published(folder)
+    reasons = Counter(lost["reason"] for row in rows for lost in row["quarantine"])
+    if not (reasons if reason == "all" else reasons[reason]):
+        listed = ", ".join(f"{name} ({count})" for name, count in reasons.most_common()) or "none at all"
+        raise DataError(f"no sample of {folder} was lost to {reason!r}", wanted=f"one of: {listed}, or all")
+    kept = [row for row in rows if not any(reason in ("all", lost["reason"]) for lost in row["quarantine"])]
+    with atomic_write(folder / JOURNAL) as file:
+        file.writelines(_line(row) for row in kept)
+    return reasons.total() if reason == "all" else reasons[reason]
 
 
 def _publish(temporary: Path, final: Path, sha256: str) -> None:

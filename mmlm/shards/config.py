@@ -23,5 +23,7 @@ class ShardConfig(Config):
     """Share of the records that may fail and go to quarantine before the stage stops."""
     image_codec: Literal["png", "webp"] = "png"
     """How pictures are stored, both without loss: `webp` is smaller, `png` is read everywhere."""
+    image_quality: int | None = Field(default=None, ge=1, le=100)
+    """Quality of stored pictures where the codec loses something; None: without loss."""
     ray_from: int = Field(default=2000, ge=0)
     """From how many records on Ray workers are used; below, one process is faster than starting Ray."""

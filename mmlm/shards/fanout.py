@@ -27,14 +27,18 @@ RETRIES = 3
 """How often a unit is given to another worker when its worker dies."""
 KNOCK_SECONDS = 10.0
 """How long a cluster's address may take to answer."""
-STORE_BYTES = 200 << 20
-"""Shared memory for what goes to workers: rows of the manifest, no media."""
+STORE_BYTES = 512 << 20
+"""Shared memory for what goes to workers: rows of the manifest, with media only where a corpus has them inline."""
+WINDOW_BYTES = STORE_BYTES // 2
+"""Bytes of rows that wait or are worked on at a time; a unit that is larger goes alone."""
 
 
 def write_on_ray(
     units: Iterable[Unit], writer: UnitWriter, workers: int, address: str | None = None
 ) -> Iterator[Written]:
-    """Write `units` on `workers` Ray workers here, or on the cluster at `address`; at most 2 × workers wait at a time.
+    """Write `units` on `workers` Ray workers here, or on the cluster at `address`.
+
+    At most 2 × workers units are on their way at a time, and at most WINDOW_BYTES of rows.
 
     Ray is shut down when the iteration ends, however it ends. Raises what the unit raised (an OSError, an MmlmError),
     or LaunchError when Ray cannot be reached or workers keep dying.
@@ -44,15 +48,20 @@ def write_on_ray(
     with _session(workers, address):
         shared = ray.put(writer)
         write = ray.remote(num_cpus=1, max_retries=RETRIES)(_write_unit)
-        waiting: list[Any] = []
+        waiting: dict[Any, int] = {}
+
+        def next_result() -> Written:
+            ready, _ = ray.wait(list(waiting), num_returns=1)
+            del waiting[ready[0]]
+            return _result(ready[0])
+
         for unit in units:
-            if len(waiting) >= 2 * workers:
-                ready, waiting = ray.wait(waiting, num_returns=1)
-                yield _result(ready[0])
-            waiting.append(write.remote(shared, unit))
+            size = unit.table.nbytes
+            while waiting and (len(waiting) >= 2 * workers or sum(waiting.values()) + size > WINDOW_BYTES):
+                yield next_result()
+            waiting[write.remote(shared, unit)] = size
         while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=1)
-            yield _result(ready[0])
+            yield next_result()
 
 
 def _write_unit(writer: UnitWriter, unit: Unit) -> Written:

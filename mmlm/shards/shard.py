@@ -4,21 +4,44 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmlm import artifacts, world
-from mmlm.artifacts import Artifact
-from mmlm.errors import DataError
+from mmlm.artifacts import Artifact, Work
+from mmlm.errors import ArtifactError, DataError
 from mmlm.features import spec as feature_spec
 from mmlm.features.text import FILE as TOKENIZER
 from mmlm.progress import Progress
-from mmlm.shards.commit import MANIFEST, QUARANTINE, Committer
+from mmlm.shards import page
+from mmlm.shards.commit import MANIFEST, QUARANTINE, Committer, read_published, reopen
 from mmlm.shards.config import ShardConfig
 from mmlm.shards.fanout import write_on_ray
-from mmlm.shards.plan import RECIPE, codec_versions, plan_units
+from mmlm.shards.plan import RECIPE, Boundaries, Slot, borders, codec_versions, plan, read_units
 from mmlm.shards.spec import find_tokenizer, make_spec
 from mmlm.shards.write import UnitWriter, absolute
+
+PAGE = "corpus.html"
+"""The report for people; no part of the digest."""
+REPORTED = 20_000
+"""Records whose tokens are counted for the report of tokens per word."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the work is done. None of it changes what comes out."""
+
+    data: Path | str
+    """The folder that relative media URIs stand in."""
+    workers: int | None = None
+    """Ray workers; default: one per core."""
+    ray_address: str | None = None
+    earlier: Artifact | None = None
+    """A finished shard set whose tokenizer and shards are taken over where they fit."""
+    borders: Boundaries = field(default_factory=dict)
 
 
 def shard(
@@ -30,12 +53,16 @@ def shard(
     workers: int | None = None,
     tracker: Any = None,
     ray_address: str | None = None,
+    earlier: Artifact | None = None,
+    retry: str | None = None,
 ) -> Artifact:
     """Turn the records of `manifest` into feature shards in folder `out`.
 
     `data` is the folder that relative media URIs stand in; `workers` Ray workers (default: one per core) share the
     work from `config.ray_from` records on. A killed run is taken up where it stopped and gives the same bytes.
-    Raises DataError when more samples fail than `config.error_budget` allows.
+    `earlier`: the shard set of the corpus before it grew; its tokenizer stays, and its shards are taken over.
+    `retry`: in a finished shard set, make the shards again that lost samples for this reason (or `all`).
+    Raises DataError when more samples fail than `config.error_budget` allows, or none was lost to `retry`.
     """
     work = artifacts.begin(
         Path(out),
@@ -45,51 +72,111 @@ def shard(
         parents={"manifest": manifest},
         extra={"codecs": codec_versions()},
     )
+    if work.artifact and retry:
+        reopen(work.path, retry)
+        work.reopen()
+    elif retry:
+        work.release()
+        raise ArtifactError(
+            f"{out} is not finished",
+            wanted="a finished shard set to retry samples of",
+            cure="run shard without --retry",
+        )
     if work.artifact:
         return work.artifact
+    if earlier and earlier.recipe != RECIPE:
+        earlier = None
+    # only a shard set of the same settings, made of a manifest that this one grew from, has borders to keep
+    grown = (
+        earlier and earlier.config == work.config and earlier.parents["manifest"] in manifest.extra.get("history", [])
+    )
+    places = Places(
+        data, workers, ray_address, earlier, borders(read_published(earlier.path)) if earlier and grown else {}
+    )
     try:
         with tracker.run("shard", config, work) if tracker else contextlib.nullcontext() as run:
-            tokenizer = find_tokenizer(manifest, config.features, work.path)
-            spec = make_spec(manifest, config.features, tokenizer)
-            tokenizer.save(work.path)
-            feature_spec.save(spec, work.path)
-            writer = UnitWriter(spec, tokenizer, config, absolute(data), work.path)
-            counts = _make_shards(config, manifest.path, writer, work.path, workers or world.cores(), ray_address)
+            made = _make(config, manifest, work, places)
             if run is not None:
-                _report(run, counts, work.path)
-            made = work.finish(counts=counts, digest_of=[MANIFEST, feature_spec.FILE, TOKENIZER])
-            Committer(work.path).clear()
+                _report(run, made.counts, work.path)
             return made
     finally:
         work.release()
 
 
+def _make(config: ShardConfig, manifest: Artifact, work: Work, places: Places) -> Artifact:
+    tokenizer = find_tokenizer(manifest, config.features, work.path, places.earlier)
+    spec = make_spec(manifest, config.features, tokenizer)
+    tokenizer.save(work.path)
+    feature_spec.save(spec, work.path)
+    writer = UnitWriter(spec, tokenizer, config, absolute(places.data), work.path)
+    counts, extra = _make_shards(config, manifest.path, writer, work.path, places)
+    made = work.finish(counts=counts, digest_of=[MANIFEST, feature_spec.FILE, TOKENIZER], extra=extra)
+    Committer(work.path).clear()
+    page.write_page(work.path, manifest.path, work.path / PAGE)
+    return made
+
+
 def _make_shards(
-    config: ShardConfig, manifest: Path, writer: UnitWriter, out: Path, workers: int, address: str | None
-) -> dict[str, Any]:
-    """Write and publish every unit that is not there yet; returns the stage's counts."""
-    planned: dict[str, str] = {}
-    total = 0
-    for unit in plan_units(manifest, config, writer.spec):
-        planned[unit.unit_id] = unit.name
-        total += len(unit.rows)
+    config: ShardConfig, manifest: Path, writer: UnitWriter, out: Path, places: Places
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write and publish every unit that is not there yet; returns the stage's counts and what else is to be told."""
+    slots = plan(manifest, config, writer.spec, places.borders)
+    total = sum(slot.records for slot in slots)
+    planned = {slot.unit_id: slot.name for slot in slots}
     committer = Committer(out)
     committer.resume(planned)
-    on_ray = address is not None or total >= config.ray_from
-    workers = workers if on_ray else 1
-    missing = (unit for unit in plan_units(manifest, config, writer.spec) if unit.unit_id not in committer.done)
+    adopted = committer.adopt(places.earlier.path, planned) if places.earlier else 0
+    missing = [slot for slot in slots if slot.unit_id not in committer.done]
+    on_ray = places.ray_address is not None or sum(slot.records for slot in missing) >= max(1, config.ray_from)
+    workers = (places.workers or world.cores()) if on_ray else 1
     failed = sum(len(row["quarantine"]) for row in committer.done.values())
     with Progress("shard", total, "records") as progress:
         progress.resume_at(sum(row["records"] for row in committer.done.values()))
-        if len(committer.done) < len(planned):
-            for written in write_on_ray(missing, writer, workers, address) if on_ray else map(writer.write, missing):
-                committer.commit(written)
-                progress.add(written.records)
-                failed += len(written.quarantine)
-                if failed > config.error_budget * total:
-                    _stop_over_budget(committer, failed, total, config.error_budget)
+        for written in _written(missing, manifest, writer, workers, on_ray, places.ray_address):
+            committer.commit(written)
+            progress.add(written.records)
+            failed += len(written.quarantine)
+            if failed > config.error_budget * total:
+                _stop_over_budget(committer, failed, total, config.error_budget)
     committer.close()
-    return _count(committer, workers, total)
+    return _count(committer, workers, total, adopted), {"stragglers": stragglers(committer.rows())}
+
+
+def _written(
+    slots: list[Slot], manifest: Path, writer: UnitWriter, workers: int, on_ray: bool, address: str | None
+) -> Iterator[Any]:
+    units = read_units(manifest, slots)
+    if slots:
+        yield from write_on_ray(units, writer, workers, address) if on_ray else map(writer.write, units)
+
+
+def stragglers(rows: list[dict[str, Any]], most: int = 5) -> dict[str, Any]:
+    """Which units took long, of those written in this run: seconds per record, their median and the slowest.
+
+    A unit is a straggler when it took more than twice the median per record, and at least a second.
+    """
+    timed = [row for row in rows if row.get("seconds")]
+    if not timed:
+        return {}
+    each = {row["name"]: row["seconds"] / row["records"] for row in timed}
+    median = statistics.median(each.values())
+    slow = [row for row in timed if each[row["name"]] > 2 * median and row["seconds"] >= 1]
+    by_worker: collections.Counter[str] = collections.Counter()
+    for row in timed:
+        by_worker[row["worker"]] += row["seconds"]
+    return {
+        "units": len(timed),
+        "median_seconds": round(statistics.median(row["seconds"] for row in timed), 3),
+        "median_milliseconds_a_record": round(1000 * median, 3),
+        "seconds_by_worker": {name: round(seconds, 3) for name, seconds in sorted(by_worker.items())},
+        "slow": [
+            {
+                "shard": row["name"], "seconds": row["seconds"], "times_median": round(each[row["name"]] / median, 1),
+                "worker": row["worker"], "records": row["records"], "bytes": row["bytes"],
+            }
+            for row in sorted(slow, key=lambda row: -each[row["name"]])[:most]
+        ],
+    }  # fmt: skip
 
 
 def _reasons(committer: Committer) -> collections.Counter[str]:
@@ -110,7 +197,7 @@ def _stop_over_budget(committer: Committer, failed: int, total: int, budget: flo
     )
 
 
-def _count(committer: Committer, workers: int, total: int) -> dict[str, Any]:
+def _count(committer: Committer, workers: int, total: int, adopted: int) -> dict[str, Any]:
     rows = committer.rows()
     sums = {key: sum(row[key] for row in rows) for key in ("records", "samples", "bytes", "images", "sounds", "tokens")}
     quarantined = sum(len(row["quarantine"]) for row in rows)
@@ -125,10 +212,12 @@ def _count(committer: Committer, workers: int, total: int) -> dict[str, Any]:
         "shards": sum(bool(row["samples"]) for row in rows),
         "cut_sounds": sum(row["cut_sounds"] for row in rows),
         "workers": workers,
+        **({"taken_over": adopted} if adopted else {}),
     }
 
 
 def _report(run: Any, counts: dict[str, Any], path: Path) -> None:
     run.metrics({name: value for name, value in counts.items() if isinstance(value, int | float)})
-    for name in (feature_spec.FILE, QUARANTINE):
-        run.artifact(path / name)
+    for name in (feature_spec.FILE, QUARANTINE, PAGE):
+        if (path / name).exists():
+            run.artifact(path / name)

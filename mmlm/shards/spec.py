@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmlm.artifacts import Artifact
+from mmlm.config import resolved
 from mmlm.corpus.records import from_row, read_rows
 from mmlm.errors import DataError
 from mmlm.features.config import FeaturesConfig
@@ -14,12 +15,18 @@ from mmlm.features.spec import FeatureSpec, FieldsSpec, TaskSpec
 from mmlm.features.text import FILE, Tokenizer, given_tokenizer, train_tokenizer
 
 
-def find_tokenizer(manifest: Artifact, config: FeaturesConfig, out: Path) -> Tokenizer:
-    """The tokenizer that an earlier, killed run left in `out`, the one that is given, or a newly trained one."""
+def find_tokenizer(manifest: Artifact, config: FeaturesConfig, out: Path, earlier: Artifact | None = None) -> Tokenizer:
+    """The tokenizer that an earlier, killed run left in `out`, the one that is given, or that of the shard set
+    `earlier` if it was trained with the same settings; else a newly trained one.
+    """
     if (out / FILE).exists():
         return Tokenizer.load(out)
     if config.tokenizer.file:
         return given_tokenizer(config.tokenizer.file)
+    if earlier and config.tokenizer.keep:
+        before = earlier.config.get("features", {}).get("tokenizer")
+        if before == resolved(config.tokenizer):
+            return Tokenizer.load(earlier.path)
     return train_tokenizer(training_texts(manifest.path), config.tokenizer)
 
 
@@ -51,15 +58,22 @@ def make_spec(manifest: Artifact, config: FeaturesConfig, tokenizer: Tokenizer) 
 
 
 def _read_tasks(manifest: Artifact) -> tuple[list[TaskSpec], set[str]]:
-    """The manifest's tasks, sorted by name, and the kinds of parts that its records have."""
+    """The manifest's tasks, sorted by name, and the kinds of media and fields that its records have."""
     known = set(TaskSpec.model_fields)
     given = manifest.extra.get("tasks") or {}
     rows = given if isinstance(given, list) else [{"name": name, **value} for name, value in given.items()]
     tasks = [TaskSpec(**{key: value for key, value in row.items() if key in known}) for row in rows]
-    kinds = {
-        part["kind"] for row in read_rows(manifest.path, columns=["parts.list.element.kind"]) for part in row["parts"]
-    }
-    return sorted(tasks, key=lambda task: task.name), kinds
+    return sorted(tasks, key=lambda task: task.name), _kinds(manifest)
+
+
+def _kinds(manifest: Artifact) -> set[str]:
+    """`image`, `audio`, `video`, `fields`: what the records have, by the manifest's own counts where it has them."""
+    if counted := manifest.counts.get("modalities"):
+        kinds = set(counted)
+    else:
+        rows = read_rows(manifest.path, columns=["parts.list.element.kind"])
+        kinds = {part["kind"] for row in rows for part in row["parts"]}
+    return kinds | ({"image", "audio"} if "video" in kinds else set())
 
 
 def _read_fields(manifest: Artifact) -> FieldsSpec | None:

@@ -1,8 +1,10 @@
-"""verify: is a ShardSet what its manifest says, bit by bit?"""
+"""verify: is a ShardSet what its manifest says, bit by bit? And do its records still give the same bytes?"""
 
 from __future__ import annotations
 
 import hashlib
+import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmlm import artifacts
+from mmlm.config import parse
+from mmlm.errors import ArtifactError, ConfigError
 from mmlm.features import spec as feature_spec
 from mmlm.features.text import FILE as TOKENIZER
+from mmlm.features.text import Tokenizer
+from mmlm.progress import Progress
 from mmlm.shards.commit import MANIFEST, QUARANTINE
+from mmlm.shards.config import ShardConfig
+from mmlm.shards.plan import borders, codec_versions, plan, read_units
 from mmlm.shards.tar import members
-from mmlm.storage import sha256_file, sha256_json
+from mmlm.shards.write import TEMPORARY, UnitWriter, absolute
+from mmlm.storage import is_remote, sha256_file, sha256_json
 
 
 def verify(path: Path | str) -> list[str]:
@@ -35,7 +44,7 @@ def verify(path: Path | str) -> list[str]:
     if sha256_json({name: sha256_file(path / name) for name in sorted(names)}) != artifact.digest:
         problems.append(f"{', '.join(names)}: not the bytes that artifact.json was written for")
     try:
-        rows = pq.read_table(path / MANIFEST).to_pylist()
+        rows = rows_of(path)
         problems += _verify_counts(rows, artifact.counts)
         quarantined = pq.read_table(path / QUARANTINE).num_rows
     except (pa.ArrowException, KeyError, OSError) as error:
@@ -50,6 +59,60 @@ def verify(path: Path | str) -> list[str]:
     listed = {row["path"] for row in rows}
     problems += [f"{tar.name}: not in the manifest" for tar in sorted(path.rglob("*.tar")) if tar.name not in listed]
     return problems
+
+
+def rebuild(path: Path | str, manifest: Path | str, data: Path | str, count: int, seed: int = 0) -> list[str]:
+    """Make `count` shards of the set in `path` again, chosen at random, and compare their bytes; a line per problem.
+
+    `manifest` is the folder of the Manifest that the set was made of, `data` the folder of the raw corpora. Raises
+    ArtifactError when the manifest is another one, or when the libraries here are not those that made the set.
+    """
+    path = Path(path)
+    if not is_remote(str(data)) and not Path(data).is_dir():
+        raise ConfigError(f"there is no folder {data}", wanted="the raw corpora", cure="give them with --data")
+    artifact, source = artifacts.read(path, "shards"), artifacts.read(manifest, "manifest")
+    if source.digest != artifact.parents["manifest"]:
+        raise ArtifactError(
+            f"{manifest} holds manifest {source.digest[:12]}", wanted=f"{artifact.parents['manifest'][:12]}",
+            cure="give the manifest that the shards were made of",
+        )  # fmt: skip
+    here, there = codec_versions(), artifact.extra.get("codecs", {})
+    if here != there:
+        other = ", ".join(f"{k} {there.get(k)} → {v}" for k, v in here.items() if there.get(k) != v)
+        raise ArtifactError(
+            f"other libraries made {path} ({other})",
+            wanted="the same versions",
+            cure="install those versions to rebuild",
+        )
+    config = parse(ShardConfig, artifact.config, str(path / artifacts.NAME))
+    rows = [row for row in pq.read_table(path / MANIFEST).to_pylist() if row["path"]]
+    chosen = {row["unit_id"]: row for row in random.Random(seed).sample(rows, min(count, len(rows)))}
+    spec, tokenizer = feature_spec.load(path), Tokenizer.load(path)
+    slots = [s for s in plan(source.path, config, spec, borders(rows_of(path))) if s.unit_id in chosen]
+    problems = [
+        f"{chosen[u]['path']}: its records are not in the manifest"
+        for u in chosen
+        if u not in {s.unit_id for s in slots}
+    ]
+    with tempfile.TemporaryDirectory() as folder, Progress("rebuild", len(slots), "shards") as progress:
+        (Path(folder) / TEMPORARY).mkdir()
+        writer = UnitWriter(spec, tokenizer, config, absolute(data), Path(folder))
+        for unit in read_units(source.path, slots):
+            made, row = writer.write(unit), chosen[unit.slot.unit_id]
+            if made.sha256 != row["sha256"]:
+                problems.append(
+                    f"{row['path']}: made again, it has sha256 {made.sha256[:16]} instead of {row['sha256'][:16]}"
+                )
+            for file in (Path(folder) / TEMPORARY).iterdir():
+                file.unlink()
+            progress.add(1)
+    return problems
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The manifest table of the shard set in `path`."""
+    rows: list[dict[str, Any]] = pq.read_table(path / MANIFEST).to_pylist()
+    return rows
 
 
 def _verify_counts(rows: list[dict[str, Any]], counts: dict[str, Any]) -> list[str]:

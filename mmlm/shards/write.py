@@ -7,6 +7,8 @@ committer's work.
 from __future__ import annotations
 
 import os
+import socket
+import time
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmlm.corpus.records import Part, Record, from_row
+from mmlm.corpus.records import REFUSED, Part, Record, from_row
 from mmlm.errors import DataError
 from mmlm.features.encode import Encoder
 from mmlm.features.failures import SampleError
@@ -24,7 +26,7 @@ from mmlm.features.spec import FeatureSpec
 from mmlm.features.text import Tokenizer
 from mmlm.shards.codec import pack, sample_key
 from mmlm.shards.config import ShardConfig
-from mmlm.shards.plan import Unit
+from mmlm.shards.plan import Slot, Unit
 from mmlm.shards.tar import TarWriter
 from mmlm.storage import MAX_FILE_BYTES, is_remote, read_uri
 
@@ -35,6 +37,10 @@ CACHED_MEDIA = 64
 INDEX = pa.schema([("key", pa.string()), ("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 
 
+QUARANTINE = REFUSED.append(pa.field("unit_id", pa.string()))
+"""Columns of the table of failed samples."""
+
+
 @dataclass
 class Written:
     """What became of a unit. `temporary` is the path of its tar without an ending, or "" when no sample was left."""
@@ -42,7 +48,10 @@ class Written:
     unit_id: str
     name: str
     split: str
+    generation: int
     index: int
+    first_id: str
+    last_id: str
     records: int
     temporary: str = ""
     sha256: str = ""
@@ -51,9 +60,21 @@ class Written:
     images: int = 0
     sounds: int = 0
     tokens: int = 0
+    image_bytes: int = 0
+    audio_bytes: int = 0
+    audio_frames: int = 0
     cut_sounds: int = 0
     quarantine: list[dict[str, str]] = field(default_factory=list)
-    """Rows of (source, id, reason, detail)."""
+    """Rows of QUARANTINE."""
+    seconds: float = 0.0
+    """How long the unit took, and `worker`, where: they go to the straggler report, never into a shard."""
+    worker: str = ""
+
+    @classmethod
+    def of(cls, slot: Slot) -> Written:
+        return cls(
+            slot.unit_id, slot.name, slot.split, slot.generation, slot.index, slot.first_id, slot.last_id, slot.records
+        )
 
     def row(self) -> dict[str, Any]:
         """For the journal: everything but where it was written first."""
@@ -71,26 +92,29 @@ class UnitWriter:
 
     def write(self, unit: Unit) -> Written:
         """Write `unit` to a new temporary name, flushed to the disk. Raises OSError when that fails."""
-        result = Written(unit.unit_id, unit.name, unit.split, unit.index, len(unit.rows))
+        started, result = time.perf_counter(), Written.of(unit.slot)
         encoder = Encoder(self.spec, self.tokenizer, cache=CACHED_MEDIA)
         index: dict[str, list[Any]] = {name: [] for name in INDEX.names}
-        stem = self.folder / f"{unit.name}-{uuid.uuid4().hex}"
+        stem = self.folder / f"{result.name}-{uuid.uuid4().hex}"
         tar_path, index_path = stem.with_suffix(".tar"), stem.with_suffix(".index.parquet")
         try:
             with tar_path.open("xb") as file:
                 tar = TarWriter(file)
-                for row in unit.rows:
+                for row in unit.rows():
                     record = from_row(row)
                     try:
                         sample = encoder.encode(record, self._read)
                     except SampleError as error:
-                        result.quarantine.append(quarantine_row(record, error))
+                        result.quarantine.append({**quarantine_row(record, error), "unit_id": result.unit_id})
                         continue
-                    _add(tar, index, sample, self.config.image_codec)
-                    _count(result, sample)
+                    _count(result, sample, _add(tar, index, sample, self.config))
                 tar.close()
                 file.flush()
                 os.fsync(file.fileno())
+            result.seconds, result.worker = (
+                round(time.perf_counter() - started, 4),
+                f"{socket.gethostname()}:{os.getpid()}",
+            )
             if not result.samples:
                 tar_path.unlink()
                 return result
@@ -133,19 +157,24 @@ def quarantine_row(record: Record, error: SampleError) -> dict[str, str]:
     return {"source": source, "id": record.id, "reason": error.reason, "detail": detail}
 
 
-def _add(tar: TarWriter, index: dict[str, list[Any]], sample: Sample, codec: Any) -> None:
-    key = sample_key(sample.id)
-    for extension, data in pack(sample, codec).items():
+def _add(tar: TarWriter, index: dict[str, list[Any]], sample: Sample, config: ShardConfig) -> dict[str, bytes]:
+    """Write the members of `sample`; returns them."""
+    key, members = sample_key(sample.id), pack(sample, config.image_codec)
+    for extension, data in members.items():
         offset = tar.add(f"{key}.{extension}", data)
         for name, value in zip(INDEX.names, (key, extension, offset, len(data)), strict=True):
             index[name].append(value)
+    return members
 
 
-def _count(result: Written, sample: Sample) -> None:
+def _count(result: Written, sample: Sample, members: dict[str, bytes]) -> None:
     result.samples += 1
     result.images += len(sample.images)
     result.sounds += len(sample.sounds)
     result.tokens += len(sample.tokens)
+    result.audio_frames += sum(map(len, sample.sounds))
+    result.image_bytes += sum(len(data) for name, data in members.items() if name.startswith("image"))
+    result.audio_bytes += sum(len(data) for name, data in members.items() if name.startswith("audio"))
 
 
 def absolute(data: Path | str) -> str:

@@ -137,7 +137,7 @@ def test_the_sorter_spills_and_merges(tmp_path: Path) -> None:
 def test_spilling_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = corpus(tmp_path / "data")
     whole = scan(config(), data=data, out=tmp_path / "a")
-    monkeypatch.setattr(Sorter.__init__, "__defaults__", (7,))
+    monkeypatch.setattr(Sorter.__init__, "__defaults__", (7, 1 << 30))
     assert scan(config(), data=data, out=tmp_path / "b").digest == whole.digest
 
 

@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from mmlm.artifacts import Artifact
-from mmlm.corpus.records import Part, Record, Target, read_records
+from mmlm.corpus.records import Part, Record, Target, read_records, read_rows
 from mmlm.errors import ConfigError, DataError, LaunchError
 from mmlm.features.spec import load as load_spec
 from mmlm.features.text import Tokenizer
@@ -58,6 +58,7 @@ def test_every_record_is_in_a_shard_once(corpus, shards: Artifact) -> None:
     }
     assert left - {".lock"} == {
         "artifact.json", "manifest.parquet", "quarantine.parquet", "feature_spec.json", "tokenizer.json",
+            "corpus.html",
     }  # fmt: skip
 
 
@@ -132,7 +133,7 @@ def test_ids_of_units_follow_records_and_recipe(corpus, shards: Artifact) -> Non
     spec = load_spec(shards.path)
 
     def ids(config: ShardConfig) -> list[str]:
-        return [unit.unit_id for unit in plan.plan_units(corpus[0].path, config, spec)]
+        return [slot.unit_id for slot in plan.plan(corpus[0].path, config, spec)]
 
     webp = CONFIG.model_copy(update={"image_codec": "webp"})
     assert ids(CONFIG) == ids(CONFIG)
@@ -140,7 +141,12 @@ def test_ids_of_units_follow_records_and_recipe(corpus, shards: Artifact) -> Non
     assert len(ids(CONFIG.model_copy(update={"shard_records": 4}))) == 4 + 8
     small = CONFIG.model_copy(update={"shard_bytes": 1 << 16})
     assert len(ids(small)) > len(ids(CONFIG))
-    assert sum(len(unit.rows) for unit in plan.plan_units(corpus[0].path, small, spec)) == 45
+    slots = plan.plan(corpus[0].path, small, spec)
+    units = list(plan.read_units(corpus[0].path, slots))
+    assert sorted(row["id"] for unit in units for row in unit.rows()) == sorted(
+        row["id"] for row in read_rows(corpus[0].path)
+    )
+    assert [len(list(unit.rows())) for unit in units] == [unit.slot.records for unit in units]
 
 
 def test_failing_samples_go_to_quarantine_with_a_reason(tmp_path: Path) -> None:
@@ -323,7 +329,7 @@ def test_ray_gives_the_same_bytes_and_leaves_nothing(corpus, shards: Artifact, t
     manifest, data = corpus
     on_ray = CONFIG.model_copy(update={"ray_from": 0})
     folders = set(Path("/tmp").glob("mmlm-ray-*"))
-    for workers in (1, 2):
+    for workers in (1, 2, 4):
         made = shard(on_ray, manifest, data=data, out=tmp_path / f"{workers}", workers=workers)
         assert made.counts["workers"] == workers
         assert shas(made.path) == shas(shards.path)

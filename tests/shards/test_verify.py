@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mmlm.errors import ArtifactError
+from mmlm.errors import ArtifactError, ConfigError
 from mmlm.shards.shard import shard
-from mmlm.shards.verify import verify
+from mmlm.shards.verify import rebuild, verify
 from tests.shards.conftest import CONFIG, make_records, write_manifest
 
 
@@ -70,3 +70,18 @@ def test_what_is_no_shard_set_is_refused(tmp_path: Path, good: Path) -> None:
     for path in (tmp_path, tmp_path / "gone", good.parent / "manifest"):
         with pytest.raises(ArtifactError):
             verify(path)
+
+
+def test_shards_made_again_have_the_same_bytes(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    manifest = write_manifest(tmp_path / "manifest", make_records(data))
+    made = shard(CONFIG, manifest, data=data, out=tmp_path / "shards")
+    assert rebuild(made.path, manifest.path, data, 99) == []
+    (data / "0.png").write_bytes((data / "3.png").read_bytes())  # changed since the scan
+    problems = rebuild(made.path, manifest.path, data, 99)
+    assert len(problems) == 1 and "train-00000" in problems[0]
+    with pytest.raises(ConfigError, match="--data"):
+        rebuild(made.path, manifest.path, tmp_path / "nowhere", 1)
+    other = write_manifest(tmp_path / "other", make_records(data, 12))
+    with pytest.raises(ArtifactError, match="give the manifest"):
+        rebuild(made.path, other.path, data, 1)

@@ -1,0 +1,133 @@
+"""The corpus report says what is there and what was dropped, and nothing in the data can act in it."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmlm.corpus.records import REFUSED, Part, Record, Target
+from mmlm.errors import ArtifactError
+from mmlm.shards.page import text, write_page
+from mmlm.shards.shard import shard
+from tests.shards.conftest import CONFIG, make_records, write_manifest
+
+NASTY = '<img src=x onerror="alert(1)">@body@&\u202etxt.exe\x00'
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, and all text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> str:
+    root = tmp_path_factory.mktemp("page")
+    records = make_records(root / "data")
+    (root / "data" / "broken.png").write_bytes(b"\x89PNG but no more")
+    nasty = Record(
+        f"zz/{NASTY}", (Part("text", text=NASTY), Part("image", uri="0.png")), "digit", Target(label="3"),
+        "train", "z", NASTY, NASTY, NASTY, "f" * 64,
+    )  # fmt: skip
+    broken = Record(
+        f"zy/{NASTY}", (Part("text", text="这是几？"), Part("image", uri="broken.png")), "digit", Target(label="4"),
+        "train", "y", "zh", NASTY, "", "e" * 64,
+    )  # fmt: skip
+    manifest = write_manifest(root / "manifest", [*records, nasty, broken])
+    refused = [{"source": NASTY, "id": "", "reason": "bad_json", "detail": f"{i} {NASTY}"} for i in range(30)]
+    refused.append({"source": "一.csv:3", "id": "三", "reason": "bad_row", "detail": "2 cells under 3 columns"})
+    pq.write_table(pa.Table.from_pylist(refused, schema=REFUSED), manifest.path / "refused.parquet")
+    curated = [{"step": "exact", "action": "drop", "source": "a", "id": NASTY, "reason": "duplicate", "detail": "of b"}]
+    pq.write_table(pa.Table.from_pylist(curated), manifest.path / "curation.parquet")
+    made = shard(CONFIG, manifest, data=root / "data", out=root / "shards")
+    whole = json.loads((made.path / "artifact.json").read_text())
+    whole["extra"] |= {
+        "stragglers": {
+            "units": 6, "median_seconds": 0.5, "median_milliseconds_a_record": 5.0, "seconds_by_worker": {"a": 15.0},
+            "slow": [{"shard": "train-00001", "seconds": 12.5, "times_median": 25.0}],
+        },
+        "tokens": {"zh": {"tokens_per_character": 1.25, "tokens_per_word": None}},
+    }  # fmt: skip
+    (made.path / "artifact.json").write_text(json.dumps(whole))
+    out = root / "corpus.html"
+    write_page(made.path, manifest.path, out)
+    again = root / "again.html"
+    write_page(made.path, manifest.path, again)
+    assert again.read_bytes() == out.read_bytes()
+    return out.read_text(encoding="utf-8")
+
+
+def test_it_counts_what_is_there_and_what_is_not(page: str) -> None:
+    found = Tags()
+    found.feed(page)
+    told = " ".join(found.texts)
+    tiles = page[page.index('<div class="tiles">') : page.index("<h2>Records")]
+    assert "<b>46</b><span>samples</span>" in tiles and "<b>1</b><span>quarantined</span>" in tiles
+    assert "refused by scan: 31" in told and "bad_json: 30" in told and "bad_row: 1" in told
+    assert "exact · drop · duplicate: 1" in told
+    assert "unreadable_image: 1" in told
+    assert "Stragglers" in told and "12.5" in told and "1.25" in told
+    assert "一.csv:3" in told and "这是哪个数字？" in told  # Chinese comes through as it is
+
+
+def test_pictures_and_sounds_are_shown(page: str) -> None:
+    found = Tags()
+    found.feed(page)
+    shown = [attributes for tag, attributes in found.tags if tag == "img"]
+    assert {a["class"] for a in shown} == {"picture", "sound"}
+    assert all((a["src"] or "").startswith("data:image/png;base64,") for a in shown)
+    assert page.count('<div class="example">') == 12
+    assert page.count("<rect") > 20
+
+
+def test_nothing_from_the_data_acts(page: str) -> None:
+    found = Tags()
+    found.feed(page)
+    names = {tag for tag, _ in found.tags}
+    assert not names & {"script", "iframe", "object", "embed", "form", "a", "base"}
+    for tag, attributes in found.tags:
+        assert not [name for name in attributes if name.startswith("on")], tag
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "data:,").startswith("data:")
+    assert "default-src 'none'" in page
+    assert page.count("&lt;img src=x") > 10  # they are told, as text
+    assert "\u202e" not in page and "\x00" not in page
+    assert page.index("<body>") < page.index("@body@")
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [("a<b>&\"'", "a&lt;b&gt;&amp;&quot;&#x27;"), ("\u202e\x00", "\\u202e\\u0000"), ("一\n二", "一\n二")],
+)
+def test_text_is_escaped(given: str, shown: str) -> None:
+    assert text(given) == shown
+
+
+def test_an_unfinished_shard_set_has_no_report(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "manifest", make_records(tmp_path / "data", 2))
+    with pytest.raises(ArtifactError, match="is not there"):
+        write_page(tmp_path / "shards", manifest.path, tmp_path / "corpus.html")
+
+
+def test_every_kind_of_numbers_becomes_a_histogram() -> None:
+    from mmlm.shards.page import _histogram
+
+    assert _histogram(np.array([], int)) == "<p>none</p>"
+    assert _histogram(np.array([5])).count("<rect") == 1
+    assert _histogram(np.array([0, 0, 3])).count("<rect") == 2  # a column a number
+    assert "median 0.5" in _histogram(np.linspace(0, 1, 101))
