@@ -131,6 +131,9 @@ def begin(
         )
     out.mkdir(parents=True, exist_ok=True)
     work.lock()
+    if (out / NAME).exists():  # another process finished it between our look and our lock
+        work.release()
+        return begin(out, kind, recipe=recipe, config=config, parents=parents, extra=extra)
     work.note()
     return work
 
@@ -170,7 +173,8 @@ class Work:
 
     def reopen(self) -> None:
         """Make the finished noun that is here unfinished again; what its verb finds done stays done."""
-        self.lock()
+        if self._lock is None:
+            self.lock()
         self.run_id = self.artifact.run_id if self.artifact else None
         self.note()
         (self.path / NAME).unlink(missing_ok=True)

@@ -101,12 +101,23 @@ def build_parser() -> argparse.ArgumentParser:
         command = _command(commands, verb, text, _verb)
         command.set_defaults(verb=verb)
         _story_flags(command)
+        if verb == "scan":
+            command.add_argument(
+                "--explain", action="store_true", help="say what would become of the corpora, and write nothing; "
+                "STORY may be a folder or table without a story",
+            )  # fmt: skip
+            command.add_argument("--json", action="store_true", help="with --explain: as JSON")
         command.add_argument(
             "--replace", action="store_true", help="set aside what other settings or data made there, as `run` does"
         )
         if verb == "shard":
             command.add_argument(
                 "--retry", metavar="REASON", help="make the shards again that lost samples for REASON (or `all`)"
+            )
+            command.add_argument(
+                "--mirror",
+                metavar="URI",
+                help="then publish them to s3://, gs:// or a folder; nothing there is replaced",
             )
     _people(commands)
     return parser
@@ -123,7 +134,9 @@ def _command(commands: Any, name: str, text: str, call: Callable[[argparse.Names
 def _story_flags(command: Any) -> None:
     command.add_argument("story", metavar="STORY", help="a built-in story (demo, stamps) or the folder of one")
     command.add_argument("--out", type=Path, metavar="DIR", help="where everything goes (default: runs/STORY)")
-    command.add_argument("--data", type=Path, metavar="DIR", help="where the raw corpora lie; never part of identity")
+    command.add_argument(
+        "--data", metavar="DIR", help="where the raw corpora lie: a folder, s3://… or gs://…; never part of identity"
+    )
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting, such as train.seed=1"
     )
@@ -145,9 +158,7 @@ def _story_flags(command: Any) -> None:
 def _people(commands: Any) -> None:
     new = _command(commands, "new", "look at somebody's files and write a story for them", _new)
     new.add_argument("story", type=Path, metavar="DIR", help="the story folder to write")
-    new.add_argument(
-        "--data", type=Path, required=True, metavar="PATH", help="a folder, CSV, JSON, JSONL or Parquet file"
-    )
+    new.add_argument("--data", required=True, metavar="PATH", help="a folder, CSV, JSON, JSONL or Parquet file")
     new.add_argument("--name", help="the story's name (default: the folder's)")
 
     predict = _command(commands, "predict", "answer one question by flags, or many by --input", _predict)
@@ -170,15 +181,13 @@ def _people(commands: Any) -> None:
     inspect.add_argument("--json", action="store_true")
 
     verify = _command(commands, "verify", "check every checksum and count of a shard set", _verify)
-    verify.add_argument("path", type=Path, metavar="DIR")
+    verify.add_argument("path", metavar="DIR", help="a folder, s3:// or gs://")
     verify.add_argument(
         "--rebuild", type=int, default=0, metavar="N", help="also make N random shards again and compare their bytes"
     )
     verify.add_argument("--seed", type=int, default=0, help="which N shards (with --rebuild)")
     verify.add_argument("--manifest", type=Path, metavar="DIR", help="with --rebuild (default: `manifest` beside DIR)")
-    verify.add_argument(
-        "--data", type=Path, metavar="DIR", help="with --rebuild: the raw corpora (default: `raw` beside DIR)"
-    )
+    verify.add_argument("--data", metavar="DIR", help="with --rebuild: the raw corpora (default: `raw` beside DIR)")
 
     doctor = _command(commands, "doctor", "say what this machine can do, and what is missing", _doctor)
     doctor.add_argument("--json", action="store_true")
@@ -231,7 +240,31 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _explain(arguments: argparse.Namespace) -> int:
+    from mmlm import story as stories
+    from mmlm.corpus import explain
+
+    path = Path(arguments.story)
+    is_story = (path / "story.yaml").is_file() or arguments.story in stories.built_in() or not path.exists()
+    if is_story:
+        story = stories.load(arguments.story, arguments.set)
+        out = (arguments.out or Path("runs") / story.name).resolve()
+        data = stories.data_folder(story, arguments.data, out)
+        if isinstance(data, str):
+            raise ConfigError(
+                "--explain looks at files of this machine", cure="copy some of them here, and give --data"
+            )
+        found = explain.explain(story.scan, data)
+    else:
+        found = explain.explain_files(path)
+    shown = str(story.folder) if is_story else ""
+    print(json.dumps(found, ensure_ascii=False, indent=1) if arguments.json else explain.words(found, shown))
+    return 0
+
+
 def _verb(arguments: argparse.Namespace) -> int:
+    if getattr(arguments, "explain", False):
+        return _explain(arguments)
     if arguments.on == "ray" and not arguments.inside_ray:
         return _submit(arguments, arguments.verb)
     from mmlm import story as stories
@@ -245,6 +278,11 @@ def _verb(arguments: argparse.Namespace) -> int:
         artifact, _ = stories.settle(make) if arguments.replace else make()
     state = "already there" if artifact.path.joinpath("artifact.json").stat().st_mtime < started else "done"
     print(f"{arguments.verb}: {state}: {artifact.path}  {stories.describe(artifact.counts)}")
+    if getattr(arguments, "mirror", None):
+        from mmlm.shards import mirror
+
+        counts = mirror.mirror(artifact.path, arguments.mirror)
+        print(f"mirror: {mirror.blank(arguments.mirror)}  {stories.describe(counts)}")
     return 0
 
 
@@ -259,7 +297,7 @@ def _submit(arguments: argparse.Namespace, verb: str) -> int:
     )
     command = [sys.executable, "-m", "mmlm.cli", verb, place, "--out", str(out), "--inside-ray"]
     if arguments.data:
-        command += ["--data", str(arguments.data.resolve())]
+        command += ["--data", str(stories.data_folder(story, arguments.data, out))]
     uri = (
         arguments.tracking_uri
         or os.environ.get("MLFLOW_TRACKING_URI")
@@ -270,7 +308,7 @@ def _submit(arguments: argparse.Namespace, verb: str) -> int:
         command += ["--set", override]
     if getattr(arguments, "replace", False):
         command.append("--replace")
-    for flag in ("workers", "ranks", "retry"):
+    for flag in ("workers", "ranks", "retry", "mirror"):
         if getattr(arguments, flag, None):
             command += [f"--{flag}", str(getattr(arguments, flag))]
     if getattr(arguments, "require_promotion", False):
@@ -282,8 +320,14 @@ def _submit(arguments: argparse.Namespace, verb: str) -> int:
 
 def _new(arguments: argparse.Namespace) -> int:
     from mmlm import scaffold
+    from mmlm.stores import blank
 
-    for line in scaffold.write_story(arguments.story, arguments.data, arguments.name):
+    if "://" in arguments.data:
+        raise ConfigError(
+            f"--data {blank(arguments.data)} lies elsewhere", wanted="a file or folder of this machine",
+            cure="look at a copy of some of it, then `mmlm run STORY --data` reads all of it where it is",
+        )  # fmt: skip
+    for line in scaffold.write_story(arguments.story, Path(arguments.data), arguments.name):
         print(line)
     return 0
 
@@ -352,11 +396,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from mmlm.shards.verify import rebuild, verify
+    from mmlm.shards.mirror import blank, verify_remote
+    from mmlm.shards.verify import rebuild
 
-    problems = verify(arguments.path)
+    shown = blank(arguments.path)
+    if arguments.rebuild and "://" in arguments.path:
+        raise ConfigError(f"--rebuild of {shown}", wanted="a folder")
+    problems = verify_remote(arguments.path)
     if arguments.rebuild and not problems:
-        beside = arguments.path.resolve().parent
+        beside = Path(arguments.path).resolve().parent
         problems = rebuild(
             arguments.path, arguments.manifest or beside / "manifest", arguments.data or beside / "raw",
             arguments.rebuild, arguments.seed,
@@ -364,10 +412,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
-        print(f"mmlm: {arguments.path}: {len(problems)} problem(s); make the shards again", file=sys.stderr)
+        print(f"mmlm: {shown}: {len(problems)} problem(s); make the shards again", file=sys.stderr)
         return 2
     again = f", and {arguments.rebuild} shards made again have the same bytes" if arguments.rebuild else ""
-    print(f"{arguments.path}: every checksum and count holds{again}")
+    print(f"{shown}: every checksum and count holds{again}")
     return 0
 
 

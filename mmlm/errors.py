@@ -75,6 +75,11 @@ def explain_os_error(error: OSError) -> MmlmError | None:
         return LaunchError(
             f"the disk is full{where}", cure="free some space, then run the same command again: finished work is kept"
         )
+    if error.errno in (errno.EIO, errno.ESTALE):
+        return LaunchError(
+            f"the disk or network drive fails{where} ({error.strerror})",
+            cure="look after it (`dmesg` says more), then run the same command again: finished work is kept",
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return LaunchError(f"no permission{where} ({error.strerror})", cure="choose another --out or change its rights")
     if error.errno == errno.EADDRINUSE:

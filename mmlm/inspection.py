@@ -25,6 +25,11 @@ def look(path: Path) -> dict[str, Any]:
     for name in ("feature_spec.json", "registered.json"):
         if (path / name).exists():
             facts[name.removesuffix(".json")] = json.loads((path / name).read_text())
+    for key in ("stragglers", "curation", "tokens"):
+        if found.extra.get(key):
+            facts[key] = found.extra[key]
+    if (path / "corpus.html").exists():
+        facts["page"] = str(path / "corpus.html")
     if found.kind == "report":
         facts["scores"] = json.loads((path / "scores.json").read_text())
     for table in ("refused", "quarantine"):
@@ -62,6 +67,12 @@ def words(found: dict[str, Any]) -> str:
     for table in ("refused", "quarantine"):
         if found.get(table):
             lines.append(f"  {table}: " + ", ".join(f"{reason} {n}" for reason, n in found[table].items()))
+    if times := found.get("stragglers"):
+        each = f"{times['median_milliseconds_a_record']} ms a record (median)"
+        slow = ", ".join(f"{s['shard']} {s['times_median']}x on {s['worker']}" for s in times["slow"])
+        lines.append(f"  {times['units']} shards written, {each}; slow: {slow or 'none'}")
+    if page := found.get("page"):
+        lines.append(f"  to look at: {page}")
     if spec := found.get("feature_spec"):
         lines.append(
             f"  vocabulary {spec['vocab_size']}, longest sequence {spec['max_len']}, image {spec['image']}, audio {spec['audio']}"

@@ -13,10 +13,13 @@ import yaml
 
 from mmlm.corpus.guess import Guess, look
 from mmlm.errors import ConfigError
+from mmlm.features.spec import VideoSpec
 from mmlm.storage import write_bytes
 
 MAX_LEN = 1024
 """Positions of the longest record that is kept, unless one in twenty would be longer; then up to twice as many."""
+ERROR_BUDGET = 0.1
+"""Share of the records that a story of newcomers may set aside, unless more are known to be too long."""
 _MARKS = 8
 """Room for `<bos>`, `<answer>` and the like."""
 _SPARE = 32
@@ -38,6 +41,8 @@ class Sizes:
     """Positions that 95 % of the records need at most."""
     image: dict[str, Any] | None
     audio: dict[str, Any] | None
+    error_budget: float
+    """Share of the records that `shard` may set aside."""
     says: list[str]
 
 
@@ -79,24 +84,29 @@ def choose(guess: Guess) -> Sizes:
     """Sizes for a model trained from nothing on 2 cores: small data get small pictures and few, repeated steps."""
     records = max(1, guess.counts.get("records", 1))
     image = audio = None
-    if "image" in guess.modalities:
+    videos = int(guess.sizes.get("videos_each") or 1) if "video" in guess.modalities else 0
+    if "image" in guess.modalities or videos:
         side = float((guess.sizes.get("image_side") or {}).get("median") or 64)
         size = 32 if side <= 48 or (records < 3000 and side <= 96) else 64
         image = {"size": size, "patch": 8, "channels": guess.sizes.get("channels") or 3, "resize": "pad"}
-    if "audio" in guess.modalities:
-        longest = float((guess.sizes.get("audio_seconds") or {}).get("p95") or 4)
+    if "audio" in guess.modalities or videos:
+        longest = float((guess.sizes.get("audio_seconds") or {}).get("p95") or (10 if videos else 4))
         audio = {"max_seconds": float(min(30, max(0.5, round(longest * 1.1, 1))))}
         audio["frames_per_token"] = 8 if longest < 5 else 16
     text = guess.sizes.get("text_bytes") or {"p90": 40, "p95": 40, "max": 40}
     vocabulary = 1024 if text["p95"] > 80 else 400
     media = _MARKS + int(guess.sizes.get("fields") or 0)
-    if image:
-        media += int(guess.sizes.get("images_each") or 1) * (int(image["size"]) // 8) ** 2
+    if image:  # `images_each` is not told of class folders, nor where there are none beside the videos
+        pictures = int(guess.sizes.get("images_each") or "image" in guess.modalities)
+        media += (pictures + videos * VideoSpec().max_frames) * (int(image["size"]) // 8) ** 2
     if audio:
         each = int(100 * float(audio["max_seconds"])) // int(audio["frames_per_token"]) + 1
-        media += int(guess.sizes.get("audios_each") or 1) * each
+        media += (int(guess.sizes.get("audios_each") or "audio" in guess.modalities) + videos) * each
     needs = {key: media + _positions(float(text[key]), vocabulary) for key in ("p90", "p95", "max")}
     max_len = -(-max(min(needs["max"] + _SPARE, MAX_LEN), min(needs["p95"], 2 * MAX_LEN)) // 32) * 32
+    over = [media + _positions(length, vocabulary) > max_len for length in text.get("steps", ())]
+    too_long = sum(over) / max(1, len(over))
+    budget, says = _cuts(needs, max_len, too_long)
     batch = 64 if records >= 500 else 32
     steps = int(min(2000, max(400, 40 * records / batch)))
     long = needs["p95"] > 400
@@ -104,7 +114,7 @@ def choose(guess: Guess) -> Sizes:
         batch=batch // 4 if needs["p95"] > MAX_LEN else batch, steps=steps // 2 if long else steps,
         student_steps=max(300, steps // (4 if long else 2)), width=128, layers=3 if records >= 2000 else 2,
         vocab_size=vocabulary, max_len=max_len, typical=min(needs["p95"], max_len), image=image, audio=audio,
-        says=_cuts(needs, max_len),
+        error_budget=budget, says=says,
     )  # fmt: skip
 
 
@@ -117,15 +127,24 @@ def _positions(text_bytes: float, vocabulary: int) -> int:
     return int(min(text_bytes, 128) + max(0.0, text_bytes - 128) * (0.8 if vocabulary < 1024 else 0.7)) + 1
 
 
-def _cuts(needs: dict[str, int], max_len: int) -> list[str]:
-    """What to say about records that are too long: `needs` are the positions of records at quantiles of length."""
+def _cuts(needs: dict[str, int], max_len: int, too_long: float) -> tuple[float, list[str]]:
+    """(error budget of `shard`, what to say about records that are too long).
+
+    `needs` are the positions of records at quantiles of length, `too_long` the share that does not fit. Up to half of
+    the records may be set aside and the story still runs; beyond that a person has to decide.
+    """
     if needs["max"] <= max_len:
-        return []
+        return ERROR_BUDGET, []
     how = "raise features.max_len in shard.yaml (it costs time and memory), or shorten the texts"
     said = f"The longest record looked at needs about {needs['max']:,} positions; those of more than {max_len:,}"
-    if needs["p90"] > max_len:
-        return [f"{said} are set aside. They seem to be more than one in ten, at which a run stops: {how}."]
-    return [f"{said} are set aside (shards/quarantine.parquet, `too_long`): to keep them, {how}."]
+    if too_long > 0.5:
+        return ERROR_BUDGET, [f"{said} are set aside. They seem to be more than half, at which a run stops: {how}."]
+    said += " are set aside (shards/quarantine.parquet, `too_long`)"
+    if too_long > ERROR_BUDGET / 2:
+        budget = round(too_long + ERROR_BUDGET, 2)
+        said += f", about {100 * too_long:.0f} % of all, so error_budget is {budget:g} in shard.yaml"
+        return budget, [f"{said}: to keep them, {how}."]
+    return ERROR_BUDGET, [f"{said}: to keep them, {how}."]
 
 
 def estimate_minutes(sizes: Sizes) -> float:
@@ -169,7 +188,7 @@ def _shard(sizes: Sizes) -> str:
         "What every record is turned into. Larger pictures (size, a multiple of patch) see more and cost more;\n"
         "records longer than max_len, and files that cannot be read, go to shards/quarantine.parquet with a reason."
     )
-    return _head(comment, {"features": features, "error_budget": 0.1})
+    return _head(comment, {"features": features, "error_budget": sizes.error_budget})
 
 
 def _loop(sizes: Sizes, guess: Guess, steps: int) -> dict[str, Any]:

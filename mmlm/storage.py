@@ -1,4 +1,4 @@
-"""Bytes at rest: atomic local writes, hashes, and reading by URI (local path, or anything fsspec knows)."""
+"""Bytes at rest: atomic local writes, hashes, and reading by URI (a local path, or what `mmlm.remote` reads)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import contextlib
 import hashlib
 import json
 import os
+import posixpath
+import re
 import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mmlm.config import blank_credentials
 from mmlm.errors import DataError
 
 MAX_FILE_BYTES = 512 << 20
 """A single media file larger than this is refused before it is read."""
+
+_SECONDS = r"[0-9]{1,9}(?:\.[0-9]{0,9})?"
+_FRAGMENT = re.compile(rf"(?:#bytes=([0-9]{{1,18}})\+([0-9]{{1,18}}))?(?:#t=({_SECONDS}),({_SECONDS}))?\Z")
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -81,42 +87,98 @@ def resolve(uri: str, root: Path | str) -> str:
     uri = uri.removeprefix("file://")
     if os.path.isabs(uri):
         return uri
-    if is_remote(str(root)):
-        return f"{str(root).rstrip('/')}/{uri}"
     if "\0" in uri or ".." in Path(uri).parts:
         raise DataError(
             f"the path {uri!r} climbs out of the data folder", cure="give paths below --data, or absolute ones"
         )
+    if is_remote(str(root)):
+        return f"{str(root).rstrip('/')}/{posixpath.normpath(uri)}"
     return str(Path(root) / uri)
 
 
+def split_fragment(uri: str) -> tuple[str, tuple[float, float] | None, tuple[int, int] | None]:
+    """`uri` without its fragments; the piece of a sound or video that it means, (start, end) in seconds, as in
+    `talk.wav#t=30,60` (W3C Media Fragments); and the bytes of the file that it means, (offset, count), as in
+    `a.tar#bytes=1024+512`. Both may stand in one URI, the bytes first. Any other `#` belongs to the name.
+    """
+    found = _FRAGMENT.search(uri)
+    if not found or not found[0]:
+        return uri, None, None
+    span = (float(found[3]), float(found[4])) if found[3] else None
+    return uri[: found.start()], span, (int(found[1]), int(found[2])) if found[1] else None
+
+
 def read_uri(uri: str, root: Path | str = ".", limit: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes behind a URI. Raises DataError when it is missing, not a regular file, or larger than `limit` bytes."""
+    """The bytes behind a URI; with `#bytes=` only those of the file, while `#t=` is left to who decodes them.
+
+    Raises DataError when it is missing, not a regular file, larger than `limit` bytes, or ends before the wanted bytes;
+    LaunchError when a remote store does not answer.
+    """
+    uri, _, within = split_fragment(uri)
+    if within:
+        return _read_within(resolve(uri, root), *within, limit)
     where = resolve(uri, root)
     if is_remote(where):
-        import fsspec
+        from mmlm import remote  # here, since most never need it, and a model's bundle goes without
 
-        try:
-            with fsspec.open(where, "rb") as f:
-                data: bytes = f.read(limit + 1)
-        except (OSError, ImportError, ValueError) as error:
-            raise DataError(f"cannot read {where}: {error}") from None
-    else:
-        try:
-            found = os.stat(where)
-            if not stat.S_ISREG(found.st_mode):
-                raise DataError(f"{where} is no regular file", cure="check the path")
-            if found.st_size > limit:
-                raise DataError(f"{where} is larger than {limit:,} bytes", cure="split it")
-            # whole and unbuffered: `read(limit)` would first allocate `limit` bytes
-            with open(where, "rb", buffering=0) as f:
-                data = f.read()
-        except (FileNotFoundError, NotADirectoryError):
-            raise DataError(f"there is no file {where}", cure="check the path") from None
-        except OSError as error:
-            raise DataError(f"cannot read {where}: {error.strerror}", cure="check the path and its rights") from None
-        except ValueError:
-            raise DataError(f"{where!r} is no path", cure="check the path") from None
+        return remote.read(where, limit)
+    try:
+        found = os.stat(where)
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{where} is no regular file", cure="check the path")
+        if found.st_size > limit:
+            raise DataError(f"{where} is larger than {limit:,} bytes", cure="split it")
+        # whole and unbuffered: `read(limit)` would first allocate `limit` bytes
+        with open(where, "rb", buffering=0) as f:
+            data = f.read()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"there is no file {where}", cure="check the path") from None
+    except OSError as error:
+        raise DataError(f"cannot read {where}: {error.strerror}", cure="check the path and its rights") from None
+    except ValueError:
+        raise DataError(f"{where!r} is no path", cure="check the path") from None
     if len(data) > limit:
         raise DataError(f"{where} is larger than {limit:,} bytes", cure="split it")
+    return data
+
+
+def prefetch(uris: list[str], root: Path | str, limit: int = MAX_FILE_BYTES) -> None:
+    """Fetch those of `uris` that lie elsewhere into the local cache, side by side; what cannot be had is passed over.
+
+    Raises LaunchError when a store does not answer.
+    """
+    elsewhere = []
+    for uri in uris if is_remote(str(root)) else filter(is_remote, uris):
+        bare, _, within = split_fragment(uri)
+        with contextlib.suppress(DataError):
+            if not within and is_remote(where := resolve(bare, root)):
+                elsewhere.append(where)
+    if elsewhere:
+        from mmlm import remote
+
+        remote.prefetch(elsewhere, limit)
+
+
+def _read_within(where: str, offset: int, count: int, limit: int) -> bytes:
+    """Bytes `offset` to `offset + count` of a file, and no other byte of it read."""
+    what = f"the {count:,} bytes at {offset:,} of {blank_credentials(where)}"
+    if count > limit:
+        raise DataError(f"{what} are larger than {limit:,} bytes", cure="split it")
+    try:
+        if is_remote(where):
+            from mmlm import remote
+
+            data = remote.read_range(where, offset, count)
+        else:
+            with open(where, "rb", buffering=0) as f:
+                found = os.fstat(f.fileno())
+                if not stat.S_ISREG(found.st_mode):
+                    raise DataError(f"{where} is no regular file", cure="check the path")
+                data = os.pread(f.fileno(), count, offset) if offset + count <= found.st_size else b""
+    except FileNotFoundError:
+        raise DataError(f"there is no file {where}", cure="check the path") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {where}: {error}", cure="check the path and its rights") from None
+    if len(data) != count:
+        raise DataError(f"{what}: the file ends before them", cure="was it changed after the scan? scan again")
     return data

@@ -25,6 +25,7 @@ from mmlm.errors import ConfigError
 from mmlm.evals.config import EvaluateConfig
 from mmlm.publish.config import RegisterConfig
 from mmlm.shards.config import ShardConfig
+from mmlm.storage import is_remote
 from mmlm.train.config import TrainConfig
 
 
@@ -88,7 +89,7 @@ class Places:
     """Where a run happens. None of it changes what comes out."""
 
     out: Path
-    data: Path
+    data: Path | str
     launch: Callable[..., None]
     tracker: Any
     tracking_uri: str | None = None
@@ -168,12 +169,12 @@ def load(name: str, overrides: list[str] | None = None) -> Story:
     return Story(about.name, folder, about, **configs)
 
 
-def data_folder(story: Story, given: Path | None, out: Path) -> Path:
-    """Where the raw corpora lie: `--data`, else what the story remembers, else `<out>/raw` (built-in corpora are made there)."""
-    if given:
-        return given.resolve()
-    if story.about.data:
-        return (story.folder / story.about.data).resolve()
+def data_folder(story: Story, given: Path | str | None, out: Path) -> Path | str:
+    """Where the raw corpora lie: `--data`, else what the story remembers, else `<out>/raw` (built-in corpora are made
+    there). A folder, or an address as text."""
+    for folder, where in ((Path(), given), (story.folder, story.about.data)):
+        if where:
+            return str(where) if is_remote(str(where)) else (folder / where).resolve()
     return (out / "raw").resolve()
 
 

@@ -74,7 +74,7 @@ class StoryRun(dg.ConfigurableResource):  # type: ignore[type-arg]
             self._tracker = Tracker.start(self.tracking_uri, story=story.name, out=out)
         return stories.Places(
             out=out,
-            data=stories.data_folder(story, Path(self.data) if self.data else None, out),
+            data=stories.data_folder(story, self.data, out),
             launch=choose(self.ranks),
             tracker=self._tracker,
             tracking_uri=self._tracker.uri,

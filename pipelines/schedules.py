@@ -7,6 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from mmlm import remote
 from mmlm.storage import sha256_json
 from mmlm.story import data_folder
 from pipelines.resources import StoryRun
@@ -32,8 +33,8 @@ every_night = dg.ScheduleDefinition(
 def new_files(context: dg.SensorEvaluationContext, run: StoryRun) -> dg.SensorResult | dg.SkipReason:
     """The first look only remembers what is there."""
     story = run.load()
-    folder = data_folder(story, Path(run.data) if run.data else None, run.folder(story))
-    if not folder.is_dir():
+    folder = data_folder(story, run.data, run.folder(story))
+    if isinstance(folder, Path) and not folder.is_dir():
         return dg.SkipReason(f"there is no {folder} yet")
     seen = listing(folder)
     if context.cursor == seen:
@@ -42,8 +43,11 @@ def new_files(context: dg.SensorEvaluationContext, run: StoryRun) -> dg.SensorRe
     return dg.SensorResult(run_requests=requests, cursor=seen)
 
 
-def listing(folder: Path) -> str:
-    """Hash of names, sizes and times of all files below `folder`."""
+def listing(folder: Path | str) -> str:
+    """Hash of names, sizes and times (elsewhere: versions) of all files below `folder`, which may be an address."""
+    if isinstance(folder, str):
+        found = remote.below(folder.rstrip("/") + "/")
+        return sha256_json([(uri, told.size, told.version) for uri in found for told in [remote.known(uri)]])
     return sha256_json(
         sorted(
             (str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns)

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import os
+import random
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmlm.corpus.drafts import SPLIT_NAMES, RefuseError, as_text, media_part
+from mmlm.corpus.drafts import SPLIT_NAMES, Refusal, RefuseError, as_text, media_part
 from mmlm.corpus.select import check_selector, find
 from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, sniff
 from mmlm.errors import DataError
 
 ROWS = 2_000
-"""Rows of a table that are looked at."""
+"""Rows of a table that are looked at, drawn from all of it."""
+MOST_HELD = 256 << 20
+"""Bytes of rows that are held while a table is looked at."""
+LEAST = 50
+"""Rows that are looked at however large they are."""
 MOST_CLASSES = 200
+LEAST_GROUPS = 10
+"""Groups that a column must tell apart: of fewer no validation and test splits can be made."""
+WELL_FILLED = 0.9
+"""Share of the rows that must have a value in a column which is to be answered: rows without one are refused."""
 _ID = {"id", "key", "uid", "uuid", "index", "idx", "no", "nr", "number", "record_id", "sample_id", "row"}
 _GROUP = {
     "group", "patient", "patient_id", "subject", "subject_id", "speaker", "speaker_id", "session", "client_id",
@@ -36,6 +46,11 @@ LABEL = (
     "label", "class", "category", "target", "diagnosis", "outcome", "sentiment", "species", "genre", "emotion",
     "intent", "topic", "result", "y", "标签", "类别", "分类", "情感", "意图", "诊断", "type", "kind", "tag",
 )  # fmt: skip
+_ANSWERS_BELOW = {"label", "labels", "target", "targets", "annotation", "annotations", "标签"}
+"""Names of mappings that hold several answers about a row; none of them is given to the model."""
+_TEXTS_BELOW = {"text", "texts", "caption", "captions", "title", "titles", "translation", "translations", "transcripts"}
+"""Names of mappings that hold texts, such as one per language."""
+_LANGUAGE = re.compile(r"[a-z]{2,3}([-_@]\w+)?")
 
 
 class Columns:
@@ -46,12 +61,22 @@ class Columns:
 
     def __init__(self, data: Path, groups: list[tuple[str, str]], rows: list[dict[str, Any]], total: int) -> None:
         self.data, self.groups, self.rows, self.total = data, groups, rows, total
-        self.values = {c: [v for r in rows for v in find(r, c)[:1]] for c in _flat(rows)}
+        self.values = {c: [v for r in rows for v in find(r, c)[:1]] for c in flat_columns(rows)}
         self.values = {c: [v for v in vs if v != ""] for c, vs in self.values.items()}
         self.values = {c: vs for c, vs in self.values.items() if vs}
         self.free = [c for c in self.values if _can_be_written(c) and not self.numbers_rows(c)]
         self.odd = [c for c in self.values if c not in self.free]
+        self.among_answers = {c for c in self.values if parent_of(c) in _ANSWERS_BELOW}
+        self.leaking: list[str] = []
         self.root = ""
+
+    def other_answers(self) -> list[str]:
+        """Free columns that stand among answers."""
+        return [c for c in self.free if c in self.among_answers]
+
+    def filled(self, column: str) -> float:
+        """Share of the rows that have a value."""
+        return len(self.values[column]) / max(1, len(self.rows))
 
     def take(self, column: str | None) -> str | None:
         if column:
@@ -129,6 +154,8 @@ class Columns:
                     continue
                 if key == "lang" and max(map(len, ok), default=99) > 12:
                     continue
+                if key == "group" and len(ok) < LEAST_GROUPS:
+                    continue
                 found[key] = column
                 self.take(column)
                 break
@@ -158,17 +185,46 @@ class Columns:
     def label(self, likely: str = "") -> str | None:
         """The column of classes to be answered: `likely` if it is one, else by its name, else the last that may be."""
         for column in [*[c for c in self.single() if c == likely], *self.named(LABEL)]:
+            if self.filled(column) < WELL_FILLED:
+                continue
             if self.is_class(column):
                 return self.take(column)
+            if column == self.too_many_classes():
+                return None
             if self.is_number(column) and len(self.distinct(column)) > 2:
                 raise DataError(
                     f"`{column}` holds {len(self.distinct(column))} different numbers", wanted="classes",
                     cure="predicting a number comes in a later version; make classes of it (such as low, middle, high)",
                 )  # fmt: skip
-        strings = [c for c in self.single() if self.is_class(c) and not self.is_number(c) and self.size(c) <= 60]
-        strings = [c for c in strings if last_of(c) not in _TEXT] or strings
-        whole = [c for c in self.single() if self.is_class(c) and self.is_number(c) and len(self.distinct(c)) <= 20]
-        return self.take((strings or whole)[-1]) if strings or whole else None
+        classes = [c for c in self.single() if self.is_class(c) and self.filled(c) >= WELL_FILLED]
+        strings = [c for c in classes if not self.is_number(c) and self.size(c) <= 60]
+        strings = [c for c in strings if not self.is_text_by_name(c)] or strings
+        whole = [c for c in classes if self.is_number(c) and len(self.distinct(c)) <= 20]
+        if not strings and not whole:
+            self.require_filled()
+            return None
+        return self.take((strings or whole)[-1])
+
+    def require_filled(self) -> None:
+        """Raise DataError when the only label there is has too few values."""
+        for column in self.named(LABEL):
+            if self.filled(column) < WELL_FILLED and self.is_class(column):
+                empty = 1 - self.filled(column)
+                raise DataError(
+                    f"`{column}` is empty in {100 * empty:.0f} % of the rows",
+                    wanted=f"classes in at least {100 * WELL_FILLED:.0f} % of them",
+                    cure=f"remove the other rows, or write scan.yaml by hand with error_budget: {empty + 0.01:.2f}",
+                )
+
+    def too_many_classes(self) -> str | None:
+        """A column that bears the name of a label but holds so many different short texts that they are to be written."""
+        found = [c for c in self.named(LABEL) if self.filled(c) >= WELL_FILLED and not self.is_number(c)]
+        return next((c for c in found if len(self.distinct(c)) > MOST_CLASSES and self.size(c) <= 200), None)
+
+    def is_text_by_name(self, column: str) -> bool:
+        """Whether a column's name, or that of the mapping it lies in, says that it is text to be read."""
+        above = parent_of(column)
+        return (last_of(column) in _TEXT and above not in _ANSWERS_BELOW) or above in _TEXTS_BELOW
 
     def size(self, column: str) -> float:
         """Mean length of a column's texts in UTF-8 bytes: a Chinese word is short in characters."""
@@ -178,37 +234,78 @@ class Columns:
     def text(self) -> str | None:
         """The column of texts: one whose name says so however short it is, else that of the longest."""
         most = max((len(self.values[c]) for c in self.free), default=0)
-        words = [c for c in self.single() if not self.is_number(c) and len(self.distinct(c)) > 2]
+        words = [c for c in self.inputs() if not self.is_number(c) and len(self.distinct(c)) > 2]
         words = [c for c in words if 2 * len(self.values[c]) >= most]
-        named = [c for c in words if last_of(c) in _TEXT]
+        named = [c for c in words if self.is_text_by_name(c)]
         long = [c for c in words if self.size(c) >= 12]
         for found in (set(named) & set(long), {c for c in named if not self.is_class(c)}, long, named):
             if found:
-                return self.take(max(sorted(found), key=self.size))
+                return self.take(self.in_common_language(max(sorted(found), key=self.size), words))
         return None
+
+    def in_common_language(self, column: str, words: list[str]) -> str:
+        """Of a text that is there in several languages the one that most rows have, English or Chinese before others."""
+        mapping, _, own = column.rpartition(".")
+        said = [c for c in words if c.rpartition(".")[0] == mapping and _LANGUAGE.fullmatch(c.rpartition(".")[2])]
+        if not _LANGUAGE.fullmatch(own) or parent_of(column) not in _TEXTS_BELOW or len(said) < 2:
+            return column
+        first = ("en", "zh", "zh_cn", "zh_hans", "en_us", "en_gb")
+        known = {c: first.index(last_of(c)) if last_of(c) in first else len(first) for c in said}
+        return min(said, key=lambda c: (-round(self.filled(c), 2), known[c], -self.size(c)))
 
     def any_text(self) -> str | None:
         """The longest column of words, where nothing else could be read."""
-        words = [c for c in self.single() if not self.is_number(c) and len(self.distinct(c)) > 1]
+        words = [c for c in self.inputs() if not self.is_number(c) and len(self.distinct(c)) > 1]
         return self.take(max(words, key=self.size)) if words else None
 
     def fields(self, label: str | None) -> tuple[dict[str, str], list[str]]:
         """(name → column of the numbers and categories, names of those left out since they give the label away)."""
-        found = {name_of(c): c for c in self.single() if self.is_number(c) or self.is_class(c)}
+        found = {name_of(c): c for c in self.inputs() if self.is_number(c) or self.is_class(c)}
         given_away = [n for n, c in found.items() if label and self.tells(c, label)]
+        if len(given_away) == len(found):  # there is nothing else to learn from: a number that decides is an honest one
+            given_away = [n for n in given_away if not self.is_number(found[n])]
         return {n: c for n, c in found.items() if n not in given_away}, given_away
 
     def single(self) -> list[str]:
         return [c for c in self.free if "[" not in c]
 
+    def inputs(self) -> list[str]:
+        """Free columns that may be given to the model: not those that stand among answers, such as `labels.colour`."""
+        return [c for c in self.single() if c not in self.among_answers]
+
     def tells(self, column: str, label: str) -> bool:
-        """Whether a column of words gives the label away: each of its values goes with one label only."""
-        seen: dict[str, set[str]] = {}
+        """Whether a column gives the label away: each of its values goes with one label only, or each label with one
+        of its values (as a coarser class does). Of numbers only whole ones that repeat are asked."""
+        forth: dict[str, set[str]] = {}
+        back: dict[str, set[str]] = {}
         for row in self.rows:
-            pair = [str(v[0]) for c in (column, label) if (v := find(row, c))]
+            pair = [str(v[0]) for c in (column, label) if (v := find(row, c)) and v[0] != ""]
             if len(pair) == 2:
-                seen.setdefault(pair[0], set()).add(pair[1])
-        return not self.is_number(column) and len(seen) > 1 and all(len(s) == 1 for s in seen.values())
+                forth.setdefault(pair[0], set()).add(pair[1])
+                back.setdefault(pair[1], set()).add(pair[0])
+        if len(forth) < 2 or (self.is_number(column) and not self.is_class(column)):
+            return False
+        return any(all(len(s) == 1 for s in seen.values()) for seen in (forth, back))
+
+    def one_of_many(self) -> tuple[str, list[str]] | None:
+        """(a mapping, its columns) where every row has one text under a key of its own, such as its language."""
+        below: dict[str, list[str]] = {}
+        for column in self.single():
+            if "." in column and column not in self.among_answers:
+                below.setdefault(column.rpartition(".")[0], []).append(column)
+        for mapping, columns in below.items():
+            spoken = last_of(mapping) in _TEXTS_BELOW or all(_LANGUAGE.fullmatch(c.rpartition(".")[2]) for c in columns)
+            held = [sum(bool(find(r, c)) for c in columns) for r in self.rows]
+            some = [n for n in held if n]
+            fullest = max(self.filled(c) for c in columns)
+            if (
+                spoken
+                and len(some) >= WELL_FILLED * len(held)
+                and sum(some) < 1.5 * len(some)
+                and fullest < WELL_FILLED
+            ):
+                return mapping, columns
+        return None
 
     def items(self, column: str | None, kind: str) -> list[Any]:
         """Bytes or absolute paths of the media in a column."""
@@ -223,6 +320,44 @@ class Columns:
         return found
 
 
+def drawn_rows(rows: Iterable[tuple[str, Any] | Refusal]) -> tuple[list[dict[str, Any]], int]:
+    """(at most ROWS of `rows` in their order, how many there are, those included that are no mapping of columns).
+
+    Drawn from all of them by a fixed seed (a reservoir): tables are often sorted by class, so their first rows tell
+    little; and every n-th row could be of one class. Fewer are held where rows are large, as with pictures inside.
+    """
+    rng = random.Random(0)
+    drawn: list[tuple[int, dict[str, Any]]] = []
+    total = whole = held = 0
+    most = ROWS
+    for row in rows:
+        total += 1
+        if isinstance(row, Refusal) or not isinstance(row[1], dict):
+            continue
+        whole += 1
+        at = len(drawn) if len(drawn) == whole - 1 < most else rng.randrange(whole)
+        if at >= most:
+            continue
+        if at < len(drawn):
+            held -= _held_bytes(drawn[at][1])
+            drawn[at] = (whole, row[1])
+        else:
+            drawn.append((whole, row[1]))
+        held += _held_bytes(row[1])
+        if held > MOST_HELD and most > LEAST:
+            most = max(LEAST, len(drawn) // 2)
+            rng.shuffle(drawn)
+            del drawn[most:]
+            held = sum(_held_bytes(r) for _, r in drawn)
+    return [row for _, row in sorted(drawn, key=lambda item: item[0])], total
+
+
+def _held_bytes(row: dict[str, Any]) -> int:
+    """Bytes of the texts and media inside a row, roughly."""
+    cells = [inner for v in row.values() for inner in (v.values() if isinstance(v, dict) else [v])]
+    return sum(len(v) for v in cells if isinstance(v, bytes | str))
+
+
 def _can_be_written(column: str) -> bool:
     """Whether a column's name can stand in scan.yaml as a selector."""
     try:
@@ -233,10 +368,10 @@ def _can_be_written(column: str) -> bool:
     return "{" not in column and "}" not in column and column.isprintable()
 
 
-def _flat(rows: list[dict[str, Any]]) -> list[str]:
+def flat_columns(rows: list[dict[str, Any]]) -> list[str]:
     """Selectors of all leaves in the first rows, two levels deep, in order of appearance."""
     found: dict[str, None] = {}
-    for row in rows[:200]:
+    for row in rows:
         for key, value in row.items():
             if isinstance(value, dict) and "bytes" not in value and len(value) <= 100:
                 found |= {f"{key}.{inner}": None for inner, v in value.items() if not isinstance(v, dict | list)}
@@ -259,6 +394,12 @@ def _is_media(value: Any, kind: str, endings: tuple[str, ...]) -> bool:
 
 def last_of(column: str) -> str:
     return re.split(r"[.\[\]]+", column.strip().lower())[-1].replace(" ", "_").replace("-", "_")
+
+
+def parent_of(column: str) -> str:
+    """The last part of what a nested column lies in, or "" for one that lies in nothing."""
+    above = re.sub(r"\[[^\]]*\]", "", column).rpartition(".")[0]
+    return last_of(above) if above else ""
 
 
 def name_of(column: str) -> str:

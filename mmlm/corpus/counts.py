@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mmlm.corpus.records import Record
+from mmlm.corpus.records import Record, from_row
 from mmlm.corpus.sniff import Header
 
 MOST_QUESTIONS = 20_000
@@ -34,6 +35,12 @@ class Tally:
         self.questions: dict[str, Counter[str]] = defaultdict(Counter)
         self.numbers: dict[str, list[float]] = {}
         self.values: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def of(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """`rows` of a manifest as they are, each counted on its way."""
+        for row in rows:
+            self.add(from_row(row))
+            yield row
 
     def add(self, record: Record) -> None:
         self.splits[record.split] += 1
@@ -141,6 +148,9 @@ class Sizes:
         found: dict[str, Any] = {"formats": dict(sorted(self.formats.items()))}
         if self.sides:
             found["image_side"] = {"median": statistics.median(self.sides), "p95": quantile(self.sides, 0.95)}
+            # up to which power of two, since single sizes would make a long list
+            powers = Counter(1 << max(0, side - 1).bit_length() for side in self.sides)
+            found["image_sides"] = {str(power): n for power, n in sorted(powers.items())}
             found["coloured"] = self.colour
         if self.seconds:
             found["audio_seconds"] = {

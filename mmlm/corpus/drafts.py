@@ -7,14 +7,16 @@ import binascii
 import math
 import os
 import posixpath
+import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+from mmlm.corpus.config import PiecesConfig
 from mmlm.corpus.records import Part, Record
-from mmlm.storage import is_remote
+from mmlm.storage import is_remote, split_fragment
 
 SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
@@ -25,10 +27,16 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A record as its source tells it. `where` is `file` or `file:line`; an empty `group` means the content's hash."""
+    """A record as its source tells it. `where` is `file` or `file:line`; an empty `group` means the content's hash.
+
+    `pieces`: how its sound is to be cut when it turns out to be a long one. `trusted`: beginnings of the remote URIs that
+    are read even where remote ones in the data are not, since the config itself names that place.
+    """
 
     record: Record
     where: str
+    pieces: PiecesConfig | None = None
+    trusted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,49 @@ class RefuseError(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         self.reason, self.detail = reason, detail
         super().__init__(f"{reason}: {detail}")
+
+
+def decode_text(data: bytes) -> str:
+    """A text file's content: UTF-8, UTF-16 with its mark, or Chinese text in GB18030 (which includes GBK).
+
+    Raises RefuseError (bad_encoding) when it is none of them.
+    """
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        try:
+            return data.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise RefuseError("bad_encoding", f"not UTF-16 at byte {error.start}, though it begins so") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if looks_gb18030(data.splitlines()):
+            return data.decode("gb18030")
+        raise RefuseError("bad_encoding", f"not UTF-8 at byte {error.start}") from None
+
+
+def looks_gb18030(lines: Iterable[bytes]) -> bool:
+    """Whether lines that are not all UTF-8 are Chinese text in GB18030.
+
+    That they decode is not enough, since so does much Latin-1 and broken UTF-8: hardly a line with other than ASCII
+    may be UTF-8, and most characters must be common ones (GB 2312).
+    """
+    utf8 = other = characters = common = 0
+    for line in lines:
+        if line.isascii():
+            continue
+        try:
+            line.decode()
+            utf8 += 1
+            continue
+        except UnicodeDecodeError:
+            other += 1
+        try:
+            beyond = [c for c in line.decode("gb18030") if not c.isascii()]
+        except UnicodeDecodeError:
+            return False
+        characters += len(beyond)
+        common += len("".join(beyond).encode("gb2312", "ignore")) // 2
+    return other > 10 * utf8 and common >= 0.8 * characters
 
 
 def as_text(value: Any) -> str | None:
@@ -143,18 +194,33 @@ def media_part(kind: str, value: Any, root: str, data: str = "") -> Part:
     return Part(kind, uri=media_uri(value, root, data))
 
 
+def media_root(root: str, table: str) -> str:
+    """What relative media paths of a table are relative to: `root` below the data folder, or below the folder of a
+    table that lies elsewhere (`s3://bucket/corpus/t.jsonl`)."""
+    if is_remote(root) or not is_remote(table):
+        return root
+    folder = table.split("?")[0].rpartition("/")[0]
+    return f"{folder}/{root.strip('/')}" if root not in ("", ".") else folder
+
+
 def media_uri(value: str, root: str, data: str = "") -> str:
     """The URI to store for a path in the data. Raises RefuseError when it climbs out of the data folder."""
     if "\0" in value:
         raise RefuseError("unsafe_path", "a NUL character in the path")
+    if any("\ud800" <= c <= "\udfff" for c in value):  # a file may be called so, but no table can say it
+        raise RefuseError("bad_name", f"{value[:80]!a} is not UTF-8")
     if is_remote(value):
         return value
     value = value.removeprefix("file://").strip()
+    if (is_remote(root) or is_remote(data)) and os.path.isabs(value):
+        raise RefuseError("unsafe_path", f"{value[:80]!r} is a path of this machine in a table from elsewhere")
     if os.path.isabs(value):
         value = posixpath.normpath(value)
         return value[len(data) + 1 :] if data and value.startswith(data.rstrip("/") + "/") else value
-    if ".." in value.replace("\\", "/").split("/"):
+    if ".." in split_fragment(value)[0].replace("\\", "/").split("/"):
         raise RefuseError("unsafe_path", f"{value[:80]!r} climbs out of the data folder")
+    if is_remote(root):
+        return f"{root.rstrip('/')}/{posixpath.normpath(value)}"
     return posixpath.normpath(posixpath.join(root, value))
 
 
@@ -162,7 +228,12 @@ def _data_uri(text: str) -> bytes:
     head, comma, body = text.partition(",")
     if not comma:
         raise RefuseError("bad_data_uri", f"no comma in {text[:40]!r}")
-    return _base64(body) if head.endswith(";base64") else unquote_to_bytes(body)
+    if head.endswith(";base64"):
+        return _base64(body)
+    try:
+        return unquote_to_bytes(body)
+    except UnicodeEncodeError:
+        raise RefuseError("bad_data_uri", "half a surrogate pair in it") from None
 
 
 def _base64(text: str) -> bytes:
@@ -172,8 +243,27 @@ def _base64(text: str) -> bytes:
         raise RefuseError("bad_data_uri", f"not base64: {error}") from None
 
 
-def pick_wording(question: str | dict[str, str], lang: str, number: int) -> tuple[str, str]:
-    """The wording to use and its language. `number` (a hash of the id) chooses where several languages are given."""
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+_OTHER_LETTER = re.compile("[^\\W\\d_\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+
+
+def is_chinese(text: str) -> bool:
+    """Whether a fifth of the letters or more are Chinese characters, and none is kana or Hangul."""
+    han, others = len(_HAN.findall(text)), _OTHER_LETTER.findall(text)
+    foreign = any("\u3040" <= c <= "\u30ff" or c >= "\uac00" for c in others)
+    return han > 0 and 4 * han >= len(others) and not foreign
+
+
+def pick_wording(question: str | dict[str, str], lang: str, number: int, written: str | None = None) -> tuple[str, str]:
+    """The wording to use and its language. `number` (a hash of the id) chooses where several languages are given.
+
+    `written` is a text that is to be written: without `lang` it is asked for in Chinese where it is Chinese, else in
+    English, if there are such wordings.
+    """
+    if not lang and written and isinstance(question, dict):
+        spoken = "zh" if is_chinese(written) else "en"
+        if spoken in question:
+            return question[spoken], spoken
     if isinstance(question, str):
         return question, lang
     if lang:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import statistics
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from mmlm.corpus.counts import quantile
 from mmlm.corpus.drafts import SPLIT_NAMES, RefuseError, as_label
 from mmlm.corpus.readers.folders import list_files, split_level
 from mmlm.corpus.readers.rows import ENDINGS
-from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, TEXT_ENDINGS, Header, read_header
+from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, TEXT_ENDINGS, VIDEO_ENDINGS, Header, read_header
 from mmlm.errors import DataError
 from mmlm.storage import read_uri
 
@@ -28,7 +29,14 @@ SAMPLE = 200
 DECODED = 40
 """Pictures that are decoded to see whether they have colours."""
 MAX_PIXELS = 64_000_000
-_FORMS = "a folder per class, or a table (" + " ".join(ENDINGS) + ") with a column of labels or answers"
+STEPS = 50
+"""Quantiles of the lengths of texts that are kept."""
+_FORMS = (
+    "a folder per class; a table ("
+    + " ".join(ENDINGS)
+    + ") with a column of labels or answers; pictures or sounds with "
+    "captions of the same name beside them; WebDataset tars; a Hugging Face data set on disk; documents"
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Guess:
     """What somebody's files seem to be."""
 
     form: str
-    """folders, table or chat."""
+    """folders, table, chat, sidecar, webdataset, hf or documents."""
     data: Path
     """The folder to give as --data."""
     scan: dict[str, Any]
@@ -47,8 +55,8 @@ class Guess:
     """Sorted, of image, audio, fields, context, text."""
     sizes: dict[str, Any]
     """image_side {median, p95} in pixels, channels 1 or 3, audio_seconds {median, p95}; text_bytes
-    {median, p90, p95, max}: UTF-8 bytes of all words of a record, its answer included; fields, their number;
-    images_each and audios_each, the most in one record."""
+    {median, p90, p95, max, steps}: UTF-8 bytes of all words of a record, its answer included, where `steps` are evenly
+    spaced quantiles; fields, their number; images_each and audios_each, the most in one record."""
     counts: dict[str, int]
     """records, and per class or split what there is."""
     says: list[str] = field(default_factory=list)
@@ -57,12 +65,17 @@ class Guess:
 
 def look(path: Path) -> Guess:
     """What lies at `path`, a file or a folder. Raises DataError when nothing in it can be learnt from."""
+    from mmlm.corpus.guess_files import DOCUMENT_ENDINGS, look_at_documents, look_at_files
     from mmlm.corpus.guess_table import look_at_tables
 
     _require_utf8(os.path.abspath(path), "the path")
     if not path.exists():
         raise DataError(f"there is nothing at {path}", wanted=_FORMS, cure="check the path")
     if path.is_file():
+        if path.name.lower().endswith((".tar", *DOCUMENT_ENDINGS)):
+            look_at = look_at_files if path.name.lower().endswith(".tar") else look_at_documents
+            if guess := look_at(path.parent, [path.name]):
+                return guess
         if path.suffix.lower() not in ENDINGS:
             raise DataError(
                 f"{path.name} ends in {path.suffix or 'nothing'}", wanted=_FORMS, cure="give a table or a folder"
@@ -75,6 +88,8 @@ def look(path: Path) -> Guess:
         )
     for folder in sorted({os.path.dirname(f) for f in files}):
         _require_utf8(folder, "the folder")
+    if guess := look_at_files(path, files):
+        return guess
     tables = [f for f in files if f.count("/") <= 1 and f.lower().endswith(ENDINGS)]
     classes = _classes(files)
     if tables:
@@ -86,6 +101,8 @@ def look(path: Path) -> Guess:
         else:
             if len(classes) < 2 or {"image", "audio"} & set(guess.modalities) or guess.form == "chat":
                 return guess
+    if len(classes) < 2 and (guess := look_at_documents(path, files)):
+        return guess
     if not classes:
         endings = Counter(Path(f).suffix.lower() or "no ending" for f in files)
         seen = ", ".join(f"{n} {e}" for e, n in endings.most_common(4))
@@ -106,7 +123,7 @@ def _cure(files: list[str]) -> str:
 
 
 def _is_record(name: str) -> bool:
-    return name.lower().endswith((*IMAGE_ENDINGS, *AUDIO_ENDINGS, *TEXT_ENDINGS))
+    return name.lower().endswith((*IMAGE_ENDINGS, *AUDIO_ENDINGS, *VIDEO_ENDINGS, *TEXT_ENDINGS))
 
 
 def _classes(files: list[str]) -> dict[str, list[str]]:
@@ -137,10 +154,11 @@ def _folders(path: Path, files: list[str], classes: dict[str, list[str]]) -> Gue
     by_kind = {
         "image": [f for f in taken if f.lower().endswith(IMAGE_ENDINGS)],
         "audio": [f for f in taken if f.lower().endswith(AUDIO_ENDINGS)],
+        "video": [f for f in taken if f.lower().endswith(VIDEO_ENDINGS)],
         "text": [f for f in taken if f.lower().endswith(TEXT_ENDINGS)],
     }
     says = [f"{path} holds {len(classes)} class folders: {_listed(f'{c} ({len(f)})' for c, f in classes.items())}."]
-    names = {"image": "pictures", "audio": "sounds", "text": "texts"}
+    names = {"image": "pictures", "audio": "sounds", "video": "videos", "text": "texts"}
     says.append("In them: " + ", ".join(f"{len(v):,} {names[k]}" for k, v in by_kind.items() if v) + ".")
     counts = {"records": len(taken), **{f"class {c}": len(f) for c, f in classes.items()}}
     if split_level(files):
@@ -156,7 +174,7 @@ def _folders(path: Path, files: list[str], classes: dict[str, list[str]]) -> Gue
     media = {k: [path / f for f in v] for k, v in by_kind.items()}
     sizes, seen = measure(media["image"], media["audio"])
     says += seen
-    if not sizes and not by_kind["text"]:
+    if not sizes and not by_kind["text"] and not by_kind["video"]:
         raise DataError(f"none of the files in {path} can be read", wanted=_FORMS, cure="check that they are whole")
     question = {"en": "Which class is this?", "zh": "这是哪一类？"}
     answer = max(len(c.encode()) for c in classes)
@@ -210,9 +228,10 @@ def spread(values: list[Any]) -> dict[str, float]:
     return {"median": float(statistics.median(values)), "p95": float(quantile(values, 0.95))}
 
 
-def text_sizes(lengths: list[int]) -> dict[str, float]:
+def text_sizes(lengths: list[int]) -> dict[str, Any]:
     """Of the words of a sample's records, their answers included, in UTF-8 bytes."""
-    return {**spread(lengths), "p90": float(quantile(lengths, 0.9)), "max": float(max(lengths))}
+    steps = [float(quantile(lengths, (n + 0.5) / STEPS)) for n in range(STEPS)]
+    return {**spread(lengths), "p90": float(quantile(lengths, 0.9)), "max": float(max(lengths)), "steps": steps}
 
 
 def _sample(items: list[Any], most: int) -> list[Any]:
@@ -237,7 +256,7 @@ def _coloured(item: Any) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(_bytes(item))) as picture:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(_bytes(item))) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 return False
             rgb = np.asarray(picture.convert("RGB").resize((32, 32)), dtype=np.int16)

@@ -8,14 +8,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmlm.corpus.columns import ANSWER, LABEL, QUESTION, ROWS, Columns, last_of, name_of
+from mmlm.corpus.columns import ANSWER, LABEL, QUESTION, ROWS, WELL_FILLED, Columns, drawn_rows, last_of, name_of
 from mmlm.corpus.drafts import SPLIT_NAMES, Refusal, as_label
 from mmlm.corpus.guess import Guess, _listed, measure, text_sizes
+from mmlm.corpus.readers.hf import TRANSCRIBE
 from mmlm.corpus.readers.rows import csv_encoding, read_rows
 from mmlm.corpus.records import Target
 from mmlm.corpus.select import find
 from mmlm.errors import DataError
 from mmlm.storage import is_remote
+
+_CLASS_WORDS = {"label", "class", "target", "category", "y", "标签", "类别", "分类"}
+"""Names of a label that say nothing about what is asked."""
+_WHAT = {"en": "What is this?", "zh": "这是什么？"}
 
 
 def look_at_tables(data: Path, names: list[str]) -> Guess:
@@ -23,7 +28,7 @@ def look_at_tables(data: Path, names: list[str]) -> Guess:
     groups = _one_table(data, names)
     rows, totals = {}, {}
     for name, _ in groups:
-        rows[name], totals[name] = _first_rows(data, name)
+        rows[name], totals[name] = _sampled_rows(data, name)
     shown = ", ".join(name for name, _ in groups)
     if not any(rows.values()):
         raise DataError(
@@ -41,15 +46,9 @@ def look_at_tables(data: Path, names: list[str]) -> Guess:
     return _Table(data, groups, every, sum(totals[n] for n, _ in groups)).guess(likely, says)
 
 
-def _first_rows(data: Path, name: str) -> tuple[list[dict[str, Any]], int]:
-    """(the first ROWS rows, number of all rows)."""
-    rows: list[dict[str, Any]] = []
-    total = 0
-    for row in read_rows(data / name, name):
-        total += 1
-        if total <= ROWS and not isinstance(row, Refusal) and isinstance(row[1], dict):
-            rows.append(row[1])
-    return rows, total
+def _sampled_rows(data: Path, name: str) -> tuple[list[dict[str, Any]], int]:
+    """(at most ROWS rows in their order, number of all rows)."""
+    return drawn_rows(read_rows(data / name, name))
 
 
 def _is_gb(path: Path) -> bool:
@@ -188,10 +187,14 @@ class _Table(Columns):
         roles = self.roles()
         ask, tasks, words = self.ask(roles, likely)
         label = ask.get("label")
-        fields, given_away = self.fields(label)
+        # a question and its answer stand for themselves; what else a row has is about the row
+        fields, given_away = self.fields(label) if label or "text" not in ask else ({}, [])
+        given_away += [name_of(c) for c in self.leaking]
         if given_away:
             words.append(f"Left out because they give `{label}` away: {_listed(given_away)}.")
         ignored = [c for c in self.free if c not in fields.values() and name_of(c) not in given_away] + self.odd
+        answers = [c for c in ignored if c in self.other_answers()]
+        ignored = [c for c in ignored if c not in answers]
         columns: dict[str, Any] = dict(roles)
         if fields:
             columns["fields"] = fields
@@ -205,9 +208,16 @@ class _Table(Columns):
         modalities |= {"context"} if "context" in ask else set()
         says = [f"{_listed(n for n, _ in self.groups)}: a table of {self.total:,} rows.", *said, *words]
         says += [f"`{c}` holds {'pictures' if k == 'image' else 'sounds'}." for k, c in roles.items() if k in media]
-        says += [f"`{c}` is the {k}." for k, c in roles.items() if k in ("id", "group", "lang", "license")]
+        about = {k: c for k, c in roles.items() if k in ("id", "group", "lang", "license")}
+        if plain := [f"`{c}`" for k, c in about.items() if c == k]:
+            says.append(
+                f"Taken for what {'its name says' if len(plain) == 1 else 'their names say'}: {', '.join(plain)}."
+            )
+        says += [f"`{c}` is the {k}." for k, c in about.items() if c != k]
         if fields:
             says.append(f"Taken as named values: {_listed(fields)}.")
+        if answers:
+            says.append(f"Other answers, not asked and never given to the model: {_listed(f'`{c}`' for c in answers)}.")
         if ignored:
             says.append(f"Not used: {_listed(f'`{c}`' for c in ignored)}.")
         says += [*seen, _split_words(self.groups, roles.get("split"))]
@@ -218,7 +228,10 @@ class _Table(Columns):
 
     def written(self, row: dict[str, Any], ask: dict[str, Any]) -> int:
         """UTF-8 bytes of all words of a row's record: text, context, question, answer."""
-        cells = [str(v) for k in ("text", "context", "answer", "label") if ask.get(k) for v in find(row, ask[k])[:1]]
+        if "each" in ask:
+            row = {**row, "value": next((v for held in find(row, ask["each"])[:1] for v in held.values()), "")}
+        places = [str(ask[k]).strip("{}") for k in ("text", "context", "answer", "label") if ask.get(k)]
+        cells = [str(v) for place in places for v in find(row, place)[:1]]
         return _bytes_of([*cells, max((ask.get("question") or {"en": ""}).values(), key=lambda q: len(q.encode()))])
 
     def ask(self, roles: dict[str, str], likely: str) -> tuple[dict[str, Any], dict[str, list[str]], list[str]]:
@@ -230,28 +243,11 @@ class _Table(Columns):
             entry: dict[str, Any] = {"task": "answer", "text": asked, "answer": answer}
             return entry, {"answer": []}, [f"`{asked}` is the question and `{answer}` its answer, to be written."]
         media = "image" in roles or "audio" in roles
-        label = self.label(likely)
-        if label:
-            task = name_of(label)
-            classes = sorted({as_label(t) or "" for t in self.distinct(label)} - {""})
-            words = [f"`{label}` is what to answer, {len(classes)} classes: {_listed(classes)}."]
-            entry = {"task": task}
-            text = self.text() or (None if media or self.fields(label)[0] else self.any_text())
-            if not text and not media and not self.fields(label)[0]:
-                raise DataError(
-                    f"there is no column to learn `{label}` from among {_listed(self.values, 20)}",
-                    wanted="a column of texts, pictures, sounds, numbers or categories beside it",
-                    cure="add one, or write scan.yaml by hand after jobs/configs/stamps/scan.yaml",
-                )
-            if text and not media:
-                entry["text"] = text
-                words.append(f"`{text}` is the text that it is about.")
-            else:
-                entry |= {"question": {"en": f"What is the {task.replace('_', ' ')}?", "zh": f"“{task}”是什么？"}}
-                if text:
-                    entry["context"] = text
-                    words.append(f"`{text}` is text that goes with it.")
-            return {**entry, "label": label}, {task: classes}, words
+        if label := self.label(likely):
+            return self.ask_label(label, media)
+        if written := self.too_many_classes():
+            self.take(written)
+            return self.ask_written(written, media)
         if answer:
             self.take(answer)
             text = None if media else self.text()
@@ -260,10 +256,92 @@ class _Table(Columns):
                 return entry, {"answer": []}, [f"`{text}` is what to read and `{answer}` what to write."]
         written = answer if answer else self.text() if media else None
         if written and media:
-            entry = {"task": "describe", "question": {"en": "What is this?", "zh": "这是什么？"}, "answer": written}
-            return entry, {"describe": []}, [f"`{written}` is the text to be written about each."]
+            heard = "image" not in roles
+            task, wording = ("transcript", TRANSCRIBE) if heard else ("describe", _WHAT)
+            entry = {"task": task, "question": wording, "answer": written}
+            return (
+                entry,
+                {task: []},
+                [f"`{written}` is the text to be written about each.", *self.sparse_words(written)],
+            )
         raise DataError(
             f"no column to be answered among {_listed(self.values, 20)}",
             wanted="a column of classes (such as `label`), or the columns `question` and `answer`",
             cure="name the column `label`, or write scan.yaml by hand after jobs/configs/stamps/scan.yaml",
         )
+
+    def ask_label(self, label: str, media: bool) -> tuple[dict[str, Any], dict[str, list[str]], list[str]]:
+        """The `ask` entry for a column of classes."""
+        task = self.task_name(label)
+        classes = sorted({as_label(t) or "" for t in self.distinct(label)} - {""})
+        words = [f"`{label}` is what to answer, {len(classes)} classes: {_listed(classes)}.", *self.sparse_words(label)]
+        if media:
+            self.leaking = [
+                c for c in self.inputs() if self.is_class(c) and self.is_text_by_name(c) and self.tells(c, label)
+            ]
+            for column in self.leaking:
+                self.take(column)
+        many = self.one_of_many()
+        if many:
+            words.append(self.take_many(*many))
+            shown = {"context": "{value}", "question": _question(task)} if media else {"text": "value"}
+            return {"task": task, "each": many[0], "lang": "{key}", **shown, "label": label}, {task: classes}, words
+        text = self.text() or (None if media or self.fields(label)[0] else self.any_text())
+        if not text and not media and not self.fields(label)[0]:
+            raise DataError(
+                f"there is no column to learn `{label}` from among {_listed(self.values, 20)}",
+                wanted="a column of texts, pictures, sounds, numbers or categories beside it",
+                cure="add one, or write scan.yaml by hand after jobs/configs/stamps/scan.yaml",
+            )
+        entry: dict[str, Any] = {"task": task}
+        if text and not media:
+            entry["text"] = text
+            words.append(f"`{text}` is the text that it is about.")
+        else:
+            entry["question"] = _question(task)
+            if text:
+                entry["context"] = text
+                words.append(f"`{text}` is text that goes with it.")
+        return {**entry, "label": label}, {task: classes}, words
+
+    def ask_written(self, column: str, media: bool) -> tuple[dict[str, Any], dict[str, list[str]], list[str]]:
+        """The `ask` entry for a column of too many classes to choose from: each is written out as a text."""
+        task = self.task_name(column)
+        n = len(self.distinct(column))
+        words = [
+            f"`{column}` is what to answer; with {n:,} different ones among {len(self.rows):,} rows it is written out."
+        ]
+        text = None if media else self.text()
+        if text:
+            words.append(f"`{text}` is the text that it is about.")
+            return {"task": task, "text": text, "answer": column}, {task: []}, words
+        question = _WHAT if task in _CLASS_WORDS else _question(task)
+        return {"task": task, "question": question, "answer": column}, {task: []}, words
+
+    def task_name(self, column: str) -> str:
+        """A task's name: of `labels.colour` only the last part counts."""
+        return name_of(last_of(column) if column in self.among_answers else column)
+
+    def take_many(self, mapping: str, columns: list[str]) -> str:
+        for column in columns:
+            self.take(column)
+        return f"`{mapping}` holds the text of a row under its language, of which there are {len(columns)}."
+
+    def sparse_words(self, label: str) -> list[str]:
+        """What to say about rows without a label, and about a column with a better name that has too few."""
+        words = []
+        if self.filled(label) < 1:
+            share = 100 * (1 - self.filled(label))
+            words.append(f"{share:.2g} % of the rows have no `{label}`; they will be refused (`no_target`).")
+        for column in self.named(LABEL):
+            if self.filled(column) < WELL_FILLED and column not in self.among_answers:
+                share = 100 * self.filled(column)
+                words.append(f"`{column}` is not asked, since only {share:.2g} % of the rows have one.")
+                self.take(column)
+        return words
+
+
+def _question(task: str) -> dict[str, str]:
+    if task in _CLASS_WORDS:
+        return {"en": "Which class is this?", "zh": "这是哪一类？"}
+    return {"en": f"What is the {task.replace('_', ' ')}?", "zh": f"“{task}”是什么？"}

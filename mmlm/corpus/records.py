@@ -146,7 +146,7 @@ def _hash_by_name(record: Record) -> str:
 def from_row(row: dict[str, Any]) -> Record:
     """The inverse of `to_row`."""
     parts = tuple(
-        Part(p["kind"], p["role"], p["text"], p["uri"], p["data"], json.loads(p["fields"]) if p["fields"] else None)
+        Part(p["kind"], p["role"], p["text"], p["uri"], p.get("data"), json.loads(p["fields"]) if p["fields"] else None)
         for p in row["parts"]
     )
     labels = tuple(row["labels"]) if row["labels"] is not None else None
@@ -157,13 +157,22 @@ def from_row(row: dict[str, Any]) -> Record:
     )  # fmt: skip
 
 
+WITHOUT_MEDIA = [
+    *(name for name in SCHEMA.names if name != "parts"),
+    *(f"parts.list.element.{field.name}" for field in PART if field.name != "data"),
+]
+"""Columns of all but the media that lie in the table itself."""
+
+
 def read_rows(manifest: Path, *, columns: list[str] | None = None, batch: int = 4096) -> Iterator[dict[str, Any]]:
-    """Rows of all `records-*.parquet` in a manifest folder, in order of id, in bounded memory."""
+    """Rows of all `records-*.parquet` in a manifest folder, in order of id; a row group at a time is in memory."""
     for path in sorted(manifest.glob("records-*.parquet")):
         with pq.ParquetFile(path) as f:
-            for chunk in f.iter_batches(batch, columns=columns):
-                yield from chunk.to_pylist()
+            for number in range(f.num_row_groups):
+                for chunk in f.read_row_group(number, columns=columns).to_batches(max_chunksize=batch):
+                    yield from chunk.to_pylist()
 
 
-def read_records(manifest: Path, *, batch: int = 4096) -> Iterator[Record]:
-    return (from_row(row) for row in read_rows(manifest, batch=batch))
+def read_records(manifest: Path, *, media: bool = True, batch: int = 4096) -> Iterator[Record]:
+    """The records of a manifest folder; without `media`, what lies inline in the table is left out."""
+    return (from_row(row) for row in read_rows(manifest, columns=None if media else WITHOUT_MEDIA, batch=batch))

@@ -16,7 +16,8 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from html import escape
 from itertools import chain, islice
 from pathlib import Path
@@ -25,27 +26,42 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmlm import artifacts
+from mmlm import artifacts, remote
 from mmlm.artifacts import Artifact, Work
 from mmlm.config import resolved
-from mmlm.corpus.config import FolderSource, KeypadSource, ScanConfig
+from mmlm.corpus.config import (
+    ChatSource,
+    FolderSource,
+    HfSource,
+    KeypadSource,
+    ScanConfig,
+    SidecarSource,
+    TableSource,
+    WebDatasetSource,
+)
 from mmlm.corpus.counts import Sizes, Tally
+from mmlm.corpus.curation.config import CurateConfig
+from mmlm.corpus.curation.events import Event, Figures
+from mmlm.corpus.curation.record_steps import RecordSteps
+from mmlm.corpus.curation.set_steps import Drops, find_drops
 from mmlm.corpus.drafts import Draft, Refusal
 from mmlm.corpus.keypad import write_keypad
 from mmlm.corpus.media import Looked, MediaReader
 from mmlm.corpus.readers.sources import files_of, read_source
-from mmlm.corpus.records import REFUSED, SCHEMA, from_row, read_rows, to_row
+from mmlm.corpus.records import REFUSED, SCHEMA, read_rows, to_row
 from mmlm.corpus.sorting import Sorter
 from mmlm.corpus.splits import Splitter
 from mmlm.errors import DataError
 from mmlm.progress import Progress
-from mmlm.storage import atomic_write, is_remote, sha256_json
+from mmlm.storage import atomic_write, is_remote, read_uri, resolve, sha256_json, split_fragment
 from mmlm.world import cores
 
 RECIPE = 2
 """Bumped by hand when the manifest made of the same corpus changes."""
 REFUSED_FILE = "refused.parquet"
 DROPPED_FILE = "dropped.parquet"
+CURATED_FILE = "curation.parquet"
+CURATED = pa.schema([(name, pa.string()) for name in ("step", "action", "source", "id", "reason", "detail")])
 ROWS_PER_FILE = 2_000_000
 """Records in one Parquet file of the manifest."""
 _ROW_GROUP, _GROUP_BYTES = 16_384, 16 << 20
@@ -56,19 +72,21 @@ _SPOOL = SCHEMA.append(pa.field("where", pa.string()))
 
 
 def scan(
-    config: ScanConfig, *, data: Path, out: Path, tracker: Any = None, earlier: Artifact | None = None
+    config: ScanConfig, *, data: Path | str, out: Path, tracker: Any = None, earlier: Artifact | None = None
 ) -> Artifact:
-    """Read the corpora below `data` into a manifest in folder `out`.
+    """Read the corpora below `data`, a folder or an address (s3://, gs://), into a manifest in folder `out`.
 
     `earlier` is the manifest of the corpus before it grew, if there is one. Raises DataError when a source is not
     there, nothing (or nothing to train on) is kept, or more is refused than the error budget allows; `refused.parquet`
     is then in `out` all the same.
     """
-    data = Path(data)
+    data = str(data) if is_remote(str(data)) else Path(data)
     for source in config.sources:
+        if isinstance(data, str):
+            break
         if isinstance(source, KeypadSource):
             write_keypad(source, config.split, data)
-        if isinstance(source, FolderSource):
+        if isinstance(source, FolderSource | SidecarSource) and not is_remote(source.path):
             _require_outside(Path(out), data / source.path)
     work = artifacts.begin(out, "manifest", recipe=RECIPE, config=config, extra={"sources": _listing(config, data)})
     if work.artifact:
@@ -92,14 +110,15 @@ def _require_outside(out: Path, data: Path) -> None:
         )
 
 
-def _make(config: ScanConfig, data: Path, work: Work, earlier: Artifact | None) -> Artifact:
+def _make(config: ScanConfig, data: Path | str, work: Work, earlier: Artifact | None) -> Artifact:
     spool = Sorter(work.path / ".spool", _SPOOL, _record_key)
     refused = Sorter(work.path / ".refused", REFUSED, _refused_key)
     dropped = Sorter(work.path / ".dropped", REFUSED, _refused_key)
+    curation = Curation(config.curate, Sorter(work.path / ".curation", CURATED, _curated_key))
     sizes, splitter = Sizes(), Splitter(config.split)
     try:
         with Progress("scan", None, "records") as progress:
-            for outcome in _outcomes(config, data):
+            for outcome in _outcomes(config, data, curation):
                 if isinstance(outcome, Refusal):
                     refused.add(_refused_row(outcome))
                 else:
@@ -111,17 +130,22 @@ def _make(config: ScanConfig, data: Path, work: Work, earlier: Artifact | None) 
                         dropped.add(_refused_row(part))
                 progress.add(1, f"{refused.count} refused" if refused.count else "")
         splitter.decide()
+        curation.compare(lambda: _settled(spool, splitter), data, work.path / ".curating")
         tally, generations = Tally(), Generations(earlier)
-        records = _write_records(work.path, generations.of(_kept(spool, splitter, refused, tally)))
+        settled = _settled(spool, splitter, lambda row: refused.add(_doubled_row(row)))
+        records = _write_records(work.path, generations.of(tally.of(curation.left(settled))))
         reasons: Counter[str] = Counter()
         _write(work.path / REFUSED_FILE, REFUSED, _counted(refused, reasons))
         if config.on_bad_part == "drop_part":
             _write(work.path / DROPPED_FILE, REFUSED, dropped.rows())
-        found, kept = spool.count + refused.count, sum(tally.splits.values())
+        if curation.on:
+            _write(work.path / CURATED_FILE, CURATED, curation.told.rows())
         # a doubled id is counted once as found and lies in both sorters
-        found -= reasons["duplicate_id"]
-        counts = {"found": found, "kept": kept, "refused": refused.count, **tally.counts()}
+        found = spool.count + refused.count - reasons["duplicate_id"] + curation.dropped_early
+        counts = {"found": found, "kept": sum(tally.splits.values()), "refused": refused.count, **tally.counts()}
         counts["refused_reasons"] = dict(sorted(reasons.items()))
+        if curation.on:
+            counts |= {"dropped": curation.dropped, "curation": curation.totals()}
         if config.on_bad_part == "drop_part":
             counts["dropped_parts"] = dropped.count
         if earlier:
@@ -130,11 +154,13 @@ def _make(config: ScanConfig, data: Path, work: Work, earlier: Artifact | None) 
             counts["groups_in_two_splits"] = len(splitter.torn)
         _require_useful(config, counts, work.path)
     finally:
-        for sorter in (spool, refused, dropped):
+        for sorter in (spool, refused, dropped, curation.told):
             sorter.close()
-    extra = {"tasks": tally.tasks(), "fields": tally.fields(), "media": sizes.summary()}
+    extra: dict[str, Any] = {"tasks": tally.tasks(), "fields": tally.fields(), "media": sizes.summary()}
     if unseen := tally.unseen_labels():
         extra["unseen_labels"] = unseen
+    if curation.on:
+        extra["curation"] = curation.by_source()
     if earlier:
         extra["history"] = [*earlier.extra.get("history", []), earlier.digest]
     return work.finish(counts=counts, digest_of=records, extra=extra)
@@ -170,26 +196,104 @@ def _generations(manifest: Artifact) -> set[int]:
     return found or {0}
 
 
-def _outcomes(config: ScanConfig, data: Path) -> Iterator[Looked | Refusal]:
+def _outcomes(config: ScanConfig, data: Path | str, curation: Curation) -> Iterator[Looked | Refusal]:
     reader = MediaReader(
-        data, drop=config.on_bad_part == "drop_part", allow_remote=config.allow_remote, threads=min(8, 2 * cores())
-    )
+        data, drop=config.on_bad_part == "drop_part", allow_remote=config.allow_remote, threads=min(8, 2 * cores()),
+        video=config.allow_video,
+    )  # fmt: skip
     for source in config.sources:
-        yield from reader.look(read_source(source, data))
+        yield from reader.look(curation.each(read_source(source, data)))
 
 
-def _kept(spool: Sorter, splitter: Splitter, refused: Sorter, tally: Tally) -> Iterator[dict[str, Any]]:
-    """Rows to keep, in order of id, with their final split; of several with one id the first by content is kept."""
+def _settled(
+    spool: Sorter, splitter: Splitter, doubled: Callable[[dict[str, Any]], None] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Rows in order of id, with their final split; of several with one id the first by content.
+
+    The others are given to `doubled`.
+    """
     last = None
     for row in spool.rows():
-        where = row.pop("where")
         if row["id"] == last:
-            refused.add(_refused_row(Refusal(where, row["id"], "duplicate_id", "another record has this id")))
+            if doubled:
+                doubled(row)
             continue
         last = row["id"]
-        row["split"] = splitter.split_of(row["group"], row["split"])
-        tally.add(from_row(row))
-        yield row
+        settled = {k: v for k, v in row.items() if k != "where"}
+        settled["split"] = splitter.split_of(row["group"], row["split"])
+        yield settled
+
+
+def _doubled_row(row: dict[str, Any]) -> dict[str, Any]:
+    return _refused_row(Refusal(row["where"], row["id"], "duplicate_id", "another record has this id"))
+
+
+class Curation:
+    """The steps of a CurateConfig, where a scan has its places for them; and the account of what they did.
+
+    `told` collects a row of CURATED for every record that a step dropped or changed.
+    """
+
+    def __init__(self, config: CurateConfig, told: Sorter) -> None:
+        self.config, self.told = config, told
+        self.on = bool(config.record_steps or config.set_steps)
+        self.steps = RecordSteps(config)
+        self.figures = Figures(config.record_steps)
+        self.drops = Drops({}, {}, {})
+        self.dropped_early = 0
+
+    def each(self, outcomes: Iterable[Draft | Refusal]) -> Iterator[Draft | Refusal]:
+        """What is left after the steps that look at one record; its media are not read yet."""
+        for outcome in outcomes:
+            if isinstance(outcome, Refusal) or not self.config.record_steps:
+                yield outcome
+                continue
+            record = outcome.record
+            curated = self.steps.apply(record)
+            self.figures.note(record.source, curated.events, self.config.record_steps)
+            for event in curated.events:
+                self._tell(record.source, record.id, event)
+            if curated.record is None:
+                self.dropped_early += 1
+            else:
+                yield replace(outcome, record=curated.record)
+
+    def compare(self, rows: Callable[[], Iterator[dict[str, Any]]], data: Path | str, folder: Path) -> None:
+        """Run the steps that look at all records."""
+        if self.config.set_steps:
+            self.drops = find_drops(rows, self.config, lambda uri: read_uri(uri, data), folder, cores())
+
+    def left(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            if event := self.drops.events.get(row["id"]):
+                self._tell(row["source"], row["id"], event)
+            else:
+                yield row
+
+    def _tell(self, source: str, name: str, event: Event) -> None:
+        told = _refused_row(Refusal(source, name, event.reason, event.detail))
+        self.told.add({"step": event.step, "action": event.action, **told})
+
+    @property
+    def dropped(self) -> int:
+        return self.dropped_early + len(self.drops.events)
+
+    def by_source(self) -> dict[str, Any]:
+        """step → source → kept, dropped, changed, and how often for which reason."""
+        reasons = {**self.figures.reasons(), **self.drops.reasons}
+        return {
+            step: {
+                source: {**counts, "reasons": reasons.get(step, {}).get(source, {})} for source, counts in by.items()
+            }
+            for step, by in {**self.figures.counts(), **self.drops.figures}.items()
+        }
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """step → kept, dropped, changed."""
+        return {
+            step: {what: sum(counts[what] for counts in by.values()) for what in ("kept", "dropped", "changed")}
+            for step, by in {**self.figures.counts(), **self.drops.figures}.items()
+        }
 
 
 def _write_records(folder: Path, rows: Iterator[dict[str, Any]]) -> list[str]:
@@ -231,6 +335,10 @@ def _record_key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(row[k] for k in ("id", "content_hash", "task", "split", "group", "lang", "source", "license", "where"))
 
 
+def _curated_key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[k] for k in CURATED.names)
+
+
 def _refused_key(row: dict[str, Any]) -> tuple[str, ...]:
     return (row["source"], row["id"], row["reason"], row["detail"])
 
@@ -249,6 +357,11 @@ def _require_useful(config: ScanConfig, counts: dict[str, Any], folder: Path) ->
     table = folder / REFUSED_FILE
     if counts["found"] == 0:
         raise DataError("the corpus is empty: no record was found", cure="check --data and the `sources` in scan.yaml")
+    if counts["kept"] == 0 and counts.get("dropped"):
+        raise DataError(
+            f"curation dropped {counts['dropped']:,} of {counts['found']:,} records and left none{told}",
+            cure=f"see {folder / CURATED_FILE}, and loosen `curate` in scan.yaml",
+        )
     if counts["kept"] == 0:
         raise DataError(
             f"all {counts['found']:,} records were refused{told}", cure=f"{table} names each; mend them or the mapping"
@@ -268,19 +381,27 @@ def _require_useful(config: ScanConfig, counts: dict[str, Any], folder: Path) ->
         )
 
 
-def _listing(config: ScanConfig, data: Path) -> str:
+def _listing(config: ScanConfig, data: Path | str) -> str:
     """Hash of (path, size, time of change) of every file that the sources name, pictures and sounds of tables included.
 
-    A sum of hashes, so that order does not matter and memory stays small.
+    A sum of hashes, so that order does not matter and memory stays small. Of an object elsewhere its version counts
+    instead of the time; what a table names elsewhere by its whole address is taken for unchanging.
     """
     total = 0
+    if isinstance(data, str) and remote.scheme_of(data) != "http":
+        remote.below(data.rstrip("/") + "/")  # one listing instead of a question for each of its files
 
     def note(name: str, path: str | Path) -> None:
         nonlocal total
+        value: list[Any]
         try:
-            stat = os.stat(path)
-            value = [name, stat.st_size, stat.st_mtime_ns]
-        except (OSError, ValueError):
+            if is_remote(str(path)):
+                told = remote.known(str(path))
+                value = [name, told.size, told.version]
+            else:
+                stat = os.stat(path)
+                value = [name, stat.st_size, stat.st_mtime_ns]
+        except (OSError, ValueError, DataError):
             value = [name, -1, -1]
         total = (total + int(sha256_json(value), 16)) % (1 << 256)
 
@@ -288,13 +409,17 @@ def _listing(config: ScanConfig, data: Path) -> str:
         if isinstance(source, KeypadSource):
             continue  # made from its config alone
         for name, path in files_of(source, data):
-            note(ascii(name), path)
-        if isinstance(source, FolderSource):
-            continue
+            where = resolve(name, data) if isinstance(data, str) else name
+            note(ascii(name), where if is_remote(where) else path)
+        if not isinstance(source, ChatSource | TableSource | HfSource | WebDatasetSource):
+            continue  # only these name files that are not among their own
+        named = isinstance(source, ChatSource) or source.map.image or source.map.audio or source.map.video
+        if isinstance(source, HfSource | WebDatasetSource) and not named:
+            continue  # their media lie in them
         for outcome in read_source(source, data):
             for part in outcome.record.parts if isinstance(outcome, Draft) else ():
                 if part.uri and not is_remote(part.uri):
-                    note(ascii(part.uri), part.uri if os.path.isabs(part.uri) else data / part.uri)
+                    note(ascii(part.uri), resolve(split_fragment(part.uri)[0], data))
     return f"{total:064x}"
 
 
@@ -309,10 +434,15 @@ def _track(run: Any, config: ScanConfig, artifact: Artifact) -> None:
 
 def counts_table(counts: dict[str, Any]) -> str:
     """Counts as a small HTML table."""
-    rows = [
-        (f"{key}: {name or 'unknown'}" if isinstance(value, dict) else key, number)
-        for key, value in counts.items()
-        for name, number in (value.items() if isinstance(value, dict) else [("", value)])
-    ]
+    rows = list(_leaves("", counts))
     cells = "".join(f"<tr><td>{escape(str(k))}</td><td align=right>{v:,}</td></tr>" for k, v in rows)
     return f"<!doctype html><meta charset=utf-8><title>scan</title><table border=1 cellpadding=4>{cells}</table>"
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(name, number) of every number in nested counts."""
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _leaves(f"{name}: {key or 'unknown'}" if name else str(key), inner)

@@ -6,20 +6,27 @@ import io
 import re
 import warnings
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from mmlm.corpus.drafts import RefuseError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg")
 AUDIO_ENDINGS = (".wav", ".ogg", ".oga", ".opus", ".flac", ".mp3")
-VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".mov", ".avi")
+VIDEO_ENDINGS = (".mp4", ".m4v", ".webm", ".mkv", ".mov", ".avi")
 TEXT_ENDINGS = (".txt", ".md")
 _PILLOW = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
+_NO_VIDEO = (b"avi", b"hei", b"hev", b"mif", b"msf", b"M4A", b"M4B")
+"""Brands of the MP4 family that are pictures (AVIF, HEIF) or sounds, none of which is read."""
 _SVG = re.compile(rb"<svg[\s>]|<!DOCTYPE\s+svg|<[A-Za-z]+:svg[\s>]")
+
+
+_READ = {"image": "png jpeg webp gif bmp tiff svg", "audio": "wav ogg flac mp3", "video": "mp4 mov webm mkv avi"}
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """`kind` image: width and height in pixels (0 for SVG, which has none); audio: length in seconds and rate in Hz."""
+    """`kind` image: width and height in pixels (0 for SVG, which has none); audio: length in seconds and rate in Hz;
+    video: its format alone, since the rest takes a decoder."""
 
     kind: str
     format: str
@@ -52,40 +59,53 @@ def sniff(head: bytes) -> tuple[str, str]:
         return "audio", "flac"
     if head.startswith(b"ID3") or (len(head) > 2 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2):
         return "audio", "mp3"
-    if head[4:8] == b"ftyp" or head.startswith((b"\x1aE\xdf\xa3", b"RIFF")):
-        return "video", "video"
+    if head[4:8] == b"ftyp" and not head[8:12].startswith(_NO_VIDEO):
+        return "video", "mov" if head[8:12] == b"qt  " else "mp4"
+    if head[4:8] in (b"moov", b"mdat", b"wide") and head[:1] == b"\0":
+        return "video", "mov"
+    if head.startswith(b"\x1aE\xdf\xa3"):
+        return "video", "webm" if b"webm" in head[:64] else "mkv"
+    if head.startswith(b"RIFF") and head[8:11] == b"AVI":
+        return "video", "avi"
     if _SVG.search(head[:4096]) and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         return "image", "svg"
     return "", ""
 
 
-def read_header(data: bytes, wanted: str) -> Header:
-    """The header of `data`, which should be a `wanted` (image, audio).
+def read_header(data: bytes | BinaryIO, wanted: str) -> Header:
+    """The header of `data` (all of a file, or the file opened), which should be a `wanted` (image, audio, video).
 
-    Raises RefuseError: unreadable_image, unreadable_audio, empty_sound, wrong_kind, too_many_pixels, unsupported_kind.
+    Raises RefuseError: unreadable_image, unreadable_audio, unreadable_video, empty_sound, wrong_kind, too_many_pixels,
+    unsupported_kind (a video where something else is wanted).
     """
-    unreadable = "unreadable_image" if wanted == "image" else "unreadable_audio"
-    if not data:
+    unreadable = f"unreadable_{wanted}"
+    opened = io.BytesIO(data) if isinstance(data, bytes) else data
+    opened.seek(0)
+    head = opened.read(4096)
+    opened.seek(0)
+    if not head:
         raise RefuseError(unreadable, "an empty file")
-    kind, form = sniff(data[:4096])
-    if kind == "video":
-        raise RefuseError("unsupported_kind", "a video; wanted pictures and sounds")
+    kind, form = sniff(head)
+    if kind == "video" != wanted:
+        raise RefuseError("unsupported_kind", f"a video where {wanted} is wanted")
     if not kind:
-        raise RefuseError(unreadable, "no format that is read: png jpeg webp gif bmp tiff svg, wav ogg flac mp3")
+        raise RefuseError(unreadable, f"no format that is read: {_READ.get(wanted, '')}")
     if kind != wanted:
         raise RefuseError("wrong_kind", f"{form} where {wanted} is wanted")
     if form == "svg":
         return Header("image", "svg", channels=3)
-    return _image(data, form) if kind == "image" else _audio(data, form)
+    if kind == "video":
+        return Header("video", form)
+    return _image(opened, form) if kind == "image" else _audio(opened, form)
 
 
-def _image(data: bytes, form: str) -> Header:
+def _image(opened: BinaryIO, form: str) -> Header:
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit of pixels is the feature stage's, which refuses before decoding
-            with Image.open(io.BytesIO(data), formats=_PILLOW) as picture:
+            with Image.open(opened, formats=_PILLOW) as picture:
                 width, height = picture.size
                 channels = 1 if picture.mode in ("1", "L", "LA", "I", "I;16", "F") else 3
     except Image.DecompressionBombError as error:
@@ -95,11 +115,11 @@ def _image(data: bytes, form: str) -> Header:
     return Header("image", form, width=width, height=height, channels=channels)
 
 
-def _audio(data: bytes, form: str) -> Header:
+def _audio(opened: BinaryIO, form: str) -> Header:
     import soundfile
 
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as sound:
+        with soundfile.SoundFile(opened) as sound:
             frames, rate, channels = sound.frames, sound.samplerate, sound.channels
     except Exception as error:  # libsndfile's message is of use, its type is not
         raise RefuseError("unreadable_audio", f"{form}: {str(error).rsplit(': ', 1)[-1][:100]}") from None

@@ -22,11 +22,15 @@ class Splitter:
         self.config = config
         self.given: dict[str, str] = {}
         self.torn: set[str] = set()
+        self.named: set[str] = set()
+        """Splits that the data give, be it only to some records of a torn group."""
         self.chosen: dict[str, str] = {}
 
     def note(self, group: str, split: str) -> None:
         """A record of `group` whose data give `split` ("" when they give none)."""
         before = self.given.get(group, "")
+        if split:
+            self.named.add(split)
         if split and before and split != before:
             self.torn.add(group)
             split = min(split, before, key=SPLITS.index)
@@ -36,11 +40,11 @@ class Splitter:
         """Fix the split of every group. Each split gets a group where there are three or more to choose from."""
         config = self.config
         shares = {"val": config.val, "test": config.test}
-        present = set(self.given.values())
         free = {g for g, s in self.given.items() if not s}
-        if config.fill and "train" in present and not free:
-            shares = {s: share for s, share in shares.items() if s not in present}
-            free = {g for g, s in self.given.items() if s == "train"} if shares else set()
+        if config.fill and "train" in self.named and not free:
+            shares = {s: share for s, share in shares.items() if s not in self.named}
+            # a torn group keeps what the data give, record by record
+            free = {g for g, s in self.given.items() if s == "train" and g not in self.torn} if shares else set()
         ranked = sorted(free, key=lambda g: (position(g, config.salt), g))
         chosen = {g: self._by_hash(position(g, config.salt), shares) for g in ranked}
         taken = {*(s for g, s in self.given.items() if g not in free), *chosen.values()}

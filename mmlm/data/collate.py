@@ -150,9 +150,10 @@ def _mels(sounds: list[np.ndarray], spec: AudioSpec | None) -> tuple[np.ndarray,
     rows, at = [], []
     for x_FM in sounds:
         n = mel_tokens(len(x_FM), spec)
-        full = np.full((n * spec.frames_per_token, spec.n_mels), spec.floor, np.float32)
+        full = np.full((n * spec.frames_per_token, spec.n_mels), spec.silence, np.float32)
         full[: len(x_FM)] = x_FM
-        rows.append((full / (-spec.floor / 2) + 1).reshape(n, spec.token_dim))
+        factor, offset = spec.to_unit
+        rows.append((full * factor + offset).reshape(n, spec.token_dim))
         at.append(np.arange(n))
     return np.concatenate(rows), np.concatenate(at)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import Field
+
 from mmlm.config import Config
-from mmlm.features.spec import AudioSpec, ImageSpec
+from mmlm.features.spec import AudioSpec, ImageSpec, VideoSpec
 
 
 class TokenizerConfig(Config):
@@ -19,6 +23,18 @@ class TokenizerConfig(Config):
     """Text read for training, bytes; the first of it in order of id."""
 
 
+class EncoderConfig(Config):
+    """A pretrained encoder, whose features of a picture or sound are stored beside it."""
+
+    folder: str
+    """A checkpoint folder of transformers on local disk: config.json and safetensors; for pictures (ViT, DeiT, DINO,
+    CLIP, SigLIP) preprocessor_config.json too; for sounds Whisper. Its content counts, not where it lies."""
+    layer: Literal["last", "pooled"] = "last"
+    """`last`: a vector for each token of the last layer; `pooled`: one for the whole, of a sound the mean of its tokens."""
+    batch: int = Field(default=16, ge=1, le=4096)
+    """Items encoded together. Part of the recipe, since another one may change the last bits."""
+
+
 class FeaturesConfig(Config):
     """What every record is turned into."""
 
@@ -29,5 +45,12 @@ class FeaturesConfig(Config):
     """Absent: the corpus has no pictures, or they are left out."""
     audio: AudioSpec | None = None
     """Absent: the corpus has no sounds, or they are left out."""
+    video: VideoSpec | None = VideoSpec()
+    """How videos become pictures and a sound, in a corpus that has any; null: they go to quarantine as `unsupported`."""
+    chat_template: Literal["plain", "chatml", "tokenizer"] = "plain"
+    """How the turns before an answer are laid out: one below the other; with ChatML's marks; or by the template that lies
+    beside `tokenizer.file` (`chat_template.jinja`, or in `tokenizer_config.json`). Context keeps its own mark."""
+    encoders: dict[Literal["image", "audio"], EncoderConfig] = {}
+    """Pretrained encoders, by the kind of media they read; they need the extra `encoders` (transformers)."""
     fields: bool = True
     """Whether named numbers and categories are used where records have them."""

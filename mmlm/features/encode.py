@@ -5,19 +5,33 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from mmlm.corpus.records import Part, Record, Target
-from mmlm.features.audio import decode_sound
+from mmlm.features.audio import Span, decode_sound
+from mmlm.features.chat import Chat
 from mmlm.features.failures import SampleError
 from mmlm.features.fields import read_fields
 from mmlm.features.image import decode_image
 from mmlm.features.sample import Sample
 from mmlm.features.spec import ANSWER, AUDIO, BOS, CONTEXT, EOS, FIELDS, IMAGE, FeatureSpec
 from mmlm.features.text import Tokenizer
+from mmlm.features.video import decode_video
+from mmlm.storage import split_fragment
 
 Read = Callable[[Part], bytes]
+
+
+@dataclass(slots=True)
+class _Media:
+    """What one part holds: a picture, a sound, or the frames and the sound of a video."""
+
+    images: list[np.ndarray] = field(default_factory=list)
+    sounds: list[np.ndarray] = field(default_factory=list)
+    cut: bool = False
+    """Whether a sound was longer than the spec allows."""
 
 
 class Encoder:
@@ -31,17 +45,21 @@ class Encoder:
         self.spec, self.tokenizer = spec, tokenizer
         self.cut_sounds = 0
         self._cache_size = cache
-        self._cache: OrderedDict[tuple[str, str], tuple[np.ndarray, bool] | SampleError] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str], _Media | SampleError] = OrderedDict()
+        self._file = ("", b"")
+        self._chat = Chat(spec.chat_template, tokenizer)
 
     def encode(self, record: Record, read: Read, with_answer: bool = True) -> Sample:
         """The sample of `record`; `read` gives the bytes of a part. Pictures and sounds that the spec has no room for
         are left out.
 
         `<bos>`, media slots and context in the record's order, question, `<answer>`, and the answer and `<eos>` unless
-        `with_answer` is false. Raises SampleError with a typed reason.
+        `with_answer` is false. A video gives a slot for each frame, then one for its sound. Raises SampleError with a
+        typed reason.
         """
         sample = Sample(record.id, record.task, np.zeros(0, np.int32), 0)
-        tokens, questions, cut = [BOS], [], 0
+        tokens, cut = [BOS], 0
+        turns: list[tuple[str, str]] = []
         for part in record.parts:
             if part.kind == "text":
                 if part.role == "context":
@@ -49,27 +67,25 @@ class Encoder:
                     tokens += [CONTEXT, *self.tokenizer.encode(part.text or "")]
                     sample.context_spans.append((start, len(tokens)))
                 else:
-                    questions.append(part.text or "")
-            elif part.kind == "image" and self.spec.image:
-                sample.images.append(self._decoded(part, read)[0])
-                tokens.append(IMAGE)
-            elif part.kind == "audio" and self.spec.audio:
-                sound, was_cut = self._decoded(part, read)
-                sample.sounds.append(sound)
-                cut += was_cut
-                tokens.append(AUDIO)
+                    turns.append((part.role, part.text or ""))
+            elif self._has_room(part.kind):
+                media = self._decoded(part, read)
+                sample.images += media.images
+                sample.sounds += media.sounds
+                cut += media.cut
+                tokens += [IMAGE] * len(media.images) + [AUDIO] * len(media.sounds)
             elif part.kind == "fields" and self.spec.fields and part.fields:
                 if sample.fields:
                     raise SampleError("unsupported", "two groups of fields in one record", wanted="one")
                 sample.fields = read_fields(part.fields, self.spec.fields)
                 tokens.append(FIELDS)
-            elif part.kind == "video":
+            elif part.kind == "video" and not self.spec.video:
                 raise SampleError("unsupported", "a video", wanted="text, pictures, sounds or fields")
-        tokens += self.tokenizer.encode("\n".join(questions))
-        if len(tokens) == 1:
+        if len(tokens) == 1 and not any(text for _, text in turns):
             raise SampleError(
                 "empty", "there is nothing to read: no text, picture, sound or field", wanted="one of them"
             )
+        tokens += self._chat.encode(turns)
         sample.answer_at = len(tokens)
         tokens.append(ANSWER)
         if with_answer:
@@ -98,8 +114,13 @@ class Encoder:
                 cure="raise max_len",
             )
 
-    def _decoded(self, part: Part, read: Read) -> tuple[np.ndarray, bool]:
-        """Picture or sound, and whether it was cut; from the cache where the same URI was decoded before."""
+    def _has_room(self, kind: str) -> bool:
+        spec = self.spec
+        rooms = {"image": spec.image, "audio": spec.audio, "video": spec.video and (spec.image or spec.audio)}
+        return bool(rooms.get(kind))
+
+    def _decoded(self, part: Part, read: Read) -> _Media:
+        """What `part` holds; from the cache where the same URI was decoded before."""
         key = (part.kind, part.uri) if part.uri and self._cache_size else None
         if key and key in self._cache:
             self._cache.move_to_end(key)
@@ -107,10 +128,10 @@ class Encoder:
             if isinstance(found, SampleError):
                 raise found
             return found
-        result: tuple[np.ndarray, bool] | SampleError
+        result: _Media | SampleError
         try:
-            data = part.data if part.data is not None else read(part)
-            result = self._decode(part.kind, data)
+            span = split_fragment(part.uri)[1] if part.uri else None
+            result = self._decode(part.kind, self._bytes(part, read, span), span)
         except SampleError as error:
             result = error
         if key:
@@ -121,12 +142,28 @@ class Encoder:
             raise result
         return result
 
-    def _decode(self, kind: str, data: bytes) -> tuple[np.ndarray, bool]:
-        if kind == "image":
-            assert self.spec.image
-            return decode_image(data, self.spec.image), False
-        assert self.spec.audio
-        return decode_sound(data, self.spec.audio)
+    def _bytes(self, part: Part, read: Read, span: Span | None) -> bytes:
+        """The bytes of a part. Those of a file that is taken in pieces are kept for the next piece."""
+        if part.data is not None:
+            return part.data
+        if span is None or part.uri is None or not self._cache_size:
+            return read(part)
+        name = part.uri.rpartition("#t=")[0]
+        if self._file[0] != name:
+            self._file = ("", b"")  # the old ones may go before the new ones come
+            self._file = (name, read(part))
+        return self._file[1]
+
+    def _decode(self, kind: str, data: bytes, span: Span | None) -> _Media:
+        spec = self.spec
+        if kind == "image" and spec.image:
+            return _Media([decode_image(data, spec.image)])
+        if kind == "audio" and spec.audio:
+            sound, cut = decode_sound(data, spec.audio, span)
+            return _Media([], [sound], cut)
+        assert kind == "video" and spec.video
+        video = decode_video(data, spec.video, spec.image, spec.audio, span)
+        return _Media(video.frames, [] if video.sound is None else [video.sound], video.cut)
 
 
 def answer_text(target: Target) -> str | None:

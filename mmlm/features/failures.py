@@ -9,6 +9,7 @@ REASONS = (
     "too_large",  # more bytes than a single file may have
     "unreadable_image",
     "unreadable_audio",
+    "unreadable_video",
     "bomb",  # the header announces more pixels or samples than we decode
     "unsafe_svg",  # the SVG refers to files, or unfolds without bound
     "unsupported",  # a kind or format that we do not take

@@ -1,27 +1,51 @@
-"""Picture → pixels: PNG, JPEG, WebP, GIF (first frame), BMP and SVG become (size, size, channels) uint8.
+"""Picture → pixels: PNG, JPEG, WebP, GIF (first frame), BMP, TIFF and SVG become (size, size, channels) uint8.
 
 One rule for what has no colour: the paper is white. Transparent pixels are laid on white, and `pad` fills up with it.
-Sizes are read from the header before anything is decoded.
+Sizes are read from the header before anything is decoded. Two ways lead to the same picture: plain JPEG, PNG and WebP
+are decoded by libjpeg-turbo and OpenCV; what is odd (palette, alpha, 16 bits, CMYK, broken …) by Pillow, which also has the
+last word on whether a file can be read. Both shrink by the average over the pixels that fall together, so nothing
+aliases and noise is least; a JPEG is decoded at a half, a quarter or an eighth where twice the wanted size is left.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from mmlm.features import colour
 from mmlm.features.failures import SampleError
+from mmlm.features.image_header import read_jpeg, read_png
 from mmlm.features.spec import ImageSpec
 from mmlm.features.svg import looks_like_svg, render_svg
 
 MAX_PIXELS = 64_000_000
 """Largest picture that is decoded."""
+MAX_SCANNED = 2_000_000_000
+"""Pixels × scans of a progressive JPEG: each scan goes over the whole picture, and a small file may hold thousands."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_ORIENTATION = 0x0112
 
 # Pillow warns above 89 M pixels and raises above 179 M; ours is the lower limit and gives a typed reason.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+@dataclass(slots=True)
+class _Decoded:
+    """Pixels as they lie in the file, perhaps at reduced size: (H, W) grey, (H, W, 3) RGB or (H, W, 4) CMYK uint8."""
+
+    pixels: np.ndarray
+    orientation: int = 1
+    profile: bytes | None = None
+
+    @property
+    def mode(self) -> str:
+        return "L" if self.pixels.ndim == 2 else "RGB" if self.pixels.shape[2] == 3 else "CMYK"
 
 
 def decode_image(data: bytes, spec: ImageSpec) -> np.ndarray:
@@ -29,16 +53,217 @@ def decode_image(data: bytes, spec: ImageSpec) -> np.ndarray:
 
     Raises SampleError: `unreadable_image`, `bomb`, `unsafe_svg`, `too_large`.
     """
-    if looks_like_svg(data):
-        picture = Image.fromarray(render_svg(data, 2 * spec.size))
-        return _fit(picture.convert(_mode(spec)), spec)
+    if data.startswith(b"\xff\xd8"):
+        decoded = _fast_jpeg(data, spec)
+    elif data.startswith(b"\x89PNG"):
+        decoded = _fast_png(data)
+    elif data.startswith(b"RIFF"):
+        decoded = _fast_webp(data)
+    elif looks_like_svg(data):
+        return _finish(_Decoded(render_svg(data, 2 * spec.size)), spec)
+    else:
+        decoded = None
+    return _finish(decoded, spec) if decoded else decode_by_pillow(data, spec)
+
+
+def fit_pixels(pixels: np.ndarray, spec: ImageSpec) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, such as a frame of a video, as (size, size, channels) uint8."""
+    return _finish(_Decoded(pixels), spec)
+
+
+def _finish(decoded: _Decoded, spec: ImageSpec) -> np.ndarray:
+    """Upright, of the spec's size, in sRGB, on white.
+
+    The profile is applied to the few pixels that are kept, not to the many that were read.
+    """
+    mode = decoded.mode
+    transform = colour.to_srgb(decoded.profile, mode)
+    pixels = decoded.pixels
+    if transform is None:
+        pixels = _plain(pixels, mode, spec.channels)
+    pixels = _resize(_upright(pixels, decoded.orientation), spec)
+    if transform is not None:
+        pixels = _plain(colour.apply(transform, np.ascontiguousarray(pixels), mode), "RGB", spec.channels)
+    return _square(pixels, spec)
+
+
+def _plain(pixels: np.ndarray, mode: str, channels: int) -> np.ndarray:
+    """Grey or RGB, as wanted; grey is the luma of ITU-R BT.601."""
+    wanted = "L" if channels == 1 else "RGB"
+    if mode == wanted:
+        return pixels
+    picture = Image.fromarray(pixels, "CMYK") if mode == "CMYK" else Image.fromarray(pixels)
+    return np.asarray(picture.convert(wanted))
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo how the camera was held; `orientation` as in EXIF 2.32."""
+    if orientation in (2, 4):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4):
+        pixels = pixels[::-1, ::-1]
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+        if orientation in (6, 7):
+            pixels = pixels[:, ::-1]
+        if orientation in (7, 8):
+            pixels = pixels[::-1]
+    return pixels
+
+
+def _inner_size(width: int, height: int, spec: ImageSpec) -> tuple[int, int]:
+    """Width and height that a whole upright picture is scaled to."""
+    if spec.resize == "stretch":
+        return spec.size, spec.size
+    pick = min if spec.resize == "pad" else max
+    scale = pick(spec.size / width, spec.size / height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _resize(pixels: np.ndarray, spec: ImageSpec) -> np.ndarray:
+    """`pad` keeps all of it, `crop` the middle square, `stretch` all but its shape."""
+    height, width = pixels.shape[:2]
+    if spec.resize == "crop":
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        return _scale(pixels[top : top + side, left : left + side], spec.size, spec.size)
+    return _scale(pixels, *_inner_size(width, height, spec))
+
+
+def _square(pixels: np.ndarray, spec: ImageSpec) -> np.ndarray:
+    size, (height, width) = spec.size, pixels.shape[:2]
+    if (height, width) != (size, size):
+        square = np.full((size, size, *pixels.shape[2:]), 255, np.uint8)
+        top, left = (size - height) // 2, (size - width) // 2
+        square[top : top + height, left : left + width] = pixels
+        pixels = square
+    return np.ascontiguousarray(pixels).reshape(size, size, spec.channels)
+
+
+def _scale(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Each axis that shrinks by averaging, each that grows by cubic interpolation.
+
+    Averaging over whole pixels takes a fifth of the time of averaging over parts of them. So an axis that shrinks to less
+    than half is first brought, linearly, to a whole multiple of its new length.
+    """
+    cv2 = opencv()
+    pixels = np.ascontiguousarray(pixels)
+    have_height, have_width = pixels.shape[:2]
+    wide, high = min(width, have_width), min(height, have_height)
+    multiple = (_multiple(have_width, wide), _multiple(have_height, high))
+    if multiple != (have_width, have_height):
+        pixels = cv2.resize(pixels, multiple, interpolation=cv2.INTER_LINEAR)
+    if multiple != (wide, high):
+        pixels = cv2.resize(pixels, (wide, high), interpolation=cv2.INTER_AREA)
+    if (wide, high) != (width, height):
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_CUBIC)
+    return pixels
+
+
+def _multiple(have: int, wanted: int) -> int:
+    """The largest multiple of `wanted` up to `have`, where that is at least twice as much; else `have`."""
+    return have // wanted * wanted if have >= 2 * wanted else have
+
+
+@functools.cache
+def opencv() -> Any:
+    """The module, told to use this thread only: workers are the parallelism, and the bytes must not depend on it."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    cv2.ocl.setUseOpenCL(False)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # broken files are Pillow's to report
+    return cv2
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise SampleError("bomb", f"a picture of {width} × {height} pixels", wanted=f"at most {MAX_PIXELS:,} pixels")
+
+
+def _reduction(width: int, height: int, orientation: int, spec: ImageSpec) -> int:
+    """1, 2, 4 or 8: how much smaller a JPEG may be decoded so that twice the wanted size is left."""
+    if orientation > 4:
+        width, height = height, width
+    wanted = _inner_size(width, height, spec)
+    return next((by for by in (8, 4, 2) if width >= 2 * by * wanted[0] and height >= 2 * by * wanted[1]), 1)
+
+
+def _fast_jpeg(data: bytes, spec: ImageSpec) -> _Decoded | None:
+    """A JPEG of 8-bit YCbCr or grey; None when it is odd or broken."""
+    import simplejpeg
+
+    header = read_jpeg(data)
+    if header is None or header.components not in (1, 3) or (header.components == 3 and header.adobe == 0):
+        return None
+    _check_size(header.width, header.height)
+    if header.progressive:
+        _check_scans(data, header.width * header.height)
+    by = _reduction(header.width, header.height, header.orientation, spec)
+    grey = header.components == 1 or (spec.channels == 1 and not header.profile)
+    try:
+        pixels = simplejpeg.decode_jpeg(
+            data, "GRAY" if grey else "RGB",
+            min_width=-(-header.width // by), min_height=-(-header.height // by), min_factor=by,
+        )  # fmt: skip
+    except ValueError:
+        return None
+    return _Decoded(pixels[..., 0] if grey else pixels, header.orientation, header.profile)
+
+
+def _check_scans(data: bytes, pixels: int) -> None:
+    scans = data.count(b"\xff\xda")
+    if scans * pixels > MAX_SCANNED:
+        raise SampleError(
+            "bomb", f"a progressive JPEG of {pixels:,} pixels in {scans:,} scans",
+            wanted=f"at most {MAX_SCANNED:,} pixels times scans",
+        )  # fmt: skip
+
+
+def _fast_png(data: bytes) -> _Decoded | None:
+    """A whole PNG of 8-bit grey or RGB; None when it is odd or broken."""
+    header = read_png(data)
+    if header is None:
+        return None
+    _check_size(header.width, header.height)
+    cv2 = opencv()
+    kind = cv2.IMREAD_GRAYSCALE if header.channels == 1 else cv2.IMREAD_COLOR_RGB
+    return _by_opencv(data, kind | cv2.IMREAD_IGNORE_ORIENTATION, (header.height, header.width))
+
+
+def _fast_webp(data: bytes) -> _Decoded | None:
+    """A WebP of one lossy picture, without alpha, profile or EXIF; None when it is odd or broken."""
+    if (
+        data[8:16] != b"WEBPVP8 "
+        or data[23:26] != b"\x9d\x01\x2a"
+        or int.from_bytes(data[4:8], "little") + 8 > len(data)
+    ):
+        return None
+    width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    _check_size(width, height)
+    return _by_opencv(data, opencv().IMREAD_COLOR_RGB, (height, width))
+
+
+def _by_opencv(data: bytes, flags: int, shape: tuple[int, int]) -> _Decoded | None:
+    cv2 = opencv()
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        return None
+    return _Decoded(pixels) if pixels is not None and pixels.shape[:2] == shape else None
+
+
+def decode_by_pillow(data: bytes, spec: ImageSpec) -> np.ndarray:
+    """As `decode_image` for all but SVG, by Pillow alone: slower, for pictures of any kind."""
     picture = _open(data)
     try:
-        if picture.format == "JPEG":  # decodes at an eighth, a quarter or half size where that is large enough
-            picture.draft(_mode(spec), (2 * spec.size, 2 * spec.size))
-        picture.load()
-        return _fit(_flatten(ImageOps.exif_transpose(picture), spec), spec)
-    except MemoryError:
+        profile = picture.info.get("icc_profile")
+        if picture.format == "JPEG":
+            by = _reduction(picture.width, picture.height, _orientation(picture), spec)
+            picture.draft("RGB" if profile or spec.channels == 3 else "L", (picture.width // by, picture.height // by))
+        picture.load()  # also turns a TIFF upright, and finds what a PNG says behind its pixels
+        return _finish(_Decoded(_flatten(picture), _orientation(picture), profile), spec)
+    except (MemoryError, SampleError):
         raise
     except Exception as error:  # decoders meet hostile bytes in more ways than they name
         raise SampleError(
@@ -46,10 +271,6 @@ def decode_image(data: bytes, spec: ImageSpec) -> np.ndarray:
             f"the picture cannot be decoded ({type(error).__name__}: {error})",
             cure="is the file complete?",
         ) from None
-
-
-def _mode(spec: ImageSpec) -> str:
-    return "L" if spec.channels == 1 else "RGB"
 
 
 def _open(data: bytes) -> Image.Image:
@@ -64,49 +285,32 @@ def _open(data: bytes) -> Image.Image:
         what = "the file is empty" if not data else "the file is no picture that can be read"
         detail = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({error})"
         raise SampleError("unreadable_image", what + detail, wanted="PNG, JPEG, WebP, GIF, BMP or SVG") from None
-    if picture.width * picture.height > MAX_PIXELS:
-        raise SampleError(
-            "bomb", f"a picture of {picture.width} × {picture.height} pixels", wanted=f"at most {MAX_PIXELS:,} pixels"
-        )
+    _check_size(*picture.size)
+    if picture.format == "JPEG":
+        _check_scans(data, picture.width * picture.height)
     return picture
 
 
-def _flatten(picture: Image.Image, spec: ImageSpec) -> Image.Image:
-    """Palette, alpha, 16 bit and CMYK as plain 8-bit grey or RGB; transparent pixels on white."""
+def _orientation(picture: Image.Image) -> int:
+    try:
+        value = picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block is no reason to lose the picture
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _flatten(picture: Image.Image) -> np.ndarray:
+    """Palette, alpha and 16 bit as plain 8-bit grey, RGB or CMYK; transparent pixels on white."""
     if picture.mode.startswith(("I", "F")):  # 16 bits a pixel: the upper 8 of them
-        values = np.asarray(picture).astype(np.int64)
-        picture = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+        values = np.asarray(picture)
+        if values.dtype.kind == "f":
+            values = np.nan_to_num(values, posinf=65535.0, neginf=0.0)
+        return (np.clip(values, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         paper = Image.new("RGBA", rgba.size, "white")
         paper.alpha_composite(rgba)
-        picture = paper
-    return picture.convert("RGB").convert(_mode(spec)) if picture.mode == "P" else picture.convert(_mode(spec))
-
-
-def _fit(picture: Image.Image, spec: ImageSpec) -> np.ndarray:
-    """Resize to the spec's square: `pad` keeps all of it, `crop` the middle, `stretch` its shape not."""
-    size = spec.size
-    if picture.size != (size, size):
-        if spec.resize == "stretch":
-            picture = _scale(picture, (size, size))
-        else:
-            pick = min if spec.resize == "pad" else max
-            scale = pick(size / picture.width, size / picture.height)
-            width, height = (max(1, round(side * scale)) for side in picture.size)
-            picture = _scale(picture, (width, height))
-            square = Image.new(picture.mode, (size, size), "white")
-            square.paste(picture, ((size - width) // 2, (size - height) // 2))
-            picture = square
-    pixels = np.asarray(picture)
-    return pixels.reshape(size, size, spec.channels)
-
-
-def _scale(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Shrink by averaging over the pixels that fall together (no aliasing, least noise), enlarge smoothly."""
-    if picture.size == size:
-        return picture
-    shrink = size[0] <= picture.width and size[1] <= picture.height
-    if shrink and picture.width % size[0] == 0 and picture.height % size[1] == 0:
-        return picture.resize(size, Image.Resampling.BOX)  # whole factor: the exact average of each block
-    return picture.resize(size, Image.Resampling.HAMMING if shrink else Image.Resampling.BICUBIC, reducing_gap=3.0)
+        return np.asarray(paper.convert("L" if picture.mode in ("LA", "La", "L", "1") else "RGB"))
+    if picture.mode not in ("L", "RGB", "CMYK"):
+        picture = picture.convert("L" if picture.mode == "1" else "RGB")
+    return np.asarray(picture)

@@ -36,6 +36,8 @@ class Sample:
     number: float | None = None
     answer: str | None = None
     """The text to be answered: the record's own, else its label."""
+    features: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """`image`, `audio` → what a pretrained encoder made of each picture or sound: (tokens, dim) float16."""
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from mmlm.config import Config, parse
 from mmlm.errors import ArtifactError
 from mmlm.storage import sha256_json, write_json
@@ -42,19 +44,61 @@ class AudioSpec(Config):
     """Step between frames, samples."""
     n_mels: int = 80
     max_seconds: float = 8.0
-    """Longer sounds are cut here, and counted."""
+    """Longer sounds are cut here, and counted, unless `on_long` says otherwise."""
     frames_per_token: int = 8
     """Mel frames stacked into one audio token."""
     floor: float = -6.0
-    """log10 mel is taken relative to the maximum of the sound and floored here."""
+    """log10 mel is taken relative to the maximum of the sound and floored here; of the scale `relative` only."""
+    scale: Literal["relative", "whisper"] = "relative"
+    """`relative` does not depend on the level; `whisper` is what Whisper's encoders read, about -1.5 to 1.5."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """How log-mels are stored. float16 rounds by up to 0.002 on `relative`, 0.0005 on `whisper`."""
+    trim_db: float | None = Field(default=None, gt=0)
+    """Take away the beginning and end that are this many decibels weaker than the loudest 10 ms; 30 to 60 is usual."""
+    on_long: Literal["cut", "refuse"] = "cut"
+    """Sounds longer than `max_seconds`: cut them, or send them to quarantine as `too_long`."""
 
     @property
     def token_dim(self) -> int:
         return self.frames_per_token * self.n_mels
 
     @property
+    def silence(self) -> float:
+        """The value of no sound at all: what shorter sounds are filled up with."""
+        return self.floor if self.scale == "relative" else -1.5
+
+    @property
+    def to_unit(self) -> tuple[float, float]:
+        """(factor, offset) that bring stored values to about [-1, 1]: value × factor + offset."""
+        return (-2 / self.floor, 1.0) if self.scale == "relative" else (1.0, 0.0)
+
+    @property
     def max_frames(self) -> int:
         return int(self.max_seconds * self.sample_rate) // self.hop
+
+
+class VideoSpec(Config):
+    """A video becomes pictures, as ImageSpec says, and one sound, as AudioSpec says; what has no spec is left out."""
+
+    fps: float = Field(default=1.0, gt=0, le=60)
+    """Pictures taken from each second; the first at its beginning."""
+    max_frames: int = Field(default=8, ge=1, le=1024)
+    """Pictures taken from one video at most."""
+    spread: bool = True
+    """Whether the pictures of a longer video lie evenly over all of it; otherwise its beginning is taken."""
+    sound: bool = True
+    """Whether the sound track is used."""
+
+
+class EncoderSpec(Config):
+    """What a pretrained encoder gives for one picture or sound: (tokens, dim) float16."""
+
+    digest: str
+    """sha256 over the names and bytes of the checkpoint's files."""
+    dim: int
+    """Values of a token."""
+    tokens: int
+    """At most: a sound has as many as it lasts."""
 
 
 class FieldsSpec(Config):
@@ -92,7 +136,12 @@ class FeatureSpec(Config):
     """Longest sequence, tokens and media slots together."""
     image: ImageSpec | None = None
     audio: AudioSpec | None = None
+    video: VideoSpec | None = None
     fields: FieldsSpec | None = None
+    encoders: dict[str, EncoderSpec] = {}
+    """`image`, `audio`: whose features are stored beside the pictures and sounds."""
+    chat_template: str = "plain"
+    """How the turns of a prompt are laid out: `plain`, `chatml`, or the source of a Jinja template."""
     tasks: list[TaskSpec]
 
     @property
@@ -102,22 +151,29 @@ class FeatureSpec(Config):
 
     @property
     def digest(self) -> str:
-        return sha256_json(self.model_dump(mode="json"))
+        # without encoders it is what it was before there were any
+        return sha256_json(self.model_dump(mode="json", exclude=None if self.encoders else {"encoders"}))
 
     @property
     def image_bytes(self) -> int:
-        """Bytes that one stored picture takes at most; 0 where pictures are left out."""
-        return self.image.size**2 * self.image.channels if self.image else 0
+        """Bytes that one stored picture takes at most, with its encoder's features; 0 where pictures are left out."""
+        return self.image.size**2 * self.image.channels + self._encoded_bytes("image") if self.image else 0
 
     @property
     def audio_bytes(self) -> int:
-        """Bytes that one stored sound takes at most; 0 where sounds are left out."""
-        return self.audio.max_frames * self.audio.n_mels * 4 if self.audio else 0
+        """Bytes that one stored sound takes at most, with its encoder's features; 0 where sounds are left out."""
+        return self.audio.max_frames * self.audio.n_mels * 4 + self._encoded_bytes("audio") if self.audio else 0
 
     @property
     def video_bytes(self) -> int:
         """Bytes that one stored video (its frames and its sound) takes at most; 0 where videos are left out."""
-        return 0
+        if not self.video:
+            return 0
+        return self.video.max_frames * self.image_bytes + (self.audio_bytes if self.video.sound else 0)
+
+    def _encoded_bytes(self, kind: str) -> int:
+        encoder = self.encoders.get(kind)
+        return encoder.tokens * encoder.dim * 2 if encoder else 0
 
     def task(self, name: str) -> TaskSpec:
         return next(t for t in self.tasks if t.name == name)

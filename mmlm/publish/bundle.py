@@ -16,9 +16,9 @@ from mmlm.publish.locate import CHECKPOINT
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ENTRY = "mmlm.publish.pyfunc_model"
-LEFT_OUT = frozenset({"mmlm.publish.locate"})
-"""Modules on the way that prediction never reaches: the bundle is where `locate` would lead."""
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "resvg_py": "resvg-py"}
+LEFT_OUT = frozenset({"mmlm.publish.locate", "mmlm.remote"})
+"""Modules on the way that prediction never reaches: the bundle is where `locate` would lead, and media come as bytes."""
+DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "yaml": "pyyaml", "resvg_py": "resvg-py"}
 """Distributions whose import name is another."""
 MAX_EXAMPLE = 32 << 10
 """Pictures and sounds larger than this, bytes, are left out of the input example."""

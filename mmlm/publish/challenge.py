@@ -20,7 +20,7 @@ CHUNK = 256
 
 
 def answers_to(
-    model: str, tracking_uri: str, asked: Sequence[dict[str, Any]], row: Row, *, manifest: Path, data: Path
+    model: str, tracking_uri: str, asked: Sequence[dict[str, Any]], row: Row, *, manifest: Path, data: Path | str
 ) -> list[dict[str, Any]]:
     """What `model` answers to the records that `asked` (rows of predictions) names, in the same order and form.
 
@@ -55,7 +55,7 @@ def answers_to(
     return [found[a["id"]] for a in asked]
 
 
-def _sample(responder: Responder, record: Record, data: Path) -> Sample | None:
+def _sample(responder: Responder, record: Record, data: Path | str) -> Sample | None:
     def read(part: Part) -> bytes:
         return read_uri(part.uri or "", data)
 

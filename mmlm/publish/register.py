@@ -33,7 +33,7 @@ FILE = "registered.json"
 
 def register(
     config: RegisterConfig, *, story: str, checkpoint: Artifact, report: Artifact, shards: Artifact, manifest: Artifact,
-    data: Path, out: Path, tracker: Any, tracking_uri: str | None,
+    data: Path | str, out: Path, tracker: Any, tracking_uri: str | None,
 ) -> Artifact:  # fmt: skip
     """Log the bundle, let the gate compare it with the champion, make the model version, move the alias or say why not.
 
@@ -85,7 +85,7 @@ class _Registration:
 
     def __init__(
         self, config: RegisterConfig, story: str, name: str, work: artifacts.Work, checkpoint: Artifact,
-        report: Artifact, shards: Artifact, manifest: Artifact, data: Path, uri: str,
+        report: Artifact, shards: Artifact, manifest: Artifact, data: Path | str, uri: str,
     ) -> None:  # fmt: skip
         self.config, self.story, self.name, self.work, self.uri = config, story, name, work, uri
         self.checkpoint, self.report, self.shards, self.manifest, self.data = checkpoint, report, shards, manifest, data
@@ -208,7 +208,7 @@ class _Registration:
         return pd.DataFrame([example_row(record, self.data) if record else {"text": "?"}])
 
 
-def example_row(record: Record, data: Path) -> dict[str, str]:
+def example_row(record: Record, data: Path | str) -> dict[str, str]:
     """A record as `{text, image, audio}`; media larger than bundle.MAX_EXAMPLE or gone are left out."""
     row = {"text": next((p.text for p in record.parts if p.kind == "text" and p.role != "context" and p.text), "?")}
     for part in record.parts:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmlm.errors import ArtifactError, DataError
+from mmlm.shards.faultpoints import point
 from mmlm.shards.write import QUARANTINE as QUARANTINED
 from mmlm.shards.write import TEMPORARY, Written
 from mmlm.storage import atomic_write, fsync_folder, sha256_file
@@ -65,7 +66,7 @@ class Committer:
             if path.name.removesuffix(".tar").removesuffix(".index.parquet") not in listed:
                 path.unlink()
         for path in [*(self.out / TEMPORARY).iterdir(), *self.out.glob(".*.tmp")]:
-            path.unlink()
+            path.unlink(missing_ok=True)  # a worker of a killed run may still be there and tidy up after itself
 
     def adopt(self, earlier: Path, planned: dict[str, str]) -> int:
         """Take from the finished shard set in `earlier` what is the same here, by hard link; returns how many units.
@@ -78,11 +79,11 @@ class Committer:
             if name is None or row["unit_id"] in self.done:
                 continue
             if row["samples"]:
-                there = earlier / f"{row['name']}.tar", earlier / f"{row['name']}.index.parquet"
-                if not all(path.is_file() for path in there) or sha256_file(there[0]) != row["sha256"]:
+                files = {".index.parquet": row["index_sha256"], ".tar": row["sha256"]}
+                if not all(_has(earlier / (row["name"] + ending), digest) for ending, digest in files.items()):
                     continue
-                _publish(there[1], self.out / f"{name}.index.parquet", row["index_sha256"])
-                _publish(there[0], self.out / f"{name}.tar", row["sha256"])
+                for ending, digest in files.items():
+                    _publish(earlier / (row["name"] + ending), self.out / (name + ending), digest)
             row["name"], row["index"] = name, int(name.split("-")[1])
             self.done[row["unit_id"]] = row
             count += 1
@@ -94,7 +95,9 @@ class Committer:
         if not row["samples"]:
             return True
         tar, index = self.out / f"{row['name']}.tar", self.out / f"{row['name']}.index.parquet"
-        return tar.is_file() and tar.stat().st_size == row["bytes"] and index.is_file()
+        if not (tar.is_file() and index.is_file() and tar.stat().st_size == row["bytes"]):
+            return False
+        return sha256_file(tar) == row["sha256"] and sha256_file(index) == row["index_sha256"]
 
     def commit(self, written: Written) -> None:
         """Publish one unit. Raises ArtifactError when another shard of that name is there."""
@@ -106,6 +109,7 @@ class Committer:
             _publish(Path(index), self.out / f"{written.name}.index.parquet", row["index_sha256"])
             _publish(Path(tar), self.out / f"{written.name}.tar", written.sha256)
             fsync_folder(self.out)
+            point("after_publish")
         self._append(row)
         self.done[written.unit_id] = row
         if written.temporary:
@@ -137,6 +141,7 @@ class Committer:
 
     def close(self) -> None:
         """Write the tables that readers trust. Their bytes depend on the units only, not on the order of the work."""
+        point("before_manifest")
         rows = [
             {
                 **{name: row.get(name) for name in SHARDS.names},
@@ -182,6 +187,10 @@ def reopen(folder: Path, reason: str) -> int:
     return reasons.total() if reason == "all" else reasons[reason]
 
 
+def _has(path: Path, sha256: str) -> bool:
+    return path.is_file() and sha256_file(path) == sha256
+
+
 def _publish(temporary: Path, final: Path, sha256: str) -> None:
     """Give `temporary` its final name; an equal file may already be there, another one may not."""
     try:
@@ -192,7 +201,7 @@ def _publish(temporary: Path, final: Path, sha256: str) -> None:
                 f"{final} holds other bytes than this run made", cure="remove the unfinished shard set and run again"
             ) from None
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS) or final.exists():
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS, errno.EXDEV) or final.exists():
             raise
         _copy(temporary, final)  # a file system without hard links; the lock keeps every other committer away
 

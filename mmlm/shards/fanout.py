@@ -7,19 +7,24 @@ which they are ready; the committer does not mind.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
+import random
 import signal
 import socket
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmlm.errors import LaunchError, MmlmError
 from mmlm.shards import reaper
+from mmlm.shards.encoders import Features, PretrainedEncoder
 from mmlm.shards.plan import Unit
 from mmlm.shards.write import UnitWriter, Written
 
@@ -46,6 +51,7 @@ def write_on_ray(
     import ray
 
     with _session(workers, address):
+        writer = _with_actors(writer, workers)  # its handles keep the actors alive until the end
         shared = ray.put(writer)
         write = ray.remote(num_cpus=1, max_retries=RETRIES)(_write_unit)
         waiting: dict[Any, int] = {}
@@ -68,11 +74,67 @@ def _write_unit(writer: UnitWriter, unit: Unit) -> Written:
     return writer.write(unit)
 
 
+class _Encoders:
+    """What an actor holds: all pretrained encoders of a shard set, in one process, on one GPU where there is one."""
+
+    def __init__(self, encoders: dict[str, PretrainedEncoder]) -> None:
+        self.encoders = encoders
+
+    def encode(self, kind: str, items: list[np.ndarray]) -> Features:
+        return self.encoders[kind].encode(items)
+
+
+class _OnActors:
+    """One kind's encoder as a worker sees it: batches go round the actors, and come back when they are asked for."""
+
+    def __init__(self, kind: str, batch: int, actors: list[Any]) -> None:
+        self.kind, self.batch, self.actors = kind, batch, actors
+        self.at = random.randrange(len(actors))  # units that begin together do not all ask the same one
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _OnActors, (self.kind, self.batch, self.actors)
+
+    def submit(self, items: list[np.ndarray]) -> Callable[[], Features]:
+        self.at = (self.at + 1) % len(self.actors)
+        reference = self.actors[self.at].encode.remote(self.kind, items)
+
+        def wait() -> Features:
+            found: Features = _get(reference, "an encoder", "use a smaller `batch`")
+            return found
+
+        return wait
+
+
+def _with_actors(writer: UnitWriter, workers: int) -> UnitWriter:
+    """The writer with its pretrained encoders in actors, one for each GPU, or for each worker where there is none."""
+    import ray
+
+    if not writer.encoders:
+        return writer
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if gpus:  # those that are free; where all are taken, one is waited for
+        gpus = max(1, int(ray.available_resources().get("GPU", 0)))
+    # an actor on a CPU takes none from Ray: while it works, the workers mostly wait for it
+    actor = ray.remote(
+        num_cpus=0, num_gpus=1 if gpus else 0, max_restarts=RETRIES, max_task_retries=RETRIES,
+        scheduling_strategy="SPREAD",
+    )(_Encoders)  # fmt: skip
+    actors = [actor.remote(dict(writer.encoders)) for _ in range(gpus or workers)]
+    other = copy.copy(writer)
+    other.encoders = {kind: _OnActors(kind, one.batch, actors) for kind, one in writer.encoders.items()}
+    return other
+
+
 def _result(reference: Any) -> Written:
+    written: Written = _get(reference, "a shard", "use fewer --workers or smaller shards")
+    return written
+
+
+def _get(reference: Any, what: str, less: str) -> Any:
     import ray
 
     try:
-        written: Written = ray.get(reference)
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, MmlmError | OSError):
@@ -81,10 +143,9 @@ def _result(reference: Any) -> Written:
     except ray.exceptions.RayError as error:
         first = str(error).strip().split("\n", 1)[0]
         raise LaunchError(
-            f"Ray gave up on a shard after {RETRIES + 1} tries ({type(error).__name__}: {first})",
-            cure="often memory ran out: use fewer --workers or smaller shards, then run the same command again",
+            f"Ray gave up on {what} after {RETRIES + 1} tries ({type(error).__name__}: {first})",
+            cure=f"often memory ran out: {less}, then run the same command again",
         ) from None
-    return written
 
 
 @contextlib.contextmanager
@@ -107,7 +168,7 @@ def _session(workers: int, address: str | None) -> Iterator[None]:
 def _nothing_left() -> Iterator[Path]:
     """A folder for a session's files; it and every process of the session are gone afterwards, come what may."""
     # /tmp and not the user's TMPDIR: the paths of Ray's sockets may have 107 characters at most
-    folder = Path(tempfile.mkdtemp(prefix="mmlm-ray-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix=f"mmlm-ray-{os.getpid()}-", dir="/tmp"))
     tag = uuid.uuid4().hex
     process = reaper.start(tag, folder)
     os.environ[reaper.TAG] = tag
@@ -133,6 +194,9 @@ def _start(workers: int, address: str | None, folder: Path | None) -> None:
     try:
         if address:  # inside a Ray job, RAY_ADDRESS already names the job's own cluster
             _knock(address)
+            # a node that freezes keeps its connections: Ray notices after 7 minutes, although the cluster has given it up
+            os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "30000")
+            os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "20000")
             inside = address == "auto" and "RAY_ADDRESS" in os.environ
             ray.init(address=None if inside else address, **common)
         else:  # "local": a stale note of another session's cluster would be followed otherwise

@@ -153,7 +153,7 @@ def _count(counter: Counter[str], values: pa.Array) -> None:
 
 def _media(scanned: Artifact, spec: FeatureSpec, shards: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[Html]:
     """Figures of the files as they came, from the manifest; and of what is stored, from the offsets indexes."""
-    tokens, frames, sizes = _stored(shards, rows)
+    tokens, frames, sizes = _stored(shards, rows, spec)
     yield '<h2>Sizes</h2><div class="grid">'
     media = scanned.extra.get("media") or {}
     if media.get("formats"):
@@ -181,28 +181,25 @@ def _media(scanned: Artifact, spec: FeatureSpec, shards: Path, rows: Sequence[Ma
     yield "</div>"
 
 
-def _stored(shards: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int], list[int]]:
+def _stored(
+    shards: Path, rows: Sequence[Mapping[str, Any]], spec: FeatureSpec
+) -> tuple[list[int], list[int], list[int]]:
     """(tokens a record, frames a sound, bytes a picture) of at most 200 shards, evenly spaced."""
     there = [row for row in rows if row["path"]]
     tokens: list[int] = []
     frames: list[int] = []
     sizes: list[int] = []
-    mels = _mels(shards)
+    frame = spec.audio.n_mels * np.dtype(spec.audio.dtype).itemsize if spec.audio else 1
     for row in _spread(there, 200):
         index = pq.read_table(_index(shards, row["path"]), columns=["ext", "size"]).to_pydict()
         for extension, size in zip(index["ext"], index["size"], strict=True):
             if extension == "tokens.npy":
                 tokens.append((size - _NPY_HEADER) // 4)
             elif extension.startswith("audio"):
-                frames.append((size - _NPY_HEADER) // (2 * mels))
+                frames.append((size - _NPY_HEADER) // frame)
             elif extension.startswith("image"):
                 sizes.append(size)
     return tokens, frames, sizes
-
-
-def _mels(shards: Path) -> int:
-    audio = feature_spec.load(shards).audio
-    return audio.n_mels if audio else 1
 
 
 def _index(shards: Path, tar: str) -> Path:
@@ -211,12 +208,10 @@ def _index(shards: Path, tar: str) -> Path:
 
 def _texts(made: Artifact, scanned: Artifact) -> Iterator[Html]:
     """How many tokens a word and a character take, by language, where the stage counted them."""
-    found = next((a.extra["tokens"] for a in (made, scanned) if isinstance(a.extra.get("tokens"), Mapping)), None)
-    if not found:
-        return
-    rows = [{"language": lang or "unknown", **values} for lang, values in found.items() if isinstance(values, Mapping)]
-    yield "<h2>Text</h2><p>Fewer tokens a word or character mean shorter sequences for the same text.</p>"
-    yield _table(rows)
+    rows = [row for a in (made, scanned) for row in a.extra.get("tokens") or [] if isinstance(row, Mapping)]
+    if rows:
+        yield "<h2>Text</h2><p>Fewer tokens a word or a character mean shorter sequences for the same text.</p>"
+        yield _table([{**row, "lang": row.get("lang") or "unknown"} for row in rows])
 
 
 def _examples(shards: Path, rows: Sequence[Mapping[str, Any]], spec: FeatureSpec) -> Iterator[Html]:
@@ -424,13 +419,10 @@ def _figure(value: float) -> str:
 
 
 def _bytes(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+    if count < 1000:
+        return f"{count:,.0f} bytes"
+    step = min(int(math.log10(count) / 3), 4)
+    return f"{count / 1000**step:,.1f} {('bytes', 'kB', 'MB', 'GB', 'TB')[step]}"
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:

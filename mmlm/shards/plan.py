@@ -26,10 +26,12 @@ from PIL import features as pillow
 from mmlm.corpus.records import SCHEMA, SPLITS
 from mmlm.errors import DataError
 from mmlm.features.spec import FeatureSpec
+from mmlm.features.video import version as video_version
+from mmlm.shards import encoders
 from mmlm.shards.config import ShardConfig
 from mmlm.storage import sha256_json
 
-RECIPE = 2
+RECIPE = 3
 """Bump when the code changes the bytes of shards."""
 OVERHEAD = 4096
 """Estimated bytes of a sample beside its media: headers, padding, JSON."""
@@ -82,10 +84,13 @@ Boundaries = Mapping[Key, list[tuple[str, int]]]
 """Of an earlier plan: for each key (last id, index) of its units, in order of id."""
 
 
-def codec_versions() -> dict[str, str]:
-    """Versions of all that decodes, resamples or encodes."""
-    libraries = {name: version(name) for name in ("pillow", "soundfile", "soxr", "resvg_py", "numpy")}
-    native = {name: str(pillow.version(name)) for name in ("zlib", "webp", "jpg")}
+def codec_versions(video: bool = False) -> dict[str, str]:
+    """Versions of all that decodes, resamples or encodes; of the video decoder where there are videos."""
+    names = ("pillow", "simplejpeg", "opencv-python-headless", "soundfile", "soxr", "resvg_py", "numpy", "scipy")
+    libraries = {name: version(name) for name in names}
+    native = {name: str(pillow.version(name)) for name in ("zlib", "webp", "jpg", "littlecms2")}
+    if video:
+        libraries["av"] = video_version()
     return {**libraries, **native, "libsndfile": str(soundfile.__libsndfile_version__), "numpy": np.__version__}
 
 
@@ -97,11 +102,13 @@ def recipe_digest(config: ShardConfig, spec: FeatureSpec) -> str:
     return sha256_json(
         {
             "recipe": RECIPE,
-            "features": config.features.model_dump(mode="json", exclude={"tokenizer"}),
+            "features": config.features.model_dump(mode="json", exclude={"tokenizer", "encoders"}),
             "tokenizer": spec.tokenizer_digest,
             "fields": [sorted(spec.fields.numbers), sorted(spec.fields.categories)] if spec.fields else None,
             "image_codec": [config.image_codec, config.image_quality],
-            "versions": codec_versions(),
+            "chat": spec.chat_template,
+            "versions": codec_versions(video=spec.video is not None),
+            **encoders.recipe(config.features, spec),
         }
     )
 

@@ -53,9 +53,25 @@ def tagged(tag: str) -> list[int]:
     return found
 
 
+def titled(folder: str) -> list[int]:
+    """Ids of the running processes called `ray::…` that have a file below `folder` open.
+
+    Ray's agents and workers write their title over the start of their environment, and the tag with it where it stands
+    there: such a process is known by its logs.
+    """
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cmdline").read_bytes().startswith(b"ray::") and any(
+                os.readlink(file).startswith(f"{folder}/") for file in (entry / "fd").iterdir()
+            ):
+                found.append(int(entry.name))
+    return found
+
+
 def reap(tag: str, folder: str) -> None:
     deadline = time.monotonic() + PATIENCE
-    while (left := tagged(tag)) and time.monotonic() < deadline:
+    while (left := {*tagged(tag), *titled(folder)}) and time.monotonic() < deadline:
         for process in left:
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)

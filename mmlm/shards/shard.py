@@ -7,22 +7,26 @@ import contextlib
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mmlm import artifacts, world
 from mmlm.artifacts import Artifact, Work
+from mmlm.corpus.records import read_records
 from mmlm.errors import ArtifactError, DataError
 from mmlm.features import spec as feature_spec
+from mmlm.features.report import token_report
 from mmlm.features.text import FILE as TOKENIZER
 from mmlm.progress import Progress
 from mmlm.shards import page
-from mmlm.shards.commit import MANIFEST, QUARANTINE, Committer, read_published, reopen
+from mmlm.shards.commit import JOURNAL, MANIFEST, QUARANTINE, Committer, read_published, reopen
 from mmlm.shards.config import ShardConfig
+from mmlm.shards.encoders import digests
 from mmlm.shards.fanout import write_on_ray
 from mmlm.shards.plan import RECIPE, Boundaries, Slot, borders, codec_versions, plan, read_units
 from mmlm.shards.spec import find_tokenizer, make_spec
-from mmlm.shards.write import UnitWriter, absolute
+from mmlm.shards.write import TEMPORARY, UnitWriter, absolute
 
 PAGE = "corpus.html"
 """The report for people; no part of the digest."""
@@ -70,11 +74,19 @@ def shard(
         recipe=RECIPE,
         config=config,
         parents={"manifest": manifest},
-        extra={"codecs": codec_versions()},
+        extra={
+            "codecs": codec_versions(video="video" in manifest.counts.get("modalities", {})),
+            **digests(config.features),
+        },
     )
     if work.artifact and retry:
-        reopen(work.path, retry)
-        work.reopen()
+        work.lock()
+        try:
+            reopen(work.path, retry)
+            work.reopen()
+        except BaseException:
+            work.release()
+            raise
     elif retry:
         work.release()
         raise ArtifactError(
@@ -83,6 +95,7 @@ def shard(
             cure="run shard without --retry",
         )
     if work.artifact:
+        _finish_closing(work, manifest)
         return work.artifact
     if earlier and earlier.recipe != RECIPE:
         earlier = None
@@ -103,6 +116,22 @@ def shard(
         work.release()
 
 
+def _finish_closing(work: Work, manifest: Artifact) -> None:
+    """What comes after `artifact.json`, when a kill or a full disk kept the run that wrote it from doing so."""
+    left = [work.path / name for name in (JOURNAL, TEMPORARY, artifacts.WORK)]
+    if not any(path.exists() for path in left) and (work.path / PAGE).exists():
+        return
+    try:
+        lock = artifacts.hold(work.path)
+    except ArtifactError:  # the one that is making it is still here
+        return
+    with lock:
+        if (work.path / artifacts.NAME).exists():  # nobody has reopened it since we looked
+            Committer(work.path).clear()
+            (work.path / artifacts.WORK).unlink(missing_ok=True)
+            page.write_page(work.path, manifest.path, work.path / PAGE)
+
+
 def _make(config: ShardConfig, manifest: Artifact, work: Work, places: Places) -> Artifact:
     tokenizer = find_tokenizer(manifest, config.features, work.path, places.earlier)
     spec = make_spec(manifest, config.features, tokenizer)
@@ -110,6 +139,7 @@ def _make(config: ShardConfig, manifest: Artifact, work: Work, places: Places) -
     feature_spec.save(spec, work.path)
     writer = UnitWriter(spec, tokenizer, config, absolute(places.data), work.path)
     counts, extra = _make_shards(config, manifest.path, writer, work.path, places)
+    extra["tokens"] = token_report(islice(read_records(manifest.path, media=False), REPORTED), tokenizer)
     made = work.finish(counts=counts, digest_of=[MANIFEST, feature_spec.FILE, TOKENIZER], extra=extra)
     Committer(work.path).clear()
     page.write_page(work.path, manifest.path, work.path / PAGE)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from mmlm.artifacts import Artifact
 from mmlm.config import resolved
-from mmlm.corpus.records import from_row, read_rows
+from mmlm.corpus.records import read_records, read_rows
 from mmlm.errors import DataError
+from mmlm.features.chat import find_template
 from mmlm.features.config import FeaturesConfig
 from mmlm.features.encode import answer_text
 from mmlm.features.spec import FeatureSpec, FieldsSpec, TaskSpec
 from mmlm.features.text import FILE, Tokenizer, given_tokenizer, train_tokenizer
+from mmlm.shards.encoders import describe
 
 
 def find_tokenizer(manifest: Artifact, config: FeaturesConfig, out: Path, earlier: Artifact | None = None) -> Tokenizer:
@@ -32,10 +34,9 @@ def find_tokenizer(manifest: Artifact, config: FeaturesConfig, out: Path, earlie
 
 def training_texts(manifest: Path) -> Iterator[str]:
     """Questions, context and answers of the training split, in order of id."""
-    for row in read_rows(manifest):
-        if (row["split"] or "train") != "train":
+    for record in read_records(manifest, media=False):
+        if (record.split or "train") != "train":
             continue
-        record = from_row({**row, "parts": [{**part, "data": None} for part in row["parts"]]})
         yield from (part.text for part in record.parts if part.kind == "text" and part.text)
         if answer := answer_text(record.target):
             yield answer
@@ -46,15 +47,18 @@ def make_spec(manifest: Artifact, config: FeaturesConfig, tokenizer: Tokenizer) 
     tasks, kinds = _read_tasks(manifest)
     if not tasks:
         raise DataError(f"{manifest.path} has no record", cure="look into refused.parquet, then scan again")
-    return FeatureSpec(
+    spec = FeatureSpec(
         vocab_size=tokenizer.vocab_size,
         tokenizer_digest=tokenizer.digest,
         max_len=config.max_len,
         image=config.image if "image" in kinds else None,
         audio=config.audio if "audio" in kinds else None,
+        video=config.video if "video" in kinds else None,
+        chat_template=find_template(config),
         fields=_read_fields(manifest) if config.fields and "fields" in kinds else None,
         tasks=tasks,
     )
+    return spec.model_copy(update={"encoders": describe(config, spec)}) if config.encoders else spec
 
 
 def _read_tasks(manifest: Artifact) -> tuple[list[TaskSpec], set[str]]:

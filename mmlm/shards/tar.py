@@ -11,13 +11,12 @@ from typing import BinaryIO
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
-_HEADER = (
-    b"%(name)b"
-    b"0000644\0" b"0000000\0" b"0000000\0"
-    b"%(size)b" b"00000000000\0"
-    b"%(sum)b" b"0" + bytes(100) +
-    b"ustar\0" b"00" + bytes(32) + bytes(32) + b"0000000\0" b"0000000\0" + bytes(155) + bytes(12)
-)  # fmt: skip
+_PADDING = bytes(BLOCK)
+_OWNER = b"0000644\0" + 2 * b"0000000\0"  # mode, owner, group
+_TIME = 11 * b"0" + b"\0"
+_REST = b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(64) + 2 * b"0000000\0" + bytes(155 + 12)
+_REST_SUM = sum(_OWNER + _TIME + _REST) + 8 * ord(" ")
+"""Sum of a header's bytes, its name and size aside; the checksum itself counts as blanks."""
 
 
 class TarWriter:
@@ -29,11 +28,9 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> int:
         """Write one member; returns the offset of its bytes."""
-        padding = bytes(-len(data) % BLOCK)
-        self._write(header(name, len(data)))
-        at = self.offset
-        self._write(data)
-        self._write(padding)
+        at = self.offset + BLOCK
+        # one piece: the parts are small, and each call of write and of the hash costs more than joining them
+        self._write(b"".join((header(name, len(data)), data, _PADDING[: -len(data) % BLOCK])))
         return at
 
     def close(self) -> None:
@@ -48,11 +45,17 @@ class TarWriter:
 def header(name: str, size: int) -> bytes:
     """The 512 bytes before a regular member: mode 0644, owner 0, time 0."""
     raw = name.encode("ascii")
-    if len(raw) > 100 or size >= 8**11:
+    if len(raw) > 100 or not 0 <= size < 8**11:
         raise ValueError(f"{name} of {size} bytes does not fit into a USTAR member")
-    fields = {b"name": raw.ljust(100, b"\0"), b"size": b"%011o\0" % size, b"sum": b" " * 8}
-    total = sum(_HEADER % fields)
-    return _HEADER % {**fields, b"sum": b"%06o\0 " % total}
+    octal = b"%011o" % size
+    return b"%b%b%b\0%b%06o\0 %b" % (
+        raw.ljust(100, b"\0"),
+        _OWNER,
+        octal,
+        _TIME,
+        _REST_SUM + sum(raw) + sum(octal),
+        _REST,
+    )
 
 
 def members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:

@@ -25,6 +25,9 @@ from mmlm.shards.tar import members
 from mmlm.shards.write import TEMPORARY, UnitWriter, absolute
 from mmlm.storage import is_remote, sha256_file, sha256_json
 
+TABLES = (MANIFEST, QUARANTINE, feature_spec.FILE, TOKENIZER)
+"""What stands beside the shards and artifact.json."""
+
 
 def verify(path: Path | str) -> list[str]:
     """Every problem of the ShardSet in folder `path`, one line each, naming the file; empty when it is sound.
@@ -32,14 +35,23 @@ def verify(path: Path | str) -> list[str]:
     Raises ArtifactError when there is no finished ShardSet.
     """
     path = Path(path)
-    artifact = artifacts.read(path, "shards")
-    problems = [
-        f"{name} is missing"
-        for name in (MANIFEST, QUARANTINE, feature_spec.FILE, TOKENIZER)
-        if not (path / name).is_file()
-    ]
-    if problems:
+    problems, rows = verify_tables(path)
+    if rows is None:
         return problems
+    for row in rows:
+        if row["path"]:
+            problems += _verify_shard(path, row)
+    listed = {row["path"] for row in rows}
+    problems += [f"{tar.name}: not in the manifest" for tar in sorted(path.rglob("*.tar")) if tar.name not in listed]
+    return problems
+
+
+def verify_tables(path: Path) -> tuple[list[str], list[dict[str, Any]] | None]:
+    """Problems of all but the shards, and the rows of the manifest table; None when it cannot be read."""
+    artifact = artifacts.read(path, "shards")
+    problems = [f"{name} is missing" for name in TABLES if not (path / name).is_file()]
+    if problems:
+        return problems, None
     names = [MANIFEST, feature_spec.FILE, TOKENIZER]
     if sha256_json({name: sha256_file(path / name) for name in sorted(names)}) != artifact.digest:
         problems.append(f"{', '.join(names)}: not the bytes that artifact.json was written for")
@@ -48,17 +60,12 @@ def verify(path: Path | str) -> list[str]:
         problems += _verify_counts(rows, artifact.counts)
         quarantined = pq.read_table(path / QUARANTINE).num_rows
     except (pa.ArrowException, KeyError, OSError) as error:
-        return [*problems, f"{MANIFEST} or {QUARANTINE} cannot be read ({error})"]
+        return [*problems, f"{MANIFEST} or {QUARANTINE} cannot be read ({error})"], None
     if quarantined != sum(row["quarantined"] for row in rows):
         problems.append(
             f"{QUARANTINE}: {quarantined} rows, the manifest counts {sum(row['quarantined'] for row in rows)}"
         )
-    for row in rows:
-        if row["path"]:
-            problems += _verify_shard(path, row)
-    listed = {row["path"] for row in rows}
-    problems += [f"{tar.name}: not in the manifest" for tar in sorted(path.rglob("*.tar")) if tar.name not in listed]
-    return problems
+    return problems, rows
 
 
 def rebuild(path: Path | str, manifest: Path | str, data: Path | str, count: int, seed: int = 0) -> list[str]:
@@ -76,7 +83,8 @@ def rebuild(path: Path | str, manifest: Path | str, data: Path | str, count: int
             f"{manifest} holds manifest {source.digest[:12]}", wanted=f"{artifact.parents['manifest'][:12]}",
             cure="give the manifest that the shards were made of",
         )  # fmt: skip
-    here, there = codec_versions(), artifact.extra.get("codecs", {})
+    there = artifact.extra.get("codecs", {})
+    here = codec_versions(video="av" in there)
     if here != there:
         other = ", ".join(f"{k} {there.get(k)} → {v}" for k, v in here.items() if there.get(k) != v)
         raise ArtifactError(
@@ -142,12 +150,17 @@ def _verify_shard(path: Path, row: dict[str, Any]) -> list[str]:
         return [f"{index.name}: other bytes than the manifest says"]
     try:
         with tar.open("rb") as file:
-            inside = [(*member.partition(".")[::2], offset, size) for member, offset, size in members(file)]
+            inside = list(members(file))
     except ValueError as error:
         return [f"{name}: {error}"]
-    listed = pq.read_table(index).to_pydict()
-    if inside != list(zip(listed["key"], listed["ext"], listed["offset"], listed["size"], strict=True)):
-        return [f"{index.name}: its offsets are not those of the tar"]
-    if len({key for key, *_ in inside}) != row["samples"]:
-        return [f"{name}: {len({key for key, *_ in inside})} samples instead of {row['samples']}"]
-    return []
+    return verify_members(inside, pq.read_table(index), row)
+
+
+def verify_members(inside: list[tuple[str, int, int]], index: pa.Table, row: dict[str, Any]) -> list[str]:
+    """Problems of the members (name, offset, size) of a tar, beside its index and its row in the manifest table."""
+    name, listed = row["path"], index.to_pydict()
+    found = [(*member.partition(".")[::2], offset, size) for member, offset, size in inside]
+    if found != list(zip(listed["key"], listed["ext"], listed["offset"], listed["size"], strict=True)):
+        return [f"{Path(name).with_suffix('.index.parquet')}: its offsets are not those of the tar"]
+    samples = len({key for key, *_ in found})
+    return [] if samples == row["samples"] else [f"{name}: {samples} samples instead of {row['samples']}"]

@@ -10,10 +10,13 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,14 +27,19 @@ from mmlm.features.failures import SampleError
 from mmlm.features.sample import Sample
 from mmlm.features.spec import FeatureSpec
 from mmlm.features.text import Tokenizer
-from mmlm.shards.codec import pack, sample_key
+from mmlm.shards.codec import pack, sample_key, stored_images
 from mmlm.shards.config import ShardConfig
+from mmlm.shards.encoders import Ask, make_encoders, with_features
+from mmlm.shards.faultpoints import point
 from mmlm.shards.plan import Slot, Unit
 from mmlm.shards.tar import TarWriter
-from mmlm.storage import MAX_FILE_BYTES, is_remote, read_uri
+from mmlm.storage import MAX_FILE_BYTES, is_remote, prefetch, read_uri
+from mmlm.stores import blank
 
 TEMPORARY = ".tmp"
 """Folder below the shard set for what is not published yet."""
+AHEAD = 64
+"""Records whose media are fetched together where they lie elsewhere."""
 CACHED_MEDIA = 64
 """Decoded pictures and sounds kept inside one unit: neighbouring records often share them."""
 INDEX = pa.schema([("key", pa.string()), ("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
@@ -89,6 +97,7 @@ class UnitWriter:
     def __init__(self, spec: FeatureSpec, tokenizer: Tokenizer, config: ShardConfig, data: str, out: Path) -> None:
         self.spec, self.tokenizer, self.config = spec, tokenizer, config
         self.data, self.folder = data, out / TEMPORARY
+        self.encoders: Mapping[str, Ask] = make_encoders(config.features, spec)
 
     def write(self, unit: Unit) -> Written:
         """Write `unit` to a new temporary name, flushed to the disk. Raises OSError when that fails."""
@@ -97,17 +106,15 @@ class UnitWriter:
         index: dict[str, list[Any]] = {name: [] for name in INDEX.names}
         stem = self.folder / f"{result.name}-{uuid.uuid4().hex}"
         tar_path, index_path = stem.with_suffix(".tar"), stem.with_suffix(".index.parquet")
+        point("before_temporary")
         try:
             with tar_path.open("xb") as file:
                 tar = TarWriter(file)
-                for row in unit.rows():
-                    record = from_row(row)
-                    try:
-                        sample = encoder.encode(record, self._read)
-                    except SampleError as error:
-                        result.quarantine.append({**quarantine_row(record, error), "unit_id": result.unit_id})
-                        continue
-                    _count(result, sample, _add(tar, index, sample, self.config))
+                samples = self._samples(unit, encoder, result)
+                if self.encoders:
+                    samples = with_features(samples, self.encoders, self._stored_images)
+                for sample, members in samples:
+                    _count(result, sample, _add(tar, index, sample, members))
                 tar.close()
                 file.flush()
                 os.fsync(file.fileno())
@@ -128,7 +135,38 @@ class UnitWriter:
             raise
         result.temporary, result.sha256, result.bytes = str(stem), tar.sha256.hexdigest(), tar.offset
         result.cut_sounds = encoder.cut_sounds
+        point("after_fsync")
         return result
+
+    def _samples(self, unit: Unit, encoder: Encoder, result: Written) -> Iterator[tuple[Sample, dict[str, bytes]]]:
+        """The samples of `unit` and their members; what fails goes into the quarantine of `result`."""
+        for at, record in enumerate(self._records(unit)):
+            if at == unit.slot.records // 2:
+                point("mid_tar")
+            try:
+                sample = encoder.encode(record, self._read)
+            except SampleError as error:
+                result.quarantine.append({**quarantine_row(record, error), "unit_id": result.unit_id})
+                continue
+            yield sample, self._pack(sample)
+
+    def _records(self, unit: Unit) -> Iterator[Record]:
+        """The records of `unit`; what of their media lies elsewhere is fetched AHEAD of them, side by side."""
+        records = map(from_row, unit.rows())
+        while some := list(islice(records, AHEAD)):
+            uris = [part.uri for record in some for part in record.parts if part.uri]
+            prefetch(uris, self.data, MAX_FILE_BYTES)
+            yield from some
+
+    def _pack(self, sample: Sample) -> dict[str, bytes]:
+        patch = self.spec.image.patch if self.spec.image else None
+        return pack(sample, self.config.image_codec, self.config.image_quality, patch)
+
+    def _stored_images(self, sample: Sample, members: Mapping[str, bytes]) -> list[np.ndarray]:
+        """The pictures of `sample` as its shard holds them; decoded again where storing them loses something."""
+        codec, quality = self.config.image_codec, self.config.image_quality
+        lossy = codec == "jpeg" or (codec == "webp" and quality is not None)
+        return stored_images(members) if lossy else sample.images
 
     def _read(self, part: Part) -> bytes:
         return read_part(part, self.data)
@@ -149,7 +187,7 @@ def read_part(part: Part, data: str, limit: int = MAX_FILE_BYTES) -> bytes:
 
 def quarantine_row(record: Record, error: SampleError) -> dict[str, str]:
     """Where a failed record came from and why it failed. The source is its media file, or what the corpus said."""
-    media = [part.uri for part in record.parts if part.uri]
+    media = [blank(part.uri) for part in record.parts if part.uri]
     detail = str(error)
     if len(media) > 1:
         detail += " (files: " + ", ".join(media) + ")"
@@ -157,9 +195,9 @@ def quarantine_row(record: Record, error: SampleError) -> dict[str, str]:
     return {"source": source, "id": record.id, "reason": error.reason, "detail": detail}
 
 
-def _add(tar: TarWriter, index: dict[str, list[Any]], sample: Sample, config: ShardConfig) -> dict[str, bytes]:
-    """Write the members of `sample`; returns them."""
-    key, members = sample_key(sample.id), pack(sample, config.image_codec)
+def _add(tar: TarWriter, index: dict[str, list[Any]], sample: Sample, members: dict[str, bytes]) -> dict[str, bytes]:
+    """Write `members`, those of `sample`; returns them."""
+    key = sample_key(sample.id)
     for extension, data in members.items():
         offset = tar.add(f"{key}.{extension}", data)
         for name, value in zip(INDEX.names, (key, extension, offset, len(data)), strict=True):

@@ -100,7 +100,7 @@ def test_refusals(tmp_path: Path, scanned: Scan) -> None:
     assert {r["id"]: r["reason"] for r in made.refused} == {
         "no target": "no_target", "no messages": "no_messages", "empty": "no_messages", "silent": "no_target",
         "no question": "no_parts", "too few": "media_mismatch", "too many": "media_mismatch", "role": "bad_role",
-        "part": "unsupported_kind", "film": "unsupported_kind", "climbs": "unsafe_path", "number": "bad_row",
+        "part": "unsupported_kind", "film": "missing_file", "climbs": "unsafe_path", "number": "bad_row",
         "twice": "no_messages",
     }  # fmt: skip
 

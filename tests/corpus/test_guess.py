@@ -11,6 +11,8 @@ import pytest
 
 from mmlm.corpus.guess import Guess, look
 from mmlm.errors import DataError
+from mmlm.features.spec import VideoSpec
+from mmlm.scaffold import choose
 from tests.corpus.samples import Scan, Scanned, png, wav, write_lines
 from tests.corpus.test_folders import fill
 
@@ -54,6 +56,17 @@ def test_class_folders_below_splits_with_sounds(tmp_path: Path) -> None:
     assert guess.tasks == {"category": ["a", "b"]}
     assert guess.counts["train"] == 6
     assert guess.sizes["audio_seconds"]["median"] == pytest.approx(0.1)
+
+
+def test_videos_get_pictures_and_a_sound(tmp_path: Path) -> None:
+    beside = {f"side/{i}.{end}": b"a clip" for i in range(6) for end in ("mp4", "txt")}
+    fill(tmp_path, {f"classes/{c}/{i}.mp4": b"" for c in "ab" for i in range(3)} | beside)
+    for form in ("classes", "side"):
+        guess = look(tmp_path / form)
+        sizes = choose(guess)
+        assert "video" in guess.modalities
+        assert sizes.image and sizes.audio  # without them every video would be left out of its record
+        assert sizes.max_len >= VideoSpec().max_frames * (sizes.image["size"] // 8) ** 2
 
 
 def test_a_table_of_reviews(tmp_path: Path, scanned: Scan) -> None:

@@ -53,6 +53,18 @@ def test_given_splits_win_and_missing_ones_are_taken_from_training() -> None:
     assert decide(given, fill=False) == given
 
 
+def test_a_group_that_the_data_tear_apart_keeps_every_split_that_they_give() -> None:
+    splitter = Splitter(SplitConfig())
+    for i in range(20):
+        splitter.note(f"g{i}", "train")
+        splitter.note(f"torn{i}", "train")
+        splitter.note(f"torn{i}", "test")
+    splitter.decide()
+    torn = [(splitter.split_of(f"torn{i}", "train"), splitter.split_of(f"torn{i}", "test")) for i in range(20)]
+    assert torn == [("train", "test")] * 20
+    assert {splitter.split_of(f"g{i}", "train") for i in range(20)} == {"train", "val"}
+
+
 def test_records_without_a_split_follow_their_group() -> None:
     splitter = Splitter(SplitConfig())
     for split in ("", "test", ""):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from mmlm.features import audio
 from mmlm.features.audio import decode_audio, decode_sound, log_mel
 from mmlm.features.failures import SampleError
 from mmlm.features.spec import AudioSpec
@@ -136,3 +137,121 @@ def test_a_header_that_announces_too_much_costs_nothing() -> None:
     data[4:8] = struct.pack("<I", 0xFFFFFF00)
     mel = decode_audio(bytes(data), SPEC)
     assert len(mel) <= SPEC.max_frames
+
+
+WHISPER = AudioSpec(scale="whisper", dtype="float32", max_seconds=2.0)
+
+
+def reference_whisper(wave: np.ndarray, n_mels: int) -> np.ndarray:
+    """Whisper's log-mel from its formulas in double precision: DFT by its sum, mirrored ends, last frame dropped."""
+
+    def to_mel(f: float) -> float:
+        return 3 * f / 200 if f < 1000 else 15 + 27 * math.log(f / 1000) / math.log(6.4)
+
+    def to_hertz(m: float) -> float:
+        return 200 * m / 3 if m < 15 else 1000 * 6.4 ** ((m - 15) / 27)
+
+    wave = np.concatenate([wave[200:0:-1], wave, wave[-2:-202:-1]]).astype(np.float64)
+    hann = np.array([math.sin(math.pi * i / 400) ** 2 for i in range(400)])
+    dft = np.exp(-2j * np.pi * np.outer(np.arange(201), np.arange(400)) / 400)
+    power = [np.abs(dft @ (hann * wave[at : at + 400])) ** 2 for at in range(0, len(wave) - 399, 160)][:-1]
+    corners = [to_hertz(to_mel(8000) * i / (n_mels + 1)) for i in range(n_mels + 2)]
+    bank = [
+        np.interp(np.arange(201) * 40.0, [low, middle, high], [0, 1, 0]) * 2 / (high - low)
+        for low, middle, high in zip(corners, corners[1:], corners[2:], strict=False)
+    ]
+    mel = np.log10(np.maximum(np.array(power) @ np.array(bank).T, 1e-10))
+    return (np.maximum(mel, mel.max() - 8) + 4) / 4
+
+
+@pytest.mark.parametrize("n_mels", [80, 128])
+@pytest.mark.parametrize("samples", [400, 16000, 16111])
+def test_whisper_scale_equals_its_formulas(n_mels: int, samples: int) -> None:
+    """1e-4 holds for float32 as it is stored; float16 adds its own rounding, 5e-4."""
+    rng = np.random.default_rng(3)
+    wave = (tone(2.0, 16000, 3000.0, 0.3)[:samples] + rng.normal(0, 0.003, samples)).astype(np.float32)
+    wanted = reference_whisper(wave, n_mels)
+    spec = WHISPER.model_copy(update={"n_mels": n_mels})
+    ours = log_mel(wave, spec)
+    assert (ours.dtype, ours.shape) == (np.float32, (samples // 160, n_mels))
+    np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)
+    halves = log_mel(wave, spec.model_copy(update={"dtype": "float16"}))
+    assert halves.dtype == np.float16
+    np.testing.assert_allclose(halves, wanted, rtol=0, atol=6e-4)
+
+
+def test_whisper_scale_of_silence_and_of_next_to_nothing() -> None:
+    assert set(log_mel(np.zeros(8000, np.float32), WHISPER).ravel()) == {WHISPER.silence} == {-1.5}
+    click = decode_audio(wav(tone(0.004, 16000)), WHISPER)
+    assert click.shape == (2, 80)
+    long, cut = decode_sound(wav(tone(3.0, 16000)), WHISPER)
+    assert (len(long), cut) == (WHISPER.max_frames, True)
+
+
+def test_stored_values_come_to_about_one() -> None:
+    for spec in (SPEC, WHISPER):
+        mel = decode_audio(wav(tone(0.5, 16000)), spec).astype(np.float64)
+        factor, offset = spec.to_unit
+        assert -1.51 <= (mel * factor + offset).min() <= (mel * factor + offset).max() <= 1.5
+
+
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG", "MP3"])
+def test_a_span_is_what_cutting_the_decoded_sound_gives(form: str) -> None:
+    rng = np.random.default_rng(4)
+    wave = np.concatenate([tone(1.0, 16000, hertz) for hertz in (300, 700, 1500, 3000)])
+    data = wav(wave + rng.normal(0, 0.01, len(wave)), format=form)
+    with soundfile.SoundFile(io.BytesIO(data)) as sound:
+        whole = sound.read(dtype="float32")
+    found, cut = decode_sound(data, SPEC, (2.25, 2.75))
+    assert not cut
+    wanted = log_mel(whole[36000:44000], SPEC)
+    np.testing.assert_allclose(found, wanted, atol=0 if form in ("WAV", "FLAC") else 0.02)
+
+
+def test_a_span_reads_no_more_than_itself() -> None:
+    class Counted(io.BytesIO):
+        read_bytes = 0
+
+        def readinto(self, buffer):  # type: ignore[no-untyped-def]
+            count = super().readinto(buffer)
+            Counted.read_bytes += count
+            return count
+
+    data = wav(tone(60.0, 16000))
+    real, audio.io.BytesIO = io.BytesIO, Counted  # type: ignore[misc]
+    try:
+        decode_sound(data, SPEC, (50.0, 50.5))
+    finally:
+        audio.io.BytesIO = real  # type: ignore[misc]
+    assert 16000 <= Counted.read_bytes < 60_000 < len(data)
+
+
+def test_spans_that_hold_nothing_and_ends_behind_the_end() -> None:
+    data = wav(tone(1.0, 16000))
+    for span in ((2.0, 3.0), (0.5, 0.5), (0.7, 0.2)):
+        with pytest.raises(SampleError) as caught:
+            decode_sound(data, SPEC, span)
+        assert caught.value.reason == "empty_sound"
+    mel, cut = decode_sound(data, SPEC, (0.5, 9.0))
+    assert (len(mel), cut) == (1 + (8000 - 400) // 160, False)
+
+
+def test_silence_at_both_ends_is_trimmed() -> None:
+    trimmed = SPEC.model_copy(update={"trim_db": 40.0})
+    quiet = np.random.default_rng(5).normal(0, 1e-5, 16000)
+    loud = tone(0.5, 16000)
+    mel, cut = decode_sound(wav(np.concatenate([quiet, loud, quiet]), subtype="FLOAT"), trimmed)
+    assert not cut  # 2.5 s long, of which 0.6 are kept
+    assert len(mel) == 1 + (9600 - 400) // 160  # with 50 ms on either side
+    plain = decode_audio(wav(loud, subtype="FLOAT"), trimmed)
+    np.testing.assert_allclose(mel[5:-5], plain, atol=0.01)
+    assert len(decode_audio(wav(np.zeros(4000)), trimmed)) == len(decode_audio(wav(np.zeros(4000)), SPEC))
+    assert decode_sound(wav(np.concatenate([quiet, tone(2.0, 16000)]), subtype="FLOAT"), trimmed)[1]
+
+
+def test_long_sounds_may_be_refused() -> None:
+    strict = SPEC.model_copy(update={"on_long": "refuse"})
+    assert decode_sound(wav(tone(0.8, 16000)), strict)[1] is False
+    with pytest.raises(SampleError) as caught:
+        decode_sound(wav(tone(0.9, 16000)), strict)
+    assert caught.value.reason == "too_long"

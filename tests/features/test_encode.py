@@ -180,3 +180,37 @@ def test_bad_values_of_fields_are_missing(tokenizer: Tokenizer) -> None:
     part = Part("fields", fields={"age": "unknown", "size": float("inf"), "colour": 3.0})
     assert encoder.encode(record(part), read).fields == {"age": None, "size": None, "colour": None}
     assert encoder.encode(record(Part("fields", fields={"age": "39"})), read).fields["age"] == 39.0
+
+
+def test_a_span_of_a_sound_is_decoded_and_its_file_read_once(tokenizer: Tokenizer) -> None:
+    seen: list[str | None] = []
+
+    def counted(part: Part) -> bytes:
+        seen.append(part.uri)
+        return MEDIA["a.wav"]
+
+    encoder = Encoder(make_spec(tokenizer), tokenizer, cache=2)
+    pieces = [f"a.wav#t={start},{start + 0.0625}" for start in (0.0, 0.0625, 0.125)]
+    lengths = [len(encoder.encode(record(Part("audio", uri=uri), QUESTION), counted).sounds[0]) for uri in pieces]
+    assert lengths == [1 + (1000 - 400) // 160] * 3
+    assert seen == pieces[:1]
+    with pytest.raises(SampleError, match="nothing between"):
+        encoder.encode(record(Part("audio", uri="a.wav#t=5,6"), QUESTION), counted)
+    whole = encoder.encode(record(SOUND, QUESTION), counted).sounds[0]
+    assert len(whole) == 1 + (4000 - 400) // 160
+
+
+def test_turns_by_a_template(tokenizer: Tokenizer) -> None:
+    system = Part("text", "system", text="Be short.")
+    plain = Encoder(make_spec(tokenizer), tokenizer).encode(record(system, QUESTION), read)
+    assert tokenizer.decode(plain.tokens[1 : plain.answer_at]) == "Be short.\nWhat is it? <image>"
+    chatml = Encoder(make_spec(tokenizer, chat_template="chatml", max_len=256), tokenizer).encode(
+        record(QUESTION, CAPTION, system), read
+    )
+    laid_out = tokenizer.decode(chatml.tokens[chatml.context_spans[0][1] : chatml.answer_at])
+    assert laid_out == (
+        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nWhat is it? <image><|im_end|>\n<|im_start|>assistant\n"
+    )
+    with pytest.raises(SampleError) as caught:
+        Encoder(make_spec(tokenizer, chat_template="chatml", max_len=256), tokenizer).encode(record(), read)
+    assert caught.value.reason == "empty"

@@ -61,7 +61,7 @@ def page(tmp_path_factory) -> str:
             "units": 6, "median_seconds": 0.5, "median_milliseconds_a_record": 5.0, "seconds_by_worker": {"a": 15.0},
             "slow": [{"shard": "train-00001", "seconds": 12.5, "times_median": 25.0}],
         },
-        "tokens": {"zh": {"tokens_per_character": 1.25, "tokens_per_word": None}},
+        "tokens": [{"lang": "zh", "texts": 7, "tokens_per_character": 1.25, "tokens_per_word": None}],
     }  # fmt: skip
     (made.path / "artifact.json").write_text(json.dumps(whole))
     out = root / "corpus.html"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mmlm.corpus.drafts import (
     as_split,
     as_text,
     media_part,
+    media_root,
 )
 from mmlm.corpus.readers.rows import read_rows
 from mmlm.corpus.records import Part, Record, Target
@@ -35,7 +36,7 @@ _PLACEHOLDER = re.compile(r"\s?<(image|audio|video)>\s?")
 _LISTS = {"image": ("images", "image"), "audio": ("audios", "audio"), "video": ("videos", "video")}
 
 
-def read_chat(source: ChatSource, files: list[tuple[str, Path]], data: str) -> Outcomes:
+def read_chat(source: ChatSource, files: Iterable[tuple[str, Path]], data: str) -> Outcomes:
     """Drafts of every line of `files` ((name shown, path)).
 
     The last assistant turn is the target; turns before the last question are context.
@@ -55,6 +56,10 @@ def read_chat(source: ChatSource, files: list[tuple[str, Path]], data: str) -> O
                 yield Draft(_record(source, line, name, shown, data, repeats), where)
             except RefuseError as error:
                 yield Refusal(where, name, error.reason, error.detail)
+            except RecursionError:
+                yield Refusal(where, name, "bad_json", "nested too deeply")
+            except UnicodeEncodeError:
+                yield Refusal(where, name, "bad_encoding", "a text with half a surrogate pair in it")
 
 
 def _record(
@@ -71,7 +76,7 @@ def _record(
     answer = None
     if turns and turns[-1][0] == "assistant":
         answer = _answer(turns.pop()[1])
-    media = _Media(source.root, data, line, [content for _, content in turns])
+    media = _Media(media_root(source.root, shown), data, line, [content for _, content in turns])
     parts = media.parts(turns)
     target = Target(
         as_label(line.get("label")),

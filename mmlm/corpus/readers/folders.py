@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from mmlm import remote
 from mmlm.corpus.config import FolderSource
-from mmlm.corpus.drafts import SPLIT_NAMES, Draft, Outcomes, Refusal, as_label, pick_wording
+from mmlm.corpus.drafts import SPLIT_NAMES, Draft, Outcomes, Refusal, RefuseError, as_label, decode_text, pick_wording
 from mmlm.corpus.records import Part, Record, Target
-from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, TEXT_ENDINGS, sniff
-from mmlm.storage import sha256_bytes
+from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, TEXT_ENDINGS, VIDEO_ENDINGS, sniff
+from mmlm.storage import is_remote, sha256_bytes
 
 MAX_TEXT = 1 << 20
 """Bytes of the longest text file that is read as a record."""
+_ENDINGS = {"image": IMAGE_ENDINGS, "audio": AUDIO_ENDINGS, "text": TEXT_ENDINGS, "video": VIDEO_ENDINGS}
 _LEFTOVERS = {"thumbs.db", "desktop.ini", "__macosx", "icon\r", "ehthumbs.db"}
+
+
+def _is_left_over(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _LEFTOVERS
 
 
 def list_files(folder: Path) -> Iterator[str]:
@@ -24,7 +30,7 @@ def list_files(folder: Path) -> Iterator[str]:
         with os.scandir(folder / relative) as found:
             entries = sorted(found, key=lambda e: e.name)
         for entry in entries:
-            if entry.name.startswith(".") or entry.name.lower() in _LEFTOVERS:
+            if _is_left_over(entry.name):
                 continue
             below = f"{relative}/{entry.name}" if relative else entry.name
             if entry.is_dir(follow_symlinks=False):
@@ -35,21 +41,82 @@ def list_files(folder: Path) -> Iterator[str]:
     yield from walk("")
 
 
-def split_level(files: list[str]) -> bool:
-    """Whether the topmost folders are splits: all bear names of splits, train is there, and classes lie below."""
-    tops = {f.split("/")[0] for f in files if "/" in f}
-    named = {SPLIT_NAMES.get(t.lower(), "") for t in tops}
-    return "" not in named and "train" in named and any(f.count("/") >= 2 for f in files)
+class Tree:
+    """The files below a folder: one of this machine, or one that lies elsewhere, whose files are fetched when opened.
+
+    `path` is what the source says, `prefix` what stands before relative paths in ids and URIs. `root` is the address
+    that all paths are relative to, where the whole corpus lies elsewhere.
+    """
+
+    def __init__(self, path: str, folder: Path, root: str = "") -> None:
+        self.folder = folder
+        inside = "" if path in ("", ".") else path.strip("/").removeprefix("./") + "/"
+        self.uri = path.rstrip("/") if is_remote(path) else f"{root.rstrip('/')}/{inside}".rstrip("/") if root else ""
+        self.prefix = f"{self.uri}/" if is_remote(path) else inside
+
+    def files(self) -> Iterator[str]:
+        """Relative paths of all files, sorted folder by folder."""
+        if not self.uri:
+            yield from list_files(self.folder)
+            return
+        for uri in remote.below(self.uri + "/"):
+            relative = uri.removeprefix(self.uri + "/")
+            if not any(_is_left_over(name) for name in relative.split("/")):
+                yield relative
+
+    def folders(self) -> Iterator[tuple[str, list[str]]]:
+        """(relative path, sorted names of its files) of every folder that holds files."""
+        if not self.uri:
+            yield from walk_folders(self.folder)
+            return
+        found: dict[str, list[str]] = {}
+        for relative in self.files():
+            folder, _, name = relative.rpartition("/")
+            found.setdefault(folder, []).append(name)
+        yield from ((folder, sorted(found[folder])) for folder in sorted(found))
+
+    def open(self, relative: str) -> Path:
+        """The file on this machine. Raises DataError when it lies elsewhere and cannot be fetched."""
+        return remote.fetch(f"{self.uri}/{relative}") if self.uri else self.folder / relative
 
 
-def read_folders(source: FolderSource, folder: Path, data: str) -> Outcomes:
-    """Drafts of every file below `folder`; `group` is left empty, which means the hash of the content."""
-    files = list(list_files(folder))
-    with_splits = split_level(files)
-    prefix = "" if source.path in ("", ".") else source.path.strip("/").removeprefix("./") + "/"
-    for relative in files:
-        shown = prefix + relative
-        if not _storable(shown):
+def walk_folders(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(relative path, sorted names of its files) of `folder` and of every folder below it that holds files."""
+
+    def walk(relative: str) -> Iterator[tuple[str, list[str]]]:
+        with os.scandir(folder / relative) as found:
+            entries = sorted((e for e in found if not _is_left_over(e.name)), key=lambda e: e.name)
+        folders = [e.name for e in entries if e.is_dir(follow_symlinks=False)]
+        if names := [e.name for e in entries if e.is_file()]:
+            yield relative, names
+        del entries
+        for name in folders:
+            yield from walk(f"{relative}/{name}" if relative else name)
+
+    yield from walk("")
+
+
+def split_level(files: Iterable[str], depth: int = 2) -> bool:
+    """Whether the topmost folders are splits: all bear names of splits, train is there, and something lies `depth`
+    folders deep (2: classes lie below)."""
+    train = deep = False
+    for file in files:
+        if "/" not in file:
+            continue
+        split = SPLIT_NAMES.get(file.split("/")[0].lower(), "")
+        if not split:
+            return False
+        train = train or split == "train"
+        deep = deep or file.count("/") >= depth
+    return train and deep
+
+
+def read_folders(source: FolderSource, tree: Tree) -> Outcomes:
+    """Drafts of every file of `tree`; `group` is left empty, which means the hash of the content."""
+    with_splits = split_level(tree.files())
+    for relative in tree.files():  # listed twice instead of being held in memory
+        shown = tree.prefix + relative
+        if not storable(shown):
             yield Refusal(ascii(shown), "", "bad_name", "the file's name is not UTF-8")
             continue
         folders = relative.split("/")[:-1]
@@ -57,7 +124,7 @@ def read_folders(source: FolderSource, folder: Path, data: str) -> Outcomes:
         if not folders:
             yield Refusal(shown, shown, "no_class", "the file lies in no class folder")
             continue
-        part = _part(folder / relative, shown)
+        part = _part(tree, relative)
         if isinstance(part, Refusal):
             yield part
             continue
@@ -70,39 +137,45 @@ def read_folders(source: FolderSource, folder: Path, data: str) -> Outcomes:
         yield Draft(record, shown)
 
 
-def _part(path: Path, shown: str) -> Part | Refusal:
-    ending = path.suffix.lower()
-    if ending in IMAGE_ENDINGS:
-        return Part("image", uri=shown)
-    if ending in AUDIO_ENDINGS:
-        return Part("audio", uri=shown)
+def kind_of(tree: Tree, relative: str) -> str | Refusal:
+    """image, audio, video or text, by the file's ending, else by its first bytes; a Refusal when it is none of them."""
+    shown, ending = tree.prefix + relative, os.path.splitext(relative)[1].lower()
+    for kind, endings in _ENDINGS.items():
+        if ending in endings:
+            return kind
     try:
-        if ending in TEXT_ENDINGS:
-            return _text(path, shown)
-        with path.open("rb") as f:
+        with tree.open(relative).open("rb") as f:
             kind, _ = sniff(f.read(4096))
     except OSError as error:
         return Refusal(shown, shown, "missing_file", error.strerror or str(error))
-    if kind == "video":
-        return Refusal(shown, shown, "unsupported_kind", "a video; wanted pictures, sounds or texts")
-    if not kind:
-        return Refusal(shown, shown, "unknown_format", f"{ending or 'no ending'}; wanted pictures, sounds or texts")
-    return Part(kind, uri=shown)
+    wanted = "pictures, sounds, videos or texts"
+    return kind or Refusal(shown, shown, "unknown_format", f"{ending or 'no ending'}; wanted {wanted}")
+
+
+def _part(tree: Tree, relative: str) -> Part | Refusal:
+    shown, kind = tree.prefix + relative, kind_of(tree, relative)
+    if kind == "text":
+        try:
+            return _text(tree.open(relative), shown)
+        except OSError as error:
+            return Refusal(shown, shown, "missing_file", error.strerror or str(error))
+    return kind if isinstance(kind, Refusal) else Part(kind, uri=shown)
 
 
 def _text(path: Path, shown: str) -> Part | Refusal:
     if path.stat().st_size > MAX_TEXT:
         return Refusal(shown, shown, "too_large", f"a text of more than {MAX_TEXT:,} bytes")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return Refusal(shown, shown, "bad_encoding", f"not UTF-8 at byte {error.start}")
+        text = decode_text(path.read_bytes())
+    except RefuseError as error:
+        return Refusal(shown, shown, error.reason, error.detail)
     if not text.strip():
         return Refusal(shown, shown, "no_parts", "an empty text")
     return Part("text", text=text.strip())
 
 
-def _storable(name: str) -> bool:
+def storable(name: str) -> bool:
+    """Whether a file's name is UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:

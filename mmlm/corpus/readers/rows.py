@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmlm.corpus.drafts import Refusal
+from mmlm.corpus.drafts import Refusal, looks_gb18030
 from mmlm.errors import DataError
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MAX_LINE = 64 << 20
-"""Bytes of the longest JSON line that is read."""
-MAX_JSON = 1 << 30
-"""Bytes of the largest JSON list that is read; it is held in memory whole. JSON lines are not."""
+"""Bytes of the longest JSON line that is read, and characters of the longest item of a JSON list."""
+BATCH_BYTES = 64 << 20
+"""Bytes of rows with pictures in them that are held at a time."""
+_CHUNK = 1 << 20
+_HIVE = re.compile(r"([^/=]+)=([^/]*)/")
+_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 Row = tuple[str, Any]
 """(`file:line`, the row)."""
@@ -36,7 +42,7 @@ def read_rows(path: Path, shown: str) -> Iterator[Row | Refusal]:
         elif ending in (".csv", ".tsv"):
             yield from _csv(path, shown)
         elif ending == ".parquet":
-            yield from _parquet(path, shown)
+            yield from parquet_rows(path, shown)
         else:
             raise DataError(
                 f"{shown} ends in {ending or 'nothing'}", wanted="one of " + " ".join(ENDINGS), cure="convert it"
@@ -78,26 +84,175 @@ def _json_lines(path: Path, shown: str) -> Iterator[Row | Refusal]:
                 yield Refusal(where, "", "bad_json", str(error))
 
 
-def _json_list(path: Path, shown: str) -> Iterator[Row | Refusal]:
-    if path.stat().st_size > MAX_JSON:
-        raise DataError(f"{shown} is larger than {MAX_JSON:,} bytes", wanted="JSON lines", cure="convert it to .jsonl")
-    try:
-        data = parse_json(path.read_bytes())
-    except ValueError as error:
-        # Many people call JSON lines `.json`.
-        rows = list(_json_lines(path, shown))
-        if len(rows) > 1 and not all(isinstance(r, Refusal) for r in rows):
-            yield from rows
+class _JsonStream:
+    """The values of a JSON text one after another, in memory for one of them.
+
+    Its methods raise ValueError, in one short sentence, where it is no JSON.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.text, self.at, self.ended = file, "", 0, False
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.scanner = json.JSONDecoder()
+
+    def more(self) -> None:
+        """Read on: at least as much again as is held, so that a long value is not tried too often."""
+        self.text = self.text[self.at :]
+        self.at = 0
+        data = self.file.read(max(_CHUNK, len(self.text)))
+        self.ended = not data
+        try:
+            self.text += self.decoder.decode(data, self.ended)
+        except UnicodeDecodeError:
+            raise ValueError("not UTF-8") from None
+
+    def peek(self) -> str:
+        """The next character that is no blank, or "" at the end."""
+        while True:
+            while self.at < len(self.text):
+                if self.text[self.at] not in " \t\r\n":
+                    return self.text[self.at]
+                self.at += 1
+            if self.ended:
+                return ""
+            self.more()
+
+    def take(self, wanted: str) -> str:
+        found = self.peek()
+        if not found or found not in wanted:
+            raise ValueError(f"{found!r} where one of {wanted!r} is wanted" if found else "it ends too early")
+        self.at += 1
+        return found
+
+    def value(self) -> Any:
+        self.peek()
+        while True:
+            try:
+                value, end = self.scanner.raw_decode(self.text, self.at)
+                # a number might go on, and of `4e-` no more than `4` was taken
+                if len(self.text) - end > (2 if isinstance(value, int | float) else -1) or self.ended:
+                    self.at = end
+                    return value
+            except RecursionError:
+                raise ValueError("nested too deeply") from None
+            except json.JSONDecodeError as error:
+                if self.ended:
+                    raise ValueError(error.msg) from None
+            if len(self.text) - self.at > MAX_LINE:
+                raise ValueError(
+                    f"{self.text[self.at : self.at + 40]!r} is broken or longer than {MAX_LINE:,} characters"
+                )
+            self.more()
+
+    def items(self) -> Iterator[Any]:
+        """The items of the list that begins here."""
+        self.take("[")
+        if self.peek() == "]":
+            self.take("]")
             return
-        yield Refusal(shown, "", "bad_json", str(error))
+        while True:
+            yield self.value()
+            if self.take(",]") == "]":
+                return
+
+    def keys(self) -> Iterator[str]:
+        """The keys of the object that begins here; the caller must take each value before it asks for the next."""
+        self.take("{")
+        if self.peek() == "}":
+            self.take("}")
+            return
+        while True:
+            key = self.value()
+            if not isinstance(key, str):
+                raise ValueError(f"{str(key)[:40]!r} as a key")
+            self.take(":")
+            yield key
+            if self.take(",}") == "}":
+                return
+
+
+def _json_list(path: Path, shown: str) -> Iterator[Row | Refusal]:
+    """Rows of a JSON list, of the only list in an object, or the object as one row; never all of it in memory.
+
+    Many people call JSON lines `.json`, so these are read too.
+    """
+    try:
+        with path.open("rb") as f:
+            stream = _JsonStream(f)
+            first = stream.peek()
+            if first not in ("[", "{"):
+                value = stream.value()
+                raise DataError(
+                    f"{shown} holds a {type(value).__name__}", wanted="a list of rows", cure="check the file"
+                )
+        if first == "{" and _first_line_is_all(path):
+            yield from _json_lines(path, shown)
+            return
+        only = _only_list(path) if first == "{" else None
+    except ValueError as error:
+        if _some_line_is_a_row(path):
+            yield from _json_lines(path, shown)
+        else:
+            yield Refusal(shown, "", "bad_json", str(error))
         return
-    if isinstance(data, dict):
-        lists = [v for v in data.values() if isinstance(v, list)]
-        data = lists[0] if len(lists) == 1 else [data]
-    if not isinstance(data, list):
-        raise DataError(f"{shown} holds a {type(data).__name__}", wanted="a list of rows", cure="check the file")
-    for number, row in enumerate(data, 1):
-        yield f"{shown}:{number}", row
+    number = 0
+    with path.open("rb") as f:
+        stream = _JsonStream(f)
+        try:
+            if first == "{" and only is None:
+                yield f"{shown}:1", stream.value()
+                return
+            if only is not None:
+                for at, _ in enumerate(stream.keys()):
+                    if at == only:
+                        break
+                    stream.value()
+            for number, row in enumerate(stream.items(), 1):
+                yield f"{shown}:{number}", row
+            if only is None and stream.peek():
+                raise ValueError("something follows the list")
+        except ValueError as error:
+            where = f"{shown}:{number + 1}" if number else shown
+            yield Refusal(where, "", "bad_json", f"{error}; the rest is not read")
+
+
+def _only_list(path: Path) -> int | None:
+    """Which value of the object in `path` is its only list; None when there are none or several. Raises ValueError."""
+    lists = []
+    with path.open("rb") as f:
+        stream = _JsonStream(f)
+        for at, _ in enumerate(stream.keys()):
+            if stream.peek() == "[":
+                lists.append(at)
+                for _ in stream.items():
+                    pass
+            else:
+                stream.value()
+        if stream.peek():
+            raise ValueError("something follows the object")
+    return lists[0] if len(lists) == 1 else None
+
+
+def _first_line_is_all(path: Path) -> bool:
+    """Whether the first line is a whole object and something follows it."""
+    with path.open("rb") as f:
+        line = b"\n"
+        while line and not line.strip(b" \t\r\n\xef\xbb\xbf"):
+            line = f.readline(MAX_LINE)
+        return _is_row(line) and any(more.strip() for more in iter(lambda: f.read(_CHUNK), b""))
+
+
+def _some_line_is_a_row(path: Path) -> bool:
+    with path.open("rb") as f:
+        lines = [f.readline(MAX_LINE) for _ in range(20)]
+    return sum(1 for line in lines if line.strip()) > 1 and any(_is_row(line) for line in lines)
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return isinstance(parse_json(line), dict)
+    except ValueError:
+        return False
 
 
 def _csv(path: Path, shown: str) -> Iterator[Row | Refusal]:
@@ -113,6 +268,8 @@ def _csv(path: Path, shown: str) -> Iterator[Row | Refusal]:
             raise DataError(f"{shown}: {error}", wanted="a CSV file", cure="check its first line") from None
         if not header:
             return
+        # what is not UTF-8 in a name is escaped, since the cells under it may be sound
+        header = [name.encode("utf-8", "backslashreplace").decode() for name in header]
         header = [name.strip() or f"column_{number}" for number, name in enumerate(header, 1)]
         while True:
             try:
@@ -134,29 +291,9 @@ def _csv(path: Path, shown: str) -> Iterator[Row | Refusal]:
 
 
 def csv_encoding(path: Path) -> str:
-    """`gb18030` (which includes GBK) when the file is Chinese text in it, else `utf-8-sig`.
-
-    That it decodes is not enough, since so does much Latin-1 and broken UTF-8: hardly a line with other than ASCII
-    may be UTF-8, and most characters must be common ones (GB 2312). Raises OSError.
-    """
-    utf8 = other = characters = common = 0
+    """`gb18030` (which includes GBK) when the file is Chinese text in it, else `utf-8-sig`. Raises OSError."""
     with path.open("rb") as f:
-        while line := f.readline(MAX_LINE):
-            if line.isascii():
-                continue
-            try:
-                line.decode()
-                utf8 += 1
-                continue
-            except UnicodeDecodeError:
-                other += 1
-            try:
-                beyond = [c for c in line.decode("gb18030") if not c.isascii()]
-            except UnicodeDecodeError:
-                return "utf-8-sig"
-            characters += len(beyond)
-            common += len("".join(beyond).encode("gb2312", "ignore")) // 2
-    return "gb18030" if other > 10 * utf8 and common >= 0.8 * characters else "utf-8-sig"
+        return "gb18030" if looks_gb18030(iter(lambda: f.readline(MAX_LINE), b"")) else "utf-8-sig"
 
 
 def _encodable(text: str) -> bool:
@@ -167,13 +304,64 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _parquet(path: Path, shown: str) -> Iterator[Row | Refusal]:
+def parquet_rows(path: Path, shown: str) -> Iterator[Row | Refusal]:
+    """Rows of a Parquet file; the `key=value` folders above it (Hive partitions) are columns of every row.
+
+    A row group that cannot be read is one Refusal, and the next one is read all the same.
+    """
+    partitions = {unquote(k): None if v == _NULL else unquote(v) for k, v in _HIVE.findall(shown)}
     try:
-        with pq.ParquetFile(path) as f:
-            number = 0
-            for batch in f.iter_batches(256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{shown}:{number}", row
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"{shown} is no Parquet file: {str(error)[:120]}", cure="check the file") from None
+        opened = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        yield Refusal(shown, "", "bad_table", f"no Parquet file: {str(error)[:120]}")
+        return
+    before = 0
+    with opened as f:
+        for at in range(f.num_row_groups):
+            group, number = f.metadata.row_group(at), before
+            try:
+                most = rows_at_a_time(group.total_byte_size, group.num_rows)
+                for batch in f.iter_batches(most, row_groups=[at], use_threads=False):
+                    for outcome in rows_of_batch(batch, shown, number):
+                        if isinstance(outcome, Refusal):
+                            yield outcome
+                        else:
+                            yield outcome[0], {**partitions, **outcome[1]}
+                    number += batch.num_rows
+            except (pa.ArrowException, OSError, MemoryError) as error:
+                detail = f"{str(error)[:120]}; the rest of its {group.num_rows:,} rows is not read"
+                yield Refusal(f"{shown}:{number + 1}", "", "bad_table", f"row group {at + 1}: {detail}")
+            before += group.num_rows
+
+
+def rows_at_a_time(size: int, rows: int) -> int:
+    """How many rows to hold, where `rows` of them have `size` bytes."""
+    return max(1, min(256, BATCH_BYTES * max(1, rows) // max(1, size)))
+
+
+def rows_of_batch(batch: pa.RecordBatch, shown: str, before: int) -> Iterator[Row | Refusal]:
+    """Rows of an Arrow batch as mappings; `before` rows of the file come before it.
+
+    A row whose values cannot be had (text that is not UTF-8, a date beyond all calendars) is refused alone.
+    """
+    try:
+        batch.validate(full=True)  # offsets that lie would read beyond the file
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        rows = None
+    if rows is not None:
+        yield from ((f"{shown}:{number}", row) for number, row in enumerate(rows, before + 1))
+        return
+    for at in range(batch.num_rows):
+        where = f"{shown}:{before + at + 1}"
+        try:
+            one = batch.slice(at, 1)
+            one.validate(full=True)
+            row = one.to_pylist()[0]
+        except UnicodeDecodeError:
+            yield Refusal(where, "", "bad_encoding", "not UTF-8")
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            reason = "bad_encoding" if "UTF8" in str(error) else "bad_row"
+            yield Refusal(where, "", reason, str(error)[:120])
+        else:
+            yield where, row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,58 +20,83 @@ from mmlm.corpus.drafts import (
     as_split,
     as_text,
     media_part,
+    media_root,
     pick_wording,
 )
-from mmlm.corpus.readers.rows import read_rows
+from mmlm.corpus.readers.rows import Row, read_rows
 from mmlm.corpus.records import Part, Record, Target
 from mmlm.corpus.select import fill, find, is_template
 from mmlm.errors import DataError
 from mmlm.storage import sha256_bytes, sha256_json
 
+_HALF = "a text with half a surrogate pair in it"
 
-def read_table(source: TableSource, files: list[tuple[str, Path]], data: str) -> Outcomes:
+
+def read_table(source: TableSource, files: Iterable[tuple[str, Path]], data: str) -> Outcomes:
     """Drafts of every row of `files` ((name shown, path)), every question of `source.ask` counted.
 
     Raises DataError when a column that the map or a question names is in no row at all.
     """
-    reader = _Reader(source, data)
-    for shown, path in files:
-        for row in read_rows(path, shown):
-            if isinstance(row, Refusal):
-                yield row
-            else:
-                yield from reader.row(shown, *row)
-    reader.require_columns([shown for shown, _ in files])
+    rows = ((shown, row, "") for shown, path in files for row in read_rows(path, shown))
+    yield from read_asked(source, rows, data)
+
+
+def read_asked(
+    source: TableSource, rows: Iterable[tuple[str, Row | Refusal, str]], data: str, by_content: bool = False
+) -> Outcomes:
+    """Drafts of `rows` ((source shown, row, its split or "")), as the map and the questions of `source` say.
+
+    `by_content`: a row without a group is grouped by the content of its media, as long as one record is made of it.
+    Raises DataError when a column that the map or a question names is in no row at all.
+    """
+    reader = _Reader(source, data, by_content)
+    shown: dict[str, None] = {}
+    for name, row, split in rows:
+        if len(shown) < 3:
+            shown[name] = None
+        if isinstance(row, Refusal):
+            yield row
+        else:
+            yield from reader.row(name, *row, split)
+    reader.require_columns([*shown])
 
 
 class _Reader:
     """Reads rows; remembers which selectors ever found something, and how often each id-less row was seen."""
 
-    def __init__(self, source: TableSource, data: str) -> None:
-        self.source, self.data = source, data
+    def __init__(self, source: TableSource, data: str, by_content: bool = False) -> None:
+        self.source, self.data, self.root = source, data, source.root
         self.unseen = {s: s for s in _columns(source)}
         self.rows, self.columns = 0, set[str]()
         self.repeats: dict[int, int] = {}
         names = [ask.task for ask in source.ask]
         alone = len(source.ask) == 1 and source.ask[0].each is None
+        self.by_content = by_content and alone
         self.suffixes = [
             "" if alone else f"#{ask.task}" if names.count(ask.task) == 1 else f"#{ask.task}-{i + 1}"
             for i, ask in enumerate(source.ask)
         ]
 
-    def row(self, shown: str, where: str, row: Any) -> Outcomes:
+    def row(self, shown: str, where: str, row: Any, split: str = "") -> Outcomes:
         if not isinstance(row, dict):
             yield Refusal(where, "", "bad_row", f"a {type(row).__name__} where a mapping of columns is wanted")
             return
         self.rows += 1
+        self.root = media_root(self.source.root, shown)
         if len(self.columns) < 1000:
             self.columns.update(str(k) for k in row)
         for selector in [s for s in self.unseen if find(row, s)]:
             del self.unseen[selector]
         try:
-            base = self.base(shown, row)
+            base = self.base(shown, row, split)
         except RefuseError as error:
             yield Refusal(where, "", error.reason, error.detail)
+            return
+        except RecursionError:
+            yield Refusal(where, "", "bad_json", "nested too deeply")
+            return
+        except UnicodeEncodeError:
+            yield Refusal(where, "", "bad_encoding", _HALF)
             return
         for ask, suffix in zip(self.source.ask, self.suffixes, strict=True):
             for key, scope in _entries(ask, row):
@@ -82,9 +107,11 @@ class _Reader:
                     yield Draft(self.ask(ask, base, name, row, scope), where)
                 except RefuseError as error:
                     yield Refusal(where, name, error.reason, error.detail)
+                except UnicodeEncodeError:
+                    yield Refusal(where, name, "bad_encoding", _HALF)
 
-    def base(self, shown: str, row: dict[str, Any]) -> Record:
-        """What all questions of a row share."""
+    def base(self, shown: str, row: dict[str, Any], given: str = "") -> Record:
+        """What all questions of a row share. `given` is the split of its file."""
         columns = self.source.map
 
         def cell(selector: str | None) -> str | None:
@@ -94,20 +121,22 @@ class _Reader:
         group = cell(columns.group)
         if identity is None:
             identity = sha256_json(_plain(row))[:20]
-            group = group or identity
+            group = group or ("" if self.by_content else identity)
             seen = self.repeats.get(int(identity, 16), 0)
             self.repeats[int(identity, 16)] = seen + 1
             identity += f"-{seen + 1}" if seen else ""
         split = as_split(next(iter(find(row, columns.split)), None)) if columns.split else ""
+        group = group or ("" if self.by_content else identity)
         return Record(
-            identity, (), split=split or self.source.split, group=group or identity, lang=cell(columns.lang) or "",
+            identity, (), split=split or self.source.split or given, group=group, lang=cell(columns.lang) or "",
             source=cell(columns.source) or shown, license=cell(columns.license) or self.source.license,
         )  # fmt: skip
 
     def ask(self, ask: Ask, base: Record, name: str, row: dict[str, Any], scope: dict[str, Any]) -> Record:
         lang = (_value_text(ask.lang, scope, literal=True) if ask.lang else None) or base.lang or self.source.lang
         number = int(sha256_bytes(base.id.encode())[:8], 16)
-        wording, lang = pick_wording(ask.question, lang, number)
+        target = _target(ask, scope)
+        wording, lang = pick_wording(ask.question, lang, number, target.text)
         question = fill(wording, scope)
         if question is None:
             raise RefuseError("no_question", f"a hole of {wording[:60]!r} is empty")
@@ -115,16 +144,16 @@ class _Reader:
         parts = [
             *self.media("image", ask.image, scope),
             *self.media("audio", ask.audio, scope),
+            *self.media("video", ask.video, scope),
             *self.fields(row),
         ]
         context = _value_text(ask.context, scope) if ask.context else None
         if context:
             parts.append(Part("text", "context", context))
         parts += [Part("text", text=t) for t in (text, question) if t]
-        target = _target(ask, scope)
         told = text is not None or question != wording or any(p.modality != "text" for p in parts)
         if not told:
-            raise RefuseError("no_parts", "neither text, picture, sound nor fields in this row")
+            raise RefuseError("no_parts", "neither text, picture, sound, video nor fields in this row")
         return Record(
             name, tuple(parts), ask.task, target, base.split, base.group, lang, base.source, base.license
         )  # fmt: skip
@@ -139,7 +168,7 @@ class _Reader:
             found = [v for v in found if v not in ("", None)]
             if found:
                 for value in found if columns.many == "all" else found[:1]:
-                    yield media_part(kind, value, self.source.root, self.data)
+                    yield media_part(kind, value, self.root, self.data)
                 return
 
     def fields(self, row: dict[str, Any]) -> Iterator[Part]:
@@ -171,6 +200,7 @@ def _columns(source: TableSource) -> set[str]:
     fields = [columns.fields] if isinstance(columns.fields, str) else [*columns.fields.values()]
     single = [*columns.image] if len(columns.image) == 1 else []
     single += [*columns.audio] if len(columns.audio) == 1 else []
+    single += [*columns.video] if len(columns.video) == 1 else []
     named = [columns.id, columns.group, columns.split, columns.lang, columns.license, columns.source, *fields, *single]
     for ask in source.ask:
         named += [ask.labels, ask.each] if ask.each is None else [ask.each]

@@ -1,0 +1,61 @@
+"""Arrays that grow on disk, and the same function over many batches in several processes, in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+U = TypeVar("U")
+ALONE = 64
+"""Batches up to which starting processes costs more than it saves."""
+
+
+class GrowingArray:
+    """An array that is appended to on disk and then read by memory map: what does not fit in memory stays outside."""
+
+    def __init__(self, path: Path, dtype: Any, width: int = 1) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.dtype, self.width = path, np.dtype(dtype), width
+        self._file = path.open("wb")
+
+    def append(self, values: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(values, dtype=self.dtype).data)
+
+    def read(self) -> np.ndarray:
+        """All of it, (n,) or (n, width), read-only. Nothing can be appended afterwards."""
+        self._file.close()
+        size = self.path.stat().st_size // self.dtype.itemsize
+        if not size:
+            found = np.empty(0, dtype=self.dtype)
+        else:
+            found = np.memmap(self.path, dtype=self.dtype, mode="r")
+        return found.reshape(-1, self.width) if self.width > 1 else found
+
+
+def in_order(function: Callable[[T], U], batches: Iterable[T], workers: int) -> Iterator[U]:
+    """`function` of every batch, in order; by `workers` processes where there are more than ALONE batches.
+
+    `function` must be a function of a module (or a partial of one), and pure: the results do not depend on `workers`.
+    """
+    stream = iter(batches)
+    head = list(islice(stream, ALONE + 1)) if workers > 1 else []
+    if len(head) <= ALONE:
+        yield from map(function, chain(head, stream))
+        return
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method)) as pool:
+        waiting: deque[Future[U]] = deque()
+        for batch in chain(head, stream):
+            waiting.append(pool.submit(function, batch))
+            if len(waiting) > 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

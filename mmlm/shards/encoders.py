@@ -1,0 +1,540 @@
+"""Pretrained encoders: stored pictures and sounds → the features of a checkpoint that lies on local disk.
+
+A checkpoint is a folder as transformers writes it: `config.json`, weights as safetensors and, for pictures,
+`preprocessor_config.json`. Pickled weights are never opened, code that comes with a checkpoint is never run, nothing
+is fetched.
+
+The same bytes come out wherever the work is done, on one kind of processor and one pinned stack: weights and arithmetic
+are float32, one thread computes, and batches never reach beyond a unit and all have the same size, the last filled up.
+Another `batch` may change the last bits, which the rounding to float16 mostly hides: so it is part of the recipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from mmlm.errors import ConfigError, DataError, LaunchError
+from mmlm.features.config import EncoderConfig, FeaturesConfig
+from mmlm.features.sample import Sample
+from mmlm.features.spec import AudioSpec, EncoderSpec, FeatureSpec, ImageSpec
+from mmlm.shards.codec import pack_features
+from mmlm.storage import sha256_file, sha256_json
+
+IMAGE_MODELS = ("clip", "clip_vision_model", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "siglip",
+                "siglip_vision_model", "vit")  # fmt: skip
+"""`model_type` of the checkpoints that read square pictures of one size."""
+AUDIO_MODELS = ("whisper",)
+AHEAD = 2
+"""Batches of one encoder that are computed while the next are being read."""
+HELD_BYTES = 64 << 20
+"""Bytes of samples that wait for their features; beyond, batches are filled up and sent."""
+MAX_JSON = 16 << 20
+"""Bytes of a checkpoint's JSON file, at most."""
+_SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors.index.json")
+
+Features = list[np.ndarray]
+"""For each item (tokens, dim) float16."""
+
+
+class Ask(Protocol):
+    """Something that encodes items, here or elsewhere."""
+
+    batch: int
+
+    def submit(self, items: list[np.ndarray]) -> Callable[[], Features]:
+        """Begin with at most `batch` items; what is returned waits for the result."""
+        ...
+
+
+def digest(config: EncoderConfig) -> str:
+    """sha256 over the names and bytes of the files of a checkpoint that are read. Raises ConfigError."""
+    return sha256_json({path.name: sha256_file(path) for path in _files(config)})
+
+
+def digests(config: FeaturesConfig) -> dict[str, dict[str, str]]:
+    """What an artifact's identity holds of the encoders: {} where there are none."""
+    found: dict[str, str] = {kind: digest(one) for kind, one in sorted(config.encoders.items())}
+    return {"encoders": found} if found else {}
+
+
+def describe(config: FeaturesConfig, spec: FeatureSpec) -> dict[str, EncoderSpec]:
+    """What the encoders of `config` give for what `spec` stores; without those whose kind the corpus does not have.
+
+    Raises ConfigError when a checkpoint cannot be used, or reads something else than what is stored.
+    """
+    found = {}
+    for kind, one in sorted(config.encoders.items()):
+        if getattr(config, kind) is None:
+            raise ConfigError(
+                f"features.encoders.{kind}, but there is no features.{kind}",
+                wanted=f"features.{kind}: the encoder reads what is stored", cure=f"set features.{kind} as well",
+            )  # fmt: skip
+        stored: ImageSpec | AudioSpec | None = getattr(spec, kind)
+        if stored is not None:
+            found[str(kind)] = _describe(one, stored)
+    return found
+
+
+def recipe(config: FeaturesConfig, spec: FeatureSpec) -> dict[str, Any]:
+    """What of the encoders changes bytes: their digests in place of their folders. {} where there are none."""
+    if not spec.encoders:
+        return {}
+    settings = config.encoders
+    return {
+        "encoders": {
+            kind: [one.digest, settings[kind].layer, settings[kind].batch]  # type: ignore[index]
+            for kind, one in spec.encoders.items()
+        },
+        "encoder_versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def make_encoders(config: FeaturesConfig, spec: FeatureSpec) -> dict[str, PretrainedEncoder]:
+    """kind → encoder, in order of kind; weights are read when the first item comes."""
+    found = {}
+    for kind, one in sorted(spec.encoders.items()):
+        stored = getattr(spec, kind)
+        settings = config.encoders[kind]  # type: ignore[index]
+        found[kind] = PretrainedEncoder(settings.model_copy(update={"folder": _absolute(settings)}), one, stored)
+    return found
+
+
+class PretrainedEncoder:
+    """One checkpoint in this process, on its GPU if it sees one. Travels to other processes without its weights."""
+
+    def __init__(self, config: EncoderConfig, spec: EncoderSpec, stored: ImageSpec | AudioSpec) -> None:
+        self.config, self.spec, self.stored = config, spec, stored
+        self.batch = config.batch
+        self._loaded: tuple[Any, Any] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PretrainedEncoder, (self.config, self.spec, self.stored)
+
+    def submit(self, items: list[np.ndarray]) -> Callable[[], Features]:
+        found = self.encode(items)
+        return lambda: found
+
+    def encode(self, items: list[np.ndarray]) -> Features:
+        """Features of at most `batch` stored items, pictures (H, W, C) uint8 or log-mels (frames, n_mels).
+
+        Raises ConfigError when the checkpoint is not what it was, LaunchError when the GPU's memory does not suffice.
+        """
+        torch = _torch()
+        model, reader = self._load()
+        inputs = reader.read(items, self.batch)
+        with _reproducible():
+            try:
+                device = next(model.parameters()).device
+                given = model(**{reader.argument: torch.from_numpy(inputs).to(device)})
+                chosen = given.last_hidden_state
+                if self.config.layer == "pooled" and not isinstance(self.stored, AudioSpec):
+                    chosen = given.pooler_output[:, None]
+                values = chosen[: len(items)].float().cpu().numpy()
+            except torch.OutOfMemoryError:
+                raise LaunchError(
+                    f"the memory of the GPU does not hold {self.batch} items for {self.config.folder}",
+                    cure="lower `batch` of that encoder",
+                ) from None
+        return [self._stored(value, item) for value, item in zip(values, items, strict=True)]
+
+    def _stored(self, values: np.ndarray, item: np.ndarray) -> np.ndarray:
+        """(tokens, dim) float32 → what is stored: of a sound only the tokens that it lasts, or their mean."""
+        if isinstance(self.stored, AudioSpec):
+            values = values[: max(1, math.ceil(len(item) / 2))]
+            if self.config.layer == "pooled":
+                values = values.mean(axis=0, keepdims=True)
+        if not np.isfinite(values).all():
+            raise DataError(
+                f"the encoder in {self.config.folder} gives values that are not numbers", cure="use another checkpoint"
+            )
+        largest = np.finfo(np.float16).max  # beyond that float16 knows only infinity
+        return np.clip(values, -largest, largest).astype(np.float16)
+
+    def _load(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            if (found := digest(self.config)) != self.spec.digest:
+                raise ConfigError(
+                    f"the checkpoint in {self.config.folder} has the digest {found[:12]}",
+                    wanted=f"{self.spec.digest[:12]}, which the shards were begun with",
+                    cure="put the same files there, on every machine",
+                )
+            reader = _reader(self.config, self.stored)
+            self._loaded = _load_model(self.config, reader), reader
+        return self._loaded
+
+
+def with_features(
+    packed: Iterable[tuple[Sample, dict[str, bytes]]],
+    encoders: Mapping[str, Ask],
+    stored_images: Callable[[Sample, Mapping[str, bytes]], list[np.ndarray]],
+) -> Iterator[tuple[Sample, dict[str, bytes]]]:
+    """The samples with their `features` and the members that hold them, in the same order.
+
+    `stored_images` gives the pictures of a sample as a reader of the shard will see them. Which items share a batch
+    depends on the samples alone.
+    """
+    queues = {kind: _Queue(encoder) for kind, encoder in encoders.items()}
+    waiting: deque[tuple[Sample, dict[str, bytes], int]] = deque()
+    held = 0
+    for sample, members in packed:
+        size = sum(map(len, members.values()))
+        for kind, queue in queues.items():
+            items = stored_images(sample, members) if kind == "image" else sample.sounds
+            if items:
+                sample.features[kind] = []
+                size += sum(item.nbytes for item in items)
+                for item in items:
+                    queue.add(item, sample.features[kind])
+        waiting.append((sample, members, size))
+        held += size
+        if held > HELD_BYTES:
+            for queue in queues.values():
+                queue.finish()
+        while waiting and _is_whole(waiting[0][0]):
+            sample, members, size = waiting.popleft()
+            held -= size
+            yield sample, dict(sorted({**members, **pack_features(sample.features)}.items()))
+    for queue in queues.values():
+        queue.finish()
+    for sample, members, _ in waiting:
+        yield sample, dict(sorted({**members, **pack_features(sample.features)}.items()))
+
+
+_MISSING = np.zeros((0, 0), np.float16)
+"""Stands where features are still to come."""
+
+
+def _is_whole(sample: Sample) -> bool:
+    return all(one is not _MISSING for some in sample.features.values() for one in some)
+
+
+class _Queue:
+    """Items of one kind on their way through an encoder."""
+
+    def __init__(self, encoder: Ask) -> None:
+        self.encoder = encoder
+        self.items: list[np.ndarray] = []
+        self.places: list[tuple[Features, int]] = []
+        self.sent: deque[tuple[Callable[[], Features], list[tuple[Features, int]]]] = deque()
+
+    def add(self, item: np.ndarray, features: Features) -> None:
+        """Queue `item`; its features will stand at the end of `features`."""
+        features.append(_MISSING)
+        self.items.append(item)
+        self.places.append((features, len(features) - 1))
+        if len(self.items) == self.encoder.batch:
+            self._send()
+            if len(self.sent) > AHEAD:
+                self._receive()
+
+    def finish(self) -> None:
+        """Wait for the features of all items."""
+        if self.items:
+            self._send()
+        while self.sent:
+            self._receive()
+
+    def _send(self) -> None:
+        self.sent.append((self.encoder.submit(self.items), self.places))
+        self.items, self.places = [], []
+
+    def _receive(self) -> None:
+        result, places = self.sent.popleft()
+        for (features, at), value in zip(places, result(), strict=True):
+            features[at] = value
+
+
+class _Pictures:
+    """Stored pictures → what a vision model reads: its size, its mean and deviation."""
+
+    argument = "pixel_values"
+
+    def __init__(self, config: EncoderConfig, stored: ImageSpec, settings: dict[str, Any]) -> None:
+        own = settings.get("vision_config", settings)
+        self.channels = int(own.get("num_channels", 3))
+        if self.channels != 3 and self.channels != stored.channels:
+            raise ConfigError(
+                f"the encoder in {config.folder} reads {self.channels} channels",
+                wanted=f"3, or the {stored.channels} of features.image", cure="use another checkpoint",
+            )  # fmt: skip
+        given = _read_json(config, "preprocessor_config.json")
+        if given is None:
+            given = (_read_json(config, "processor_config.json") or {}).get("image_processor")
+        if not isinstance(given, dict):
+            raise ConfigError(
+                f"{config.folder} has no preprocessor_config.json", wanted="the size, mean and deviation it was trained on",
+                cure="take that file from where the checkpoint came from",
+            )  # fmt: skip
+        try:
+            self.factor = float(given.get("rescale_factor", 1 / 255)) if given.get("do_rescale", True) else 1.0
+            normal = given.get("do_normalize", True)
+            self.mean = np.array(given["image_mean"] if normal else 0.0, np.float32)
+            self.deviation = np.array(given["image_std"] if normal else 1.0, np.float32)
+            self.size = _size(given, own)  # (width, height)
+            self.resample = Image.Resampling(given.get("resample", Image.Resampling.BICUBIC))
+            self.read([np.zeros((1, 1, stored.channels), np.uint8)], 1)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"the preprocessor of {config.folder} cannot be used ({type(error).__name__}: {error})",
+                wanted="image_mean, image_std, size and resample as transformers writes them",
+            ) from None
+
+    def read(self, items: list[np.ndarray], batch: int) -> np.ndarray:
+        """(batch, channels, height, width) float32; behind the last item black pictures."""
+        width, height = self.size
+        pixels = np.zeros((batch, height, width, self.channels), np.uint8)
+        for at, item in enumerate(items):
+            if item.shape[:2] != (height, width):
+                picture = Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item)
+                item = np.asarray(picture.resize(self.size, self.resample)).reshape(height, width, -1)
+            pixels[at] = item  # grey is repeated
+        values = (pixels.astype(np.float32) * np.float32(self.factor) - self.mean) / self.deviation
+        return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+
+    def empty(self) -> tuple[int, ...]:
+        return (1, self.channels, self.size[1], self.size[0])
+
+
+class _Sounds:
+    """Stored log-mels → what a Whisper encoder reads: always its full length."""
+
+    argument = "input_features"
+
+    def __init__(self, config: EncoderConfig, stored: AudioSpec, settings: dict[str, Any]) -> None:
+        self.n_mels = int(settings.get("num_mel_bins", 80))
+        self.frames = 2 * int(settings.get("max_source_positions", 1500))
+        wanted = {"scale": "whisper", "n_mels": self.n_mels, "sample_rate": 16000, "n_fft": 400, "hop": 160}
+        if wrong := {name: value for name, value in wanted.items() if getattr(stored, name) != value}:
+            raise ConfigError(
+                f"features.audio has {', '.join(f'{name} {getattr(stored, name)}' for name in wrong)}",
+                wanted=", ".join(f"{name} {value}" for name, value in wrong.items())
+                + f", which the encoder in {config.folder} reads",
+                cure="set features.audio so, or use another encoder",
+            )
+        if stored.max_frames > self.frames:
+            longest = self.frames * stored.hop / stored.sample_rate
+            raise ConfigError(
+                f"features.audio.max_seconds = {stored.max_seconds:g}",
+                wanted=f"at most {longest:g}, the length that the encoder in {config.folder} reads",
+                cure="lower it, or cut the sounds in the scan (`pieces`)",
+            )
+
+    def read(self, items: list[np.ndarray], batch: int) -> np.ndarray:
+        """(batch, n_mels, frames) float32. A sound is followed by what silence is beside it: 8 decades below its
+        loudest value, the floor of the scale, as if zeros had stood behind it before its log-mel was taken.
+        """
+        values = np.zeros((batch, self.n_mels, self.frames), np.float32)
+        for at, item in enumerate(items):
+            mel = item.astype(np.float32)
+            values[at] = max(-1.5, float(mel.max()) - 2.0)
+            values[at, :, : len(mel)] = mel.T
+        return values
+
+    def empty(self) -> tuple[int, ...]:
+        return (1, self.n_mels, self.frames)
+
+
+def _describe(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> EncoderSpec:
+    found = digest(config)
+    reader = _reader(config, stored)
+    dim, tokens = _shape(config, reader)
+    if isinstance(stored, AudioSpec):
+        tokens = max(1, math.ceil(stored.max_frames / 2))
+    return EncoderSpec(digest=found, dim=dim, tokens=1 if config.layer == "pooled" else tokens)
+
+
+def _reader(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> _Pictures | _Sounds:
+    settings = _read_json(config, "config.json") or {}
+    kind, models = ("audio", AUDIO_MODELS) if isinstance(stored, AudioSpec) else ("image", IMAGE_MODELS)
+    model = settings.get("model_type")
+    if model == "timm_wrapper" or (model is None and "architecture" in settings):
+        raise ConfigError(
+            f"{config.folder} is a checkpoint of timm, which needs torchvision",
+            wanted="a checkpoint of transformers",
+            cure="most networks of timm are published for transformers too, such as google/vit-base-patch16-224",
+        )
+    if model not in models:
+        raise ConfigError(
+            f"{config.folder} holds a model of type {model!r}", wanted=f"one of {', '.join(models)} for {kind}s"
+        )
+    if "quantization_config" in settings or (Path(config.folder) / "adapter_config.json").exists():
+        raise ConfigError(f"{config.folder} is quantised or an adapter", wanted="plain weights in one folder")
+    try:
+        if isinstance(stored, AudioSpec):
+            return _Sounds(config, stored, settings)
+        return _Pictures(config, stored, settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"config.json of {config.folder} cannot be used ({error})") from None
+
+
+def _size(given: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[int, int]:
+    """(width, height) that a vision model was trained on: what its preprocessor cuts out, else makes."""
+    size = (given.get("crop_size") if given.get("do_center_crop") else None) or given.get("size") or own["image_size"]
+    width: Any
+    height: Any
+    if isinstance(size, dict):
+        side = size.get("shortest_edge")
+        width, height = size.get("width", side), size.get("height", side)
+    else:
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+    if not (0 < int(width) <= 4096 and 0 < int(height) <= 4096):
+        raise ValueError(f"a size of {width} × {height} pixels")
+    return int(width), int(height)
+
+
+def _absolute(config: EncoderConfig) -> str:
+    return os.path.abspath(os.path.expanduser(config.folder))
+
+
+def _files(config: EncoderConfig) -> list[Path]:
+    """The files of a checkpoint that are read, sorted. Raises ConfigError when it is none, or has only pickles."""
+    folder = Path(_absolute(config))
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "is no folder"
+        raise ConfigError(
+            f"{config.folder} {what}", wanted="a checkpoint folder of transformers on local disk (config.json, *.safetensors)",
+            cure="check features.encoders; `save_pretrained` of transformers writes such a folder",
+        )  # fmt: skip
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickles = sorted(
+            p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5")
+        )
+        raise ConfigError(
+            f"{config.folder} has no *.safetensors" + (f", only {', '.join(pickles)}" if pickles else ""),
+            wanted="weights as safetensors: pickles can run code and are never opened",
+            cure="convert it where you trust it: load it with transformers, then `save_pretrained`",
+        )
+    index = _read_json(config, "model.safetensors.index.json")
+    named = set((index or {}).get("weight_map", {}).values())
+    if strange := sorted(map(str, named - {path.name for path in weights})):
+        raise ConfigError(f"the index of {config.folder} names {strange[0]!r}", wanted="files that lie in the folder")
+    return sorted([*(folder / name for name in _SETTINGS if (folder / name).is_file()), *weights])
+
+
+def _read_json(config: EncoderConfig, name: str) -> dict[str, Any] | None:
+    path = Path(_absolute(config)) / name
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON + 1)
+        if len(data) > MAX_JSON:
+            raise ValueError("it is too long")
+        found = json.loads(data)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read ({error})", wanted="a JSON file") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds {type(found).__name__}", wanted="an object")
+    return found
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch
+
+
+def _transformers() -> Any:
+    """The library, quiet. Raises ConfigError when it is not installed."""
+    try:
+        version("transformers")
+    except PackageNotFoundError:
+        raise ConfigError(
+            "features.encoders need transformers, which is not installed",
+            cure="pip install 'mmlm-workflows[encoders]'",
+        ) from None
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _settings(config: EncoderConfig) -> Any:
+    """The checkpoint's own settings; of a pair of encoders those of its vision part. Raises ConfigError."""
+    folder = _absolute(config)
+    try:
+        found = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a strange config.json makes transformers raise
+        raise _unusable(config, error) from None
+    return getattr(found, "vision_config", found)
+
+
+def _shape(config: EncoderConfig, reader: _Pictures | _Sounds) -> tuple[int, int]:
+    """(dim, tokens) of the chosen layer, without reading weights: by a pass in which nothing is computed."""
+    settings, torch = _settings(config), _torch()
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            model = _part(_transformers().AutoModel.from_config(settings, attn_implementation="sdpa"))
+            given = model(**{reader.argument: torch.zeros(reader.empty())})
+        chosen = given.last_hidden_state
+        if config.layer == "pooled" and isinstance(reader, _Pictures):
+            chosen = given.pooler_output[:, None]
+    except Exception as error:  # sizes that do not fit raise what torch likes
+        raise _unusable(config, error) from None
+    return int(chosen.shape[2]), int(chosen.shape[1])
+
+
+def _load_model(config: EncoderConfig, reader: _Pictures | _Sounds) -> Any:
+    settings, torch = _settings(config), _torch()
+    try:
+        model, report = _transformers().AutoModel.from_pretrained(
+            _absolute(config), config=settings, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:
+        raise _unusable(config, error) from None
+    unused = "decoder." if isinstance(reader, _Sounds) else "pooler." if config.layer == "last" else "-"
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(unused))
+    if missing or report["mismatched_keys"]:
+        raise ConfigError(
+            f"the weights in {config.folder} lack {len(missing) or 'the shape of some'} of the model's tensors"
+            + (f", such as {missing[0]}" if missing else ""),
+            wanted="all of them: those that lack would be random",
+            cure="choose `layer: last`" if all("pooler" in name for name in missing) else "use another checkpoint",
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _part(model).eval().requires_grad_(False).to(device)
+
+
+def _part(model: Any) -> Any:
+    """Of a model with an encoder and a decoder, the encoder."""
+    return model.get_encoder() if model.config.model_type in AUDIO_MODELS else model
+
+
+def _unusable(config: EncoderConfig, error: Exception) -> ConfigError:
+    first = str(error).strip().split("\n", 1)[0][:300]
+    return ConfigError(
+        f"the checkpoint in {config.folder} cannot be used ({type(error).__name__}: {first})",
+        cure="use another checkpoint",
+    )
+
+
+@contextlib.contextmanager
+def _reproducible() -> Iterator[None]:
+    """One thread, plain float32, no gradients; afterwards all is as it was."""
+    torch = _torch()
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    try:
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")
+        quiet = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with torch.inference_mode(), quiet:
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,183 @@
+"""Hugging Face data sets on disk, written here as `datasets` 5.2 writes them, read without it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmlm.config import parse
+from mmlm.corpus.config import ScanConfig
+from mmlm.corpus.readers.hf import read_features
+from mmlm.corpus.scan import scan
+from mmlm.errors import ArtifactError, DataError
+from tests.corpus.samples import Scan, png, wav
+
+FEATURES: dict[str, Any] = {
+    "picture": {"_type": "Image"}, "label": {"names": ["cat", "狗"], "_type": "ClassLabel"},
+    "text": {"dtype": "string", "_type": "Value"},
+}  # fmt: skip
+SOURCE = {"kind": "hf"}
+
+
+def rows(count: int, first: int = 0) -> list[dict[str, Any]]:
+    return [
+        {"picture": {"bytes": png(first + i), "path": None}, "label": i % 2, "text": f"text {first + i}"}
+        for i in range(count)
+    ]
+
+
+def save(folder: Path, table: pa.Table, features: dict[str, Any], shards: int = 1) -> None:
+    """What `Dataset.save_to_disk` writes."""
+    folder.mkdir(parents=True)
+    names = [f"data-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
+    step = -(-len(table) // shards)
+    for i, name in enumerate(names):
+        with pa.OSFile(str(folder / name), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
+            writer.write_table(table.slice(i * step, step), max_chunksize=4)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names], "_split": None}))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
+
+
+def test_a_dictionary_of_splits(tmp_path: Path, scanned: Scan) -> None:
+    save(tmp_path / "d/train", pa.Table.from_pylist(rows(10)), FEATURES, 2)
+    save(tmp_path / "d/validation", pa.Table.from_pylist(rows(4, 50)), FEATURES)
+    save(tmp_path / "d/test", pa.Table.from_pylist([*rows(3, 90), {**rows(1, 99)[0], "label": -1}]), FEATURES)
+    (tmp_path / "d/dataset_dict.json").write_text('{"splits": ["train", "validation", "test"]}')
+    made = scanned(tmp_path, {**SOURCE, "path": "d"})
+    assert {s: made.counts[s] for s in ("train", "val", "test")} == {"train": 10, "val": 4, "test": 3}
+    assert list(made.reasons.values()) == ["no_target"]  # -1: a class that is not told
+    record = next(r for r in made.records.values() if any(p.text == "text 1" for p in r.parts))
+    assert (record.task, record.target.label) == ("label", "狗")
+    assert [p.kind for p in record.parts] == ["image", "text", "text"] and record.parts[0].data == png(1)
+
+
+def test_sounds_captions_lists_of_classes_and_answers(tmp_path: Path, scanned: Scan) -> None:
+    string = {"dtype": "string", "_type": "Value"}
+    spoken = [{"audio": {"bytes": wav(i + 1), "path": "x.wav"}, "sentence": f"s{i}"} for i in range(3)]
+    save(tmp_path / "a", pa.Table.from_pylist(spoken), {"audio": {"_type": "Audio"}, "sentence": string})
+    made = scanned(tmp_path, {**SOURCE, "path": "a"})
+    assert {(r.task, r.target.text) for r in made.records.values()} == {("transcript", f"s{i}") for i in range(3)}
+    tagged = [{"text": "a", "tags": [0, 1]}, {"text": "b", "tags": [1]}, {"text": "c", "tags": [7]}]
+    tags = {"feature": {"names": ["x", "y"], "_type": "ClassLabel"}, "_type": "List"}
+    save(tmp_path / "b", pa.Table.from_pylist(tagged), {"text": string, "tags": tags})
+    made = scanned(tmp_path, {**SOURCE, "path": "b"})
+    assert {r.target.labels for r in made.records.values()} == {("x", "y"), ("y",)}
+    assert list(made.reasons.values()) == ["bad_value"]
+    asked = pa.table({"context": ["c"], "question": ["q?"], "answer": ["a"]})
+    save(tmp_path / "c", asked, dict.fromkeys(("context", "question", "answer"), string))
+    record = next(iter(scanned(tmp_path, {**SOURCE, "path": "c"}).records.values()))
+    assert [(p.role, p.text) for p in record.parts] == [("context", "c"), ("user", "q?")]
+    pair = [{"x": {"bytes": png(1), "path": None}, "y": {"bytes": png(2), "path": None}, "text": "same?"}]
+    save(tmp_path / "e", pa.Table.from_pylist(pair), {"x": {"_type": "Image"}, "y": {"_type": "Image"}, "text": string})
+    record = next(iter(scanned(tmp_path, {**SOURCE, "path": "e"}).records.values()))
+    assert [p.data for p in record.parts[:2]] == [png(1), png(2)] and record.target.text == "same?"
+
+
+def test_map_and_ask_win(tmp_path: Path, scanned: Scan) -> None:
+    save(tmp_path / "d", pa.Table.from_pylist(rows(4)), FEATURES)
+    ask = [{"task": "say", "question": "Class {label}?", "answer": "text"}]
+    made = scanned(tmp_path, {**SOURCE, "path": "d", "map": {"id": "text"}, "ask": ask})
+    assert [p.text for p in made.records["text 1"].parts] == [None, "Class 狗?"]
+
+
+def test_a_picture_that_a_column_names_is_seen_to_change(tmp_path: Path) -> None:
+    string = {"dtype": "string", "_type": "Value"}
+    named = [{"file": f"{i}.png", "label": i % 2} for i in range(4)]
+    save(tmp_path / "raw/d", pa.Table.from_pylist(named), {"file": string, "label": FEATURES["label"]})
+    for i in range(4):
+        (tmp_path / f"raw/d/{i}.png").write_bytes(png(i))
+    source = {
+        **SOURCE,
+        "path": "d",
+        "map": {"image": "file"},
+        "ask": [{"task": "t", "question": "?", "label": "label"}],
+    }
+    config = parse(ScanConfig, {"sources": [source]}, "scan")
+    made = scan(config, data=tmp_path / "raw", out=tmp_path / "out")
+    assert made.counts["kept"] == 4
+    (tmp_path / "raw/d/2.png").write_bytes(png(9))
+    with pytest.raises(ArtifactError):
+        scan(config, data=tmp_path / "raw", out=tmp_path / "out")
+
+
+def test_a_repository_of_parquet_files(tmp_path: Path, scanned: Scan) -> None:
+    (tmp_path / "data").mkdir()
+    table = pa.Table.from_pylist(rows(6))
+    told = {b"huggingface": json.dumps({"info": {"features": FEATURES}}).encode()}
+    pq.write_table(table.replace_schema_metadata(told), tmp_path / "data/train-00000-of-00001.parquet")
+    pq.write_table(pa.Table.from_pylist(rows(3, 30)), tmp_path / "data/test-00000-of-00001.parquet")
+    made = scanned(tmp_path, SOURCE)
+    assert {r.target.label for r in made.records.values()} == {"cat", "狗"}
+    assert {(r.split, r.source.split("/")[1][:4]) for r in made.records.values()} <= {
+        ("train", "trai"), ("val", "trai"), ("test", "test"),
+    }  # fmt: skip
+    readme = """---
+configs:
+- config_name: small
+  data_files: [{split: train, path: data/test-*}]
+- config_name: big
+  data_files: [{split: test, path: data/*}]
+---
+"""
+    (tmp_path / "README.md").write_text(readme)
+    assert scanned(tmp_path, {**SOURCE, "config": "small", "split": ""}).counts["found"] == 3
+    with pytest.raises(DataError, match="small, big"):
+        scanned(tmp_path, SOURCE)
+    (tmp_path / "README.md").write_text(readme.replace("data/test-*", "../../*"))
+    with pytest.raises(DataError, match="outside its folder"):
+        scanned(tmp_path, {**SOURCE, "config": "small"})
+
+
+def test_classes_that_only_the_readme_tells(tmp_path: Path, scanned: Scan) -> None:
+    pq.write_table(pa.Table.from_pylist(rows(6)), tmp_path / "train.parquet")
+    features = (
+        "  - {name: picture, dtype: image}\n  - name: label\n    dtype: {class_label: {names: {'0': cat, '1': dog}}}\n"
+    )
+    (tmp_path / "README.md").write_text(f"---\ndataset_info:\n  features:\n{features}---\n")
+    assert {r.target.label for r in scanned(tmp_path, SOURCE).records.values()} == {"cat", "dog"}
+
+
+def test_hostile_and_broken_folders(tmp_path: Path, scanned: Scan) -> None:
+    save(tmp_path / "d", pa.Table.from_pylist(rows(20)), FEATURES, 2)
+    arrow = tmp_path / "d/data-00001-of-00002.arrow"
+    whole = arrow.read_bytes()
+    arrow.write_bytes(whole[: len(whole) // 2])
+    made = scanned(tmp_path, {**SOURCE, "path": "d"})
+    assert 10 <= made.counts["kept"] < 20 and set(made.reasons.values()) == {"bad_table"}
+    # the offsets of a column of text point far beyond its bytes
+    table = pa.table({"text": ["ok", "xx"], "label": [0, 1]})
+    with pa.OSFile(str(arrow), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
+        writer.write_table(table)
+    whole = arrow.read_bytes()
+    assert whole.count(b"\2\0\0\0\4\0\0\0") == 1
+    arrow.write_bytes(whole.replace(b"\2\0\0\0\4\0\0\0", b"\2\0\0\0\0\0\0\x7f"))
+    made = scanned(tmp_path, {**SOURCE, "path": "d"})
+    assert [r for w, r in made.reasons.items() if "00001" in w] == ["bad_row"]
+    (tmp_path / "d/state.json").write_text('{"_data_files": [{"filename": "../../etc/passwd"}]}')
+    with pytest.raises(DataError, match="outside its folder"):
+        scanned(tmp_path, {**SOURCE, "path": "d"})
+    (tmp_path / "d/state.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="nested too deeply"):
+        scanned(tmp_path, {**SOURCE, "path": "d"})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="save_to_disk"):
+        scanned(tmp_path, {**SOURCE, "path": "empty"})
+
+
+def test_what_cannot_be_inferred_is_asked_for(tmp_path: Path, scanned: Scan) -> None:
+    save(tmp_path / "d", pa.table({"text": ["a"]}), {"text": {"dtype": "string", "_type": "Value"}})
+    with pytest.raises(DataError, match="say in `ask`"):
+        scanned(tmp_path, {**SOURCE, "path": "d"})
+
+
+def test_features_in_old_and_new_forms() -> None:
+    label = {"names": ["a"], "_type": "ClassLabel"}
+    for told in ({"feature": label, "_type": "Sequence"}, {"feature": label, "_type": "List"}, [label]):
+        assert read_features({"x": told}).many == {"x"}
+    assert not read_features({"x": None, "y": {"_type": "Array2D"}, "z": []})
+    assert not read_features(["x"])

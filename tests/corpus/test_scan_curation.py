@@ -1,0 +1,110 @@
+"""Curation inside a scan: everything is accounted for, whatever the order of the lines."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from mmlm.artifacts import Artifact
+from mmlm.config import parse
+from mmlm.corpus.config import ScanConfig
+from mmlm.corpus.records import read_rows
+from mmlm.corpus.scan import scan
+from mmlm.errors import DataError
+
+WORDS = [
+    "rain",
+    "falls",
+    "softly",
+    "on",
+    "old",
+    "stone",
+    "walls",
+    "while",
+    "children",
+    "sing",
+    "songs",
+    "near",
+    "river",
+    "banks",
+    "sun",
+]
+
+
+def config(**curate: Any) -> ScanConfig:
+    source = {
+        "kind": "table", "files": "*.jsonl", "map": {"id": "id", "split": "split", "source": "from"},
+        "ask": [{"task": "mood", "text": "text", "label": "label"}],
+    }  # fmt: skip
+    return parse(ScanConfig, {"sources": [source], "curate": curate}, "scan.yaml")
+
+
+def lines() -> list[dict[str, Any]]:
+    rng = random.Random(0)
+
+    def row(name: str, text: str, split: str = "train", source: str = "web") -> dict[str, Any]:
+        return {"id": name, "text": text, "label": "ab"[rng.random() < 0.5], "split": split, "from": source}
+
+    texts = [" ".join(rng.choice(WORDS) for _ in range(30)) for _ in range(40)]
+    rows = [row(f"r{i:02d}", text, "test" if i % 4 == 0 else "train") for i, text in enumerate(texts)]
+    rows.append({**rows[1], "id": "zz-copy"})
+    rows.append(row("zz-near", texts[1] + " again"))
+    rows.append(row("near-test", texts[4] + " again"))  # of a test record: it may not be learnt
+    rows.append(row("mail", "写信给 li.lei@example.cn 或者打电话 13812345678 谢谢", source="forum"))
+    rows.append(row("short", "no", source="forum"))
+    return rows
+
+
+def made(folder: Path, rows: list[dict[str, Any]], **curate: Any) -> Artifact:
+    (folder / "data").mkdir(parents=True)
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "data/t.jsonl").write_text(text, encoding="utf-8")
+    return scan(config(**curate), data=folder / "data", out=folder / "manifest")
+
+
+STEPS: dict[str, Any] = {
+    "quality": {
+        "min_words": 3, "min_stop_words": None, "repeats": False, "min_word_length": None, "max_word_length": None,
+        "min_alphabetic": 0.5,
+    },
+    "pii": {}, "exact": {}, "near_text": {}, "contamination": {},
+}  # fmt: skip
+
+
+def test_what_is_dropped_or_changed_is_told_and_counted(tmp_path: Path) -> None:
+    manifest = made(tmp_path, lines(), **STEPS)
+    counts = manifest.counts
+    told = {
+        (row["step"], row["action"], row["id"]) for row in pq.read_table(manifest.path / "curation.parquet").to_pylist()
+    }
+    assert {id for _, action, id in told if action == "dropped"} == {"zz-copy", "zz-near", "near-test", "short"}
+    assert ("exact", "dropped", "zz-copy") in told
+    assert ("pii", "changed", "mail") in told
+    assert counts["found"] == 45 == counts["kept"] + counts["refused"] + counts["dropped"]
+    assert counts["dropped"] == 4
+    rows = {row["id"]: row for row in read_rows(manifest.path)}
+    text = rows["mail"]["parts"][0]["text"]
+    assert "li.lei" not in text and "13812345678" not in text and "谢谢" in text
+    assert manifest.extra["curation"]["quality"]["forum"]["dropped"] == 1
+
+
+def test_the_order_of_the_lines_does_not_matter(tmp_path: Path) -> None:
+    rows = lines()
+    shuffled = random.Random(3).sample(rows, len(rows))
+    assert made(tmp_path / "a", rows, **STEPS).digest == made(tmp_path / "b", shuffled, **STEPS).digest
+
+
+def test_off_by_default(tmp_path: Path) -> None:
+    manifest = made(tmp_path, lines())
+    assert manifest.counts["kept"] == 45
+    assert not (manifest.path / "curation.parquet").exists()
+
+
+def test_nothing_left_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="curation dropped 45 of 45"):
+        made(tmp_path, lines(), quality={"min_words": 10_000})

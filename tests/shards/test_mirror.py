@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+import pytest
+import webdataset
+
+from mmlm import cli, remote
+from mmlm.artifacts import Artifact
+from mmlm.errors import ArtifactError, DataError
+from mmlm.shards import mirror as mirroring
+from mmlm.shards.mirror import mirror, verify_remote
+from mmlm.shards.shard import shard
+from tests import clouds
+from tests.shards.conftest import CONFIG, make_records, write_manifest
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.002)
+    remote._known.clear()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    root = tmp_path_factory.mktemp("mirror")
+    manifest = write_manifest(root / "manifest", make_records(root / "data", 30))
+    return shard(CONFIG, manifest, data=root / "data", out=root / "shards")
+
+
+@contextmanager
+def folder() -> Iterator[clouds.Cloud]:
+    """A local folder where a store is wanted."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as path:
+        yield clouds.Cloud(f"file://{path}", {})
+
+
+@pytest.fixture(scope="module", params=["s3", "gcs", "folder"])
+def cloud(request: pytest.FixtureRequest) -> Iterator[clouds.Cloud]:
+    running: Callable = {"s3": clouds.s3, "gcs": clouds.gcs, "folder": folder}[request.param]
+    with running() as store:
+        yield store
+
+
+def content(uri: str) -> dict[str, bytes]:
+    """Name → bytes of all objects below `uri`."""
+    if uri.startswith("file://"):
+        return {path.name: path.read_bytes() for path in Path(uri.removeprefix("file://")).iterdir()}
+    return {name.rpartition("/")[2]: remote.read(name) for name in remote.below(uri + "/")}
+
+
+def overwrite(cloud: clouds.Cloud, name: str, data: bytes) -> None:
+    if cloud.root.startswith("file://"):
+        Path(cloud.root.removeprefix("file://"), name).write_bytes(data)
+    else:
+        cloud.put(name, data)
+    remote._known.clear()
+
+
+def test_a_mirror_holds_the_set_and_a_rerun_uploads_nothing(cloud: clouds.Cloud, made: Artifact) -> None:
+    uri = f"{cloud.root}/a"
+    counts = mirror(made.path, uri)
+    assert counts["objects"] == counts["uploaded"] == 2 * made.counts["shards"] + 5
+    ours = content(f"file://{made.path}")
+    theirs = content(uri)
+    assert theirs == {name: ours[name] for name in theirs} and len(theirs) == counts["objects"]
+    assert verify_remote(uri) == []
+    again = mirror(made.path, uri + "/")
+    assert (again["uploaded"], again["bytes"]) == (0, 0)
+
+
+def test_webdataset_reads_a_mirrored_shard(cloud: clouds.Cloud, made: Artifact) -> None:
+    uri = f"{cloud.root}/wds"
+    mirror(made.path, uri)
+    name = sorted(name for name in content(uri) if name.endswith(".tar"))[0]
+    stream = (
+        fsspec.open(f"{uri}/{name}", "rb").open() if not uri.startswith("gs") else cloud.files.open(f"{uri}/{name}")
+    )
+    with stream:
+        opened = webdataset.tariterators.tar_file_expander([{"stream": stream, "url": name}])
+        samples = list(webdataset.tariterators.group_by_keys(opened))
+    local = list(webdataset.WebDataset(str(made.path / name), shardshuffle=False))
+    assert len(local) == 10
+    for ours, theirs in zip(local, samples, strict=True):
+        assert {k: v for k, v in ours.items() if k[0] != "_" or k == "__key__"} == {
+            k: v for k, v in theirs.items() if k[0] != "_" or k == "__key__"
+        }
+
+
+def test_another_object_in_the_way_is_never_replaced(cloud: clouds.Cloud, made: Artifact, tmp_path: Path) -> None:
+    uri = f"{cloud.root}/way"
+    shards = Path(shutil.copytree(made.path, tmp_path / "shards"))
+    mirror(shards, uri)
+    tar = sorted(shards.glob("*.tar"))[0]
+    overwrite(cloud, f"way/{tar.name}", b"not that")
+    with pytest.raises(ArtifactError, match=f"another {tar.name}.*nothing is ever replaced"):
+        mirror(shards, uri)
+    assert content(uri)[tar.name] == b"not that"
+    overwrite(cloud, f"way/{tar.name}", tar.read_bytes())  # by other means, with no sha256 beside it: it is read
+    assert mirror(shards, uri)["uploaded"] == 0
+    told = json.loads((shards / "artifact.json").read_text())
+    (shards / "artifact.json").write_text(json.dumps({**told, "seconds": 99.0, "created": "another day"}))
+    assert mirror(shards, uri)["uploaded"] == 0  # the same content, made again
+    (shards / "artifact.json").write_text(json.dumps({**told, "fingerprint": "0" * 64}))
+    with pytest.raises(ArtifactError, match=r"another artifact\.json"):
+        mirror(shards, uri)
+
+
+def test_every_kind_of_damage_is_found_and_named(cloud: clouds.Cloud, made: Artifact) -> None:
+    uri = f"{cloud.root}/damage"
+    mirror(made.path, uri)
+    first, second, third = sorted(made.path.glob("*.tar"))[:3]
+    flipped = bytearray(first.read_bytes())
+    flipped[len(flipped) // 3] ^= 1
+    overwrite(cloud, f"damage/{first.name}", bytes(flipped))
+    overwrite(cloud, f"damage/{second.name}", second.read_bytes()[:-512])
+    index = third.with_suffix(".index.parquet")
+    overwrite(cloud, f"damage/{index.name}", index.read_bytes() + b" ")
+    overwrite(cloud, "damage/train-00042-0badcafe.tar", third.read_bytes())
+    problems = verify_remote(uri)
+    assert len(problems) == 4
+    for problem, said in zip(
+        sorted(problems),
+        sorted(
+            [
+                f"{first.name}: sha256",
+                f"{second.name}: sha256",
+                f"{index.name}: other bytes",
+                "train-00042-0badcafe.tar: not",
+            ]
+        ),
+        strict=True,
+    ):
+        assert problem.startswith(said)
+    overwrite(cloud, "damage/feature_spec.json", b"{}")
+    assert any("feature_spec.json" in problem for problem in verify_remote(uri))
+    with pytest.raises(ArtifactError, match="finished shard set"):
+        verify_remote(f"{cloud.root}/nothing-here")
+
+
+def test_a_mirroring_that_broke_off_is_taken_up(
+    cloud: clouds.Cloud, made: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"{cloud.root}/broken-off"
+    publish, done = mirroring._publish, list[str]()
+
+    def failing(path: Path, *more: object) -> int | None:
+        if len(done) == 3:
+            raise OSError("the machine went away")
+        done.append(path.name)
+        return publish(path, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mirroring, "_publish", failing)
+    with pytest.raises(OSError):
+        mirror(made.path, uri, workers=1)
+    monkeypatch.undo()
+    with pytest.raises(ArtifactError):  # unfinished: nobody takes it for a set
+        verify_remote(uri)
+    assert mirror(made.path, uri)["uploaded"] == 2 * made.counts["shards"] + 5 - 3
+    assert verify_remote(uri) == []
+
+
+def test_a_killed_mirroring_is_taken_up(made: Artifact, tmp_path: Path) -> None:
+    with clouds.s3() as cloud:
+        uri = f"{cloud.root}/killed"
+        code = (
+            "import sys, time; from pathlib import Path; from mmlm import remote; from mmlm.shards.mirror import mirror\n"
+            "put = remote.put\n"
+            "def slow(*a):\n    time.sleep(0.2); print('put', flush=True); return put(*a)\n"
+            f"remote.put = slow; mirror(Path({str(made.path)!r}), {uri!r}, workers=1)"
+        )
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=dict(os.environ))
+        assert child.stdout
+        for _ in range(4):
+            child.stdout.readline()
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        there = len(remote.below(uri + "/"))
+        assert there in (3, 4)
+        assert mirror(made.path, uri)["uploaded"] == 2 * made.counts["shards"] + 5 - there
+        assert verify_remote(uri) == []
+
+
+@pytest.mark.slow
+def test_two_at_once_publish_one_set(made: Artifact) -> None:
+    with clouds.s3() as cloud:
+        uri = f"{cloud.root}/twice"
+        code = f"from pathlib import Path; from mmlm.shards.mirror import mirror; mirror(Path({str(made.path)!r}), {uri!r})"
+        both = [subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ)) for _ in range(2)]
+        assert [child.wait(60) for child in both] == [0, 0]
+        assert verify_remote(uri) == []
+
+
+def test_what_cannot_be_published_is_refused(made: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing is published"):
+        mirror(made.path, "https://example.org/x")
+    with pytest.raises(ArtifactError):
+        mirror(tmp_path, str(tmp_path / "to"))
+    broken = Path(shutil.copytree(made.path, tmp_path / "shards"))
+    tar = sorted(broken.glob("*.tar"))[0]
+    tar.write_bytes(tar.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="mmlm verify"):
+        mirror(broken, str(tmp_path / "to"))
+
+
+def test_the_command_verifies_what_lies_elsewhere(made: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    with clouds.s3() as cloud:
+        mirror(made.path, f"{cloud.root}/set")
+        assert cli.main(["verify", f"{cloud.root}/set"]) == 0
+        assert "every checksum and count holds" in capsys.readouterr().out
+        cloud.put("set/manifest.parquet", b"x")
+        remote._known.clear()
+        assert cli.main(["verify", f"{cloud.root}/set"]) == 2
+        assert cli.main(["verify", "s3://someone:hunter2@corpus/set"]) == 2
+        assert "hunter2" not in "".join(capsys.readouterr())
