@@ -109,6 +109,7 @@ def workers(amounts: Amounts, log: Log) -> list[dict[str, Any]]:
         ]
         count = amounts.pictures * amounts.copies
         rates: dict[str, list[float]] = {"bare": [], "ray": [], "cold": []}
+        cpu: dict[str, list[float]] = {name: [] for name in rates}
 
         def bare_pair() -> None:
             pair = [Running(alone, half, warm, cores=cores, gate=True) for half in halves]
@@ -118,16 +119,18 @@ def workers(amounts: Amounts, log: Log) -> list[dict[str, Any]]:
                 one.go()
             laps = [one.finish().result["laps"]["work"] for one in pair]
             rates["bare"].append(count / (max(lap["end"] for lap in laps) - min(lap["start"] for lap in laps)))
+            cpu["bare"].append(count / sum(lap["cpu"] for lap in laps))
 
         def on_ray(contestant: Contestant, name: str) -> None:
             measured = Running(contestant, whole, warm, cores=cores).finish()
             rates[name].append(measured.result["items"] / measured.seconds(["work"], "wall"))
+            cpu[name].append(measured.result["items"] / measured.seconds(["work"], "cpu"))
 
         turns: list[Callable[[], None]] = [bare_pair, lambda: on_ray(ray, "ray"), lambda: on_ray(cold, "cold")]
         for number in range(amounts.runs):
             for turn in turns if number % 2 == 0 else turns[::-1]:
                 turn()
-            log.note("two workers", rates=rates)
+            log.note("two workers", rates=rates, cpu=cpu)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     made = []
@@ -137,9 +140,13 @@ def workers(amounts: Amounts, log: Log) -> list[dict[str, Any]]:
             {
                 "name": name, "unit": "pictures/s", "ours": round(mine, 1), "peer": round(theirs, 1),
                 "peer_name": "two bare processes", "ratio": round(mine / theirs, 3), "goal": goal,
-                "runs": amounts.runs, "each": {"ours": rates[key], "peer": rates["bare"]},
+                "runs": amounts.runs, "clock": "wall",
+                "wall": {"ours": rates[key], "peer": rates["bare"], "ratio": round(mine / theirs, 3)},
             }
         )  # fmt: skip
+        if key == "ray":  # of a session that has ended, nobody knows the CPU time any more
+            share = statistics.median(cpu[key]) / statistics.median(cpu["bare"])
+            made[-1]["cpu"] = {"ours": cpu[key], "peer": cpu["bare"], "ratio": round(share, 3)}
     return made
 
 

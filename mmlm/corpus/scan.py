@@ -47,7 +47,7 @@ from mmlm.corpus.curation.set_steps import Drops, find_drops
 from mmlm.corpus.drafts import Draft, Refusal
 from mmlm.corpus.keypad import write_keypad
 from mmlm.corpus.media import Looked, MediaReader
-from mmlm.corpus.readers.sources import files_of, read_source
+from mmlm.corpus.readers.sources import files_of, read_source, wordings
 from mmlm.corpus.records import REFUSED, SCHEMA, read_rows, to_row
 from mmlm.corpus.sorting import Sorter
 from mmlm.corpus.splits import Splitter
@@ -114,7 +114,8 @@ def _make(config: ScanConfig, data: Path | str, work: Work, earlier: Artifact | 
     spool = Sorter(work.path / ".spool", _SPOOL, _record_key)
     refused = Sorter(work.path / ".refused", REFUSED, _refused_key)
     dropped = Sorter(work.path / ".dropped", REFUSED, _refused_key)
-    curation = Curation(config.curate, Sorter(work.path / ".curation", CURATED, _curated_key))
+    told = Sorter(work.path / ".curation", CURATED, _curated_key)
+    curation = Curation(config.curate, told, wordings(config.sources))
     sizes, splitter = Sizes(), Splitter(config.split)
     try:
         with Progress("scan", None, "records") as progress:
@@ -150,6 +151,7 @@ def _make(config: ScanConfig, data: Path | str, work: Work, earlier: Artifact | 
             counts["dropped_parts"] = dropped.count
         if earlier:
             counts |= {"unchanged": generations.kept, "added": counts["kept"] - generations.kept}
+            counts["removed"] = generations.removed
         if splitter.torn:
             counts["groups_in_two_splits"] = len(splitter.torn)
         _require_useful(config, counts, work.path)
@@ -173,6 +175,7 @@ class Generations:
         columns = ["id", *_SAME, "generation"]
         rows = read_rows(earlier.path, columns=columns) if earlier and earlier.recipe == RECIPE else iter(())
         self.rows, self.before = rows, next(rows, None)
+        self.removed = 0
         self.next = 1 + max(_generations(earlier)) if self.before and earlier else 0
         self.kept = 0
 
@@ -180,11 +183,15 @@ class Generations:
         """`rows` with their generations."""
         for row in rows:
             while self.before and self.before["id"] < row["id"]:
+                self.removed += 1
                 self.before = next(self.rows, None)
             same = self.before and self.before["id"] == row["id"] and all(self.before[k] == row[k] for k in _SAME)
             row["generation"] = self.before["generation"] if self.before and same else self.next
             self.kept += bool(same)
+            if self.before and self.before["id"] == row["id"]:
+                self.before = next(self.rows, None)
             yield row
+        self.removed += (self.before is not None) + sum(1 for _ in self.rows)
 
 
 def _generations(manifest: Artifact) -> set[int]:
@@ -234,8 +241,8 @@ class Curation:
     `told` collects a row of CURATED for every record that a step dropped or changed.
     """
 
-    def __init__(self, config: CurateConfig, told: Sorter) -> None:
-        self.config, self.told = config, told
+    def __init__(self, config: CurateConfig, told: Sorter, wordings: frozenset[str] = frozenset()) -> None:
+        self.config, self.told, self.wordings = config, told, wordings
         self.on = bool(config.record_steps or config.set_steps)
         self.steps = RecordSteps(config)
         self.figures = Figures(config.record_steps)
@@ -252,7 +259,8 @@ class Curation:
             curated = self.steps.apply(record)
             self.figures.note(record.source, curated.events, self.config.record_steps)
             for event in curated.events:
-                self._tell(record.source, record.id, event)
+                if event.reason != "detected":  # counted, not listed: it happens to nearly every record
+                    self._tell(record.source, record.id, event)
             if curated.record is None:
                 self.dropped_early += 1
             else:
@@ -261,7 +269,7 @@ class Curation:
     def compare(self, rows: Callable[[], Iterator[dict[str, Any]]], data: Path | str, folder: Path) -> None:
         """Run the steps that look at all records."""
         if self.config.set_steps:
-            self.drops = find_drops(rows, self.config, lambda uri: read_uri(uri, data), folder, cores())
+            self.drops = find_drops(rows, self.config, lambda uri: read_uri(uri, data), folder, cores(), self.wordings)
 
     def left(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for row in rows:

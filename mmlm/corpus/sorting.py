@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 PIECE_ROWS, PIECE_BYTES = 512, 1 << 20
+MERGED = 128
+"""Runs that are open at a time: each costs a file handle, of which a process often has 1,024, and a row group."""
 
 
 class Sorter:
@@ -28,7 +30,7 @@ class Sorter:
         self.held: list[dict[str, Any]] = []
         self.held_bytes = 0
         self.runs: list[Path] = []
-        self.count = 0
+        self.count = self.written = 0
 
     def add(self, row: dict[str, Any]) -> None:
         self.held.append(row)
@@ -38,16 +40,27 @@ class Sorter:
             self._spill()
 
     def _spill(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"run-{len(self.runs):05d}.parquet"
         self.held.sort(key=self.key)
-        with pq.ParquetWriter(path, self.schema) as writer:
-            for rows in _pieces(self.held):
-                writer.write_table(pa.Table.from_pylist(rows, schema=self.schema))
-        self.runs.append(path)
+        self._write(self.held)
         self.held, self.held_bytes = [], 0
 
+    def _write(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Sorted `rows` as one more run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"run-{self.written:05d}.parquet"
+        with pq.ParquetWriter(path, self.schema) as writer:
+            for piece in _pieces(rows):
+                writer.write_table(pa.Table.from_pylist(piece, schema=self.schema))
+        self.runs.append(path)
+        self.written += 1
+
     def rows(self) -> Iterator[dict[str, Any]]:
+        """All rows, in order; may be asked for again."""
+        while len(self.runs) > MERGED:
+            some, self.runs = self.runs[:MERGED], self.runs[MERGED:]
+            self._write(heapq.merge(*map(_read, some), key=self.key))
+            for run in some:
+                run.unlink()
         self.held.sort(key=self.key)
         if not self.runs:
             return iter(self.held)
@@ -63,7 +76,7 @@ def _size(row: dict[str, Any]) -> int:
     return size
 
 
-def _pieces(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _pieces(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """`rows` cut into row groups; one of each run is in memory while they are merged."""
     piece: list[dict[str, Any]] = []
     size = 0

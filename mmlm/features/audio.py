@@ -45,7 +45,7 @@ Span = tuple[float, float]
 
 
 def decode_audio(data: bytes, spec: AudioSpec, span: Span | None = None) -> np.ndarray:
-    """The sound, or the `span` of it, as (frames, n_mels) of `spec.dtype`; what is longer than `max_seconds` is cut.
+    """The sound, or the `span` of it, as (frames, n_mels) of `spec.stored`; what is longer than `max_seconds` is cut.
 
     Values: [floor, 0] on the scale `relative`; on `whisper` at least -1.5 and at most 2 below the loudest.
     Raises SampleError: `unreadable_audio`, `empty_sound`, `bomb`, `unsupported`, `too_long` (where the spec says so).
@@ -154,7 +154,7 @@ def _loud(wave: np.ndarray, rate: int, below: float) -> tuple[int, int]:
 
 
 def log_mel(wave: np.ndarray, spec: AudioSpec) -> np.ndarray:
-    """(samples,) at the spec's rate → (frames, n_mels) of `spec.dtype`. Silence is `spec.silence` everywhere.
+    """(samples,) at the spec's rate → (frames, n_mels) of `spec.stored`. Silence is `spec.silence` everywhere.
 
     A sound shorter than one window is filled up with zeros to one window. `relative`: frames = 1 + (samples - n_fft) //
     hop. `whisper`: windows are centred on multiples of the hop, the sound is mirrored at its ends, and the last frame is
@@ -162,7 +162,7 @@ def log_mel(wave: np.ndarray, spec: AudioSpec) -> np.ndarray:
     """
     if len(wave) < spec.n_fft:
         wave = np.pad(wave, (0, spec.n_fft - len(wave)))
-    dtype = np.dtype(spec.dtype)
+    dtype = np.dtype(spec.stored)
     if spec.scale == "whisper":
         mel = _mel_power(np.pad(wave, spec.n_fft // 2, mode="reflect"), spec)[:-1]
         np.log10(np.maximum(mel, 1e-10, out=mel), out=mel)

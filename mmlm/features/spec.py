@@ -51,12 +51,18 @@ class AudioSpec(Config):
     """log10 mel is taken relative to the maximum of the sound and floored here; of the scale `relative` only."""
     scale: Literal["relative", "whisper"] = "relative"
     """`relative` does not depend on the level; `whisper` is what Whisper's encoders read, about -1.5 to 1.5."""
-    dtype: Literal["float16", "float32"] = "float16"
-    """How log-mels are stored. float16 rounds by up to 0.002 on `relative`, 0.0005 on `whisper`."""
+    dtype: Literal["float16", "float32"] | None = None
+    """How log-mels are stored. Absent: float16 for `relative`, which it rounds by up to 0.002, and float32 for `whisper`,
+    which float16 would round by up to 0.0005."""
     trim_db: float | None = Field(default=None, gt=0)
     """Take away the beginning and end that are this many decibels weaker than the loudest 10 ms; 30 to 60 is usual."""
     on_long: Literal["cut", "refuse"] = "cut"
     """Sounds longer than `max_seconds`: cut them, or send them to quarantine as `too_long`."""
+
+    @property
+    def stored(self) -> str:
+        """The type in which log-mels are stored."""
+        return self.dtype or ("float32" if self.scale == "whisper" else "float16")
 
     @property
     def token_dim(self) -> int:

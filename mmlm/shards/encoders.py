@@ -91,6 +91,7 @@ def recipe(config: FeaturesConfig, spec: FeatureSpec) -> dict[str, Any]:
     if not spec.encoders:
         return {}
     settings = config.encoders
+    _require_transformers()
     return {
         "encoders": {
             kind: [one.digest, settings[kind].layer, settings[kind].batch]  # type: ignore[index]
@@ -446,8 +447,8 @@ def _torch() -> Any:
     return torch
 
 
-def _transformers() -> Any:
-    """The library, quiet. Raises ConfigError when it is not installed."""
+def _require_transformers() -> None:
+    """Raise ConfigError when it is not installed."""
     try:
         version("transformers")
     except PackageNotFoundError:
@@ -455,6 +456,11 @@ def _transformers() -> Any:
             "features.encoders need transformers, which is not installed",
             cure="pip install 'mmlm-workflows[encoders]'",
         ) from None
+
+
+def _transformers() -> Any:
+    """The library, quiet. Raises ConfigError when it is not installed."""
+    _require_transformers()
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -9,6 +9,7 @@ bytes for each shard to be). The rows of a slot are read when its turn comes.
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -84,6 +85,7 @@ Boundaries = Mapping[Key, list[tuple[str, int]]]
 """Of an earlier plan: for each key (last id, index) of its units, in order of id."""
 
 
+@functools.cache
 def codec_versions(video: bool = False) -> dict[str, str]:
     """Versions of all that decodes, resamples or encodes; of the video decoder where there are videos."""
     names = ("pillow", "simplejpeg", "opencv-python-headless", "soundfile", "soxr", "resvg_py", "numpy", "scipy")

@@ -30,8 +30,8 @@ from mmlm.shards.write import TEMPORARY, UnitWriter, absolute
 
 PAGE = "corpus.html"
 """The report for people; no part of the digest."""
-REPORTED = 20_000
-"""Records whose tokens are counted for the report of tokens per word."""
+REPORTED, AMONG = 500, 20_000
+"""Records whose tokens are counted for the report of tokens per word, evenly among so many of the first."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ def _make(config: ShardConfig, manifest: Artifact, work: Work, places: Places) -
     feature_spec.save(spec, work.path)
     writer = UnitWriter(spec, tokenizer, config, absolute(places.data), work.path)
     counts, extra = _make_shards(config, manifest.path, writer, work.path, places)
-    extra["tokens"] = token_report(islice(read_records(manifest.path, media=False), REPORTED), tokenizer)
+    step = max(1, min(counts["records"], AMONG) // REPORTED)
+    extra["tokens"] = token_report(islice(read_records(manifest.path, media=False), 0, AMONG, step), tokenizer)
     made = work.finish(counts=counts, digest_of=[MANIFEST, feature_spec.FILE, TOKENIZER], extra=extra)
     Committer(work.path).clear()
     page.write_page(work.path, manifest.path, work.path / PAGE)

@@ -10,6 +10,7 @@ import pytest
 
 from mmlm.artifacts import ArtifactConflict
 from mmlm.config import parse, read_yaml
+from mmlm.corpus import sorting
 from mmlm.corpus.config import ScanConfig
 from mmlm.corpus.records import REFUSED, SCHEMA
 from mmlm.corpus.scan import counts_table, scan
@@ -123,13 +124,16 @@ def test_a_killed_scan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert scan(config(), data=data, out=out).digest == wanted.digest
 
 
-def test_the_sorter_spills_and_merges(tmp_path: Path) -> None:
+@pytest.mark.parametrize("merged", [3, 128])
+def test_the_sorter_spills_and_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merged: int) -> None:
+    monkeypatch.setattr(sorting, "MERGED", merged)  # a process may not open all runs of a large corpus at once
     sorter = Sorter(tmp_path / "spool", REFUSED, lambda r: r["id"], limit=7)
     names = [f"{i * 37 % 100:03d}" for i in range(100)]
     for name in names:
         sorter.add({"source": "s", "id": name, "reason": "r", "detail": "d"})
     assert [r["id"] for r in sorter.rows()] == sorted(names)
     assert [r["id"] for r in sorter.rows()] == sorted(names)
+    assert len(sorter.runs) <= merged
     sorter.close()
     assert not (tmp_path / "spool").exists()
 

@@ -16,6 +16,7 @@ from mmlm.corpus.config import ScanConfig
 from mmlm.corpus.records import read_rows
 from mmlm.corpus.scan import scan
 from mmlm.errors import DataError
+from tests.corpus.samples import png
 
 WORDS = [
     "rain",
@@ -108,3 +109,24 @@ def test_off_by_default(tmp_path: Path) -> None:
 def test_nothing_left_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="curation dropped 45 of 45"):
         made(tmp_path, lines(), quality={"min_words": 10_000})
+
+
+def test_several_questions_about_one_picture_are_no_copies(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    asked = [("Which colour is it?", "red"), ("How many are there?", "three")]
+    rows = []
+    for i in range(6):
+        # the last two pictures are the same one, and so are both of their records
+        (data / f"{i}.png").write_bytes(png(min(i, 4), 64))
+        rows += [{"id": f"{i}-{q}", "image": f"{i}.png", "text": t, "answer": a} for q, (t, a) in enumerate(asked)]
+    (data / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    source = {
+        "kind": "table", "files": "*.jsonl", "map": {"id": "id", "image": "image"},
+        "ask": [{"task": "vqa", "text": "text", "answer": "answer"}],
+    }  # fmt: skip
+    settings = parse(ScanConfig, {"sources": [source], "curate": {"near_images": {}}}, "scan.yaml")
+    manifest = scan(settings, data=data, out=tmp_path / "manifest")
+    assert manifest.counts["dropped"] == 2
+    kept = {row["id"] for row in read_rows(manifest.path)}
+    assert {f"{i}-{q}" for i in range(4) for q in range(2)} < kept and len(kept) == 10

@@ -47,17 +47,20 @@ class Drops:
     """{step: {source: {reason: number}}}"""
 
 
-def find_drops(rows: Rows, config: CurateConfig, read: Read, folder: Path, workers: int = 1) -> Drops:
+def find_drops(
+    rows: Rows, config: CurateConfig, read: Read, folder: Path, workers: int = 1, wordings: frozenset[str] = frozenset()
+) -> Drops:
     """What the set steps of `config` drop.
 
     `rows()` gives rows of SCHEMA sorted by id, with their final split; it is called once a step and more. `read(uri)`
     gives the bytes of a picture; what it raises as OSError or DataError leaves the picture out of the comparison.
-    `folder` is made, filled and removed again. The result does not depend on `workers`.
+    `folder` is made, filled and removed again. The result does not depend on `workers`. `wordings` are the questions
+    that the config itself puts to every record: two pictures are copies although they were asked in two languages.
     """
     if not config.set_steps:
         return Drops({}, {}, {})
     try:
-        work = _Work(rows, config, read, folder, workers)
+        work = _Work(rows, config, read, folder, workers, wordings)
         for step in config.set_steps:
             getattr(work, f"_{step}")()
             work.close(step)
@@ -67,7 +70,10 @@ def find_drops(rows: Rows, config: CurateConfig, read: Read, folder: Path, worke
 
 
 class _Work:
-    def __init__(self, rows: Rows, config: CurateConfig, read: Read, folder: Path, workers: int) -> None:
+    def __init__(
+        self, rows: Rows, config: CurateConfig, read: Read, folder: Path, workers: int, wordings: frozenset[str]
+    ) -> None:
+        self.wordings = wordings
         self.rows, self.config, self.read, self.folder, self.workers = rows, config, read, folder, workers
         self.lost: dict[int, tuple[str, str, int | None]] = {}
         """record → (step, reason, the record on whose account)"""
@@ -81,20 +87,23 @@ class _Work:
         sources: dict[str, int] = {}
         split, source = bytearray(), []
         numbers: list[np.ndarray] = []
-        held: list[tuple[int, int, int, int, int]] = []
+        held: list[tuple[int, ...]] = []
         for row in self.rows():
             split.append(SPLITS.index(row["split"]))
             source.append(sources.setdefault(row["source"], len(sources)))
             content = row["content_hash"] or _content_of(row)
             held.append(
-                (_number("g", row["group"]), *_numbers(row["task"], content), _number("t", row["task"]), _beside(row))
-            )
+                (
+                    _number("g", row["group"]), *_numbers(row["task"], content), _number("t", row["task"]),
+                    _beside(row), _asked(row, self.wordings),
+                )
+            )  # fmt: skip
             if len(held) == 65_536:
                 numbers.append(np.array(held, dtype=np.uint64))
                 held = []
-        numbers.append(np.array(held, dtype=np.uint64).reshape(-1, 5))
+        numbers.append(np.array(held, dtype=np.uint64).reshape(-1, 6))
         table = np.concatenate(numbers)
-        self.group, self.content, self.content_2, self.task, self.beside = (c.copy() for c in table.T)
+        self.group, self.content, self.content_2, self.task, self.beside, self.asked = (c.copy() for c in table.T)
         self.split = np.frombuffer(bytes(split), dtype=np.uint8)
         self.source, self.sources = np.array(source, dtype=np.int32), list(sources)
         self.alive = np.ones(len(self.split), dtype=bool)
@@ -118,7 +127,8 @@ class _Work:
     def _near_images(self) -> None:
         assert self.config.near_images
         index = self._pictures(self.config.near_images)
-        self._drop_copies(index, self.task[index.row])
+        # one picture may be asked several questions: each is a record of its own
+        self._drop_copies(index, _joined(self.task[index.row], self.asked[index.row]))
 
     def _drop_copies(self, index: TextIndex | PictureIndex, kind: np.ndarray) -> None:
         for gone, kept in losers(sets_of(index, kind), index.row, self.split, self.group).items():
@@ -277,6 +287,17 @@ def _beside(row: dict[str, Any]) -> int:
         if p["kind"] != "text"
     ]
     return _number("b", json.dumps(held)) if held else 0
+
+
+def _asked(row: dict[str, Any], wordings: frozenset[str]) -> int:
+    """A number for all of a record that is neither picture nor wording: questions, context, sounds, fields, answers."""
+    held = [
+        p["text"] if p["kind"] == "text" else p["uri"] or p["fields"] or hashlib.sha256(p["data"] or b"").hexdigest()
+        for p in row["parts"]
+        if p["kind"] != "image" and not (p["kind"] == "text" and p["text"] in wordings)
+    ]
+    target = [row["label"], row["labels"], row["number"], row["answer"]]
+    return _number("a", json.dumps([held, target]))
 
 
 def _content_of(row: dict[str, Any]) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from mmlm import remote
 from mmlm.config import blank_credentials
 from mmlm.corpus.config import (
+    CAPTION,
     ChatSource,
     DocumentsSource,
     FolderSource,
@@ -27,7 +28,7 @@ from mmlm.corpus.keypad import FOLDER as KEYPAD_FOLDER
 from mmlm.corpus.keypad import TABLE as KEYPAD_TABLE
 from mmlm.corpus.readers.chat import read_chat
 from mmlm.corpus.readers.folders import Tree, list_files, read_folders
-from mmlm.corpus.readers.hf import hf_files, read_hf
+from mmlm.corpus.readers.hf import TRANSCRIBE, hf_files, read_hf
 from mmlm.corpus.readers.sidecar import read_sidecar
 from mmlm.corpus.readers.table import read_table
 from mmlm.corpus.readers.webdataset import read_webdataset
@@ -236,3 +237,13 @@ def _below(data: Path, path: str) -> Path:
     if os.path.isabs(path) or ".." in Path(path).parts:
         raise DataError(f"the source path {path!r} leaves the data folder", cure="give a path below --data")
     return data / path
+
+
+def wordings(sources: Iterable[Source]) -> frozenset[str]:
+    """The questions that the config itself puts to records, in all languages; those with holes are left out."""
+    found: set[str] = set(CAPTION.values()) | set(TRANSCRIBE.values())
+    for source in sources:
+        asked = [getattr(source, "question", ""), *(ask.question for ask in getattr(source, "ask", []))]
+        for question in asked:
+            found.update(question.values() if isinstance(question, dict) else [question])
+    return frozenset(text for text in found if text and "{" not in text)
