@@ -78,7 +78,8 @@ def explain(config: ScanConfig, data: Path) -> dict[str, Any]:
     """
     with ExitStack() as held:
         found = [_source(n, s, config, data, held) for n, s in enumerate(config.sources)]
-    settings = {"on_bad_part": config.on_bad_part, "error_budget": config.error_budget}
+    steps = [*config.curate.record_steps, *config.curate.set_steps]
+    settings = {"on_bad_part": config.on_bad_part, "error_budget": config.error_budget, "curate": steps}
     facts: dict[str, Any] = _encodable({"data": str(data), "sources": found, **settings})
     return facts
 
@@ -437,6 +438,8 @@ def words(found: dict[str, Any], story: str = "") -> str:
             console.print(Text(f"- {''.join(c if c.isprintable() else '?' for c in line)}"))
     for source in found["sources"]:
         _print_source(console, source)
+    if steps := found.get("curate"):
+        console.print(Text(f"Not shown: what curation drops or changes afterwards ({', '.join(steps)})."))
     where = f"{story}/scan.yaml" if story else "the scan.yaml that `mmlm new` writes"
     console.print(
         Text(f"To change a role, set its key in {where}, such as map.image or ask[0].label; nothing was written.")

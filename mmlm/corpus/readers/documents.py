@@ -256,6 +256,12 @@ def _pieces(source: DocumentsSource, document: Document, split: str) -> Outcomes
         parts += [Part("text", text=t) for t in (wording, head) if t]
         record = Record(
             name, tuple(parts), source.task, Target(text=rest), split, group, source.lang or (asked_in if wording else ""),
-            where, source.license,
+            _source_of(where), source.license,
         )  # fmt: skip
         yield Draft(record, name)
+
+
+def _source_of(where: str) -> str:
+    """What counts as the source of a document: the archive that it is in, else its folder. The id names the document."""
+    archive = re.fullmatch(r"(.+\.warc(?:\.gz)?):\d+", where)
+    return archive[1] if archive else os.path.dirname(where) or "."
