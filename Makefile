@@ -1,4 +1,4 @@
-# mmlm: everything runs in .venv, which the first target that needs it makes (about 2 minutes).
+# mmlm: everything runs in .venv, which the first target that needs it makes (about 3 minutes).
 
 PYTHON ?= python3
 STORY  ?= demo
@@ -23,7 +23,7 @@ venv: .venv/.ready ## the environment, in .venv
 	  || { echo "mmlm needs Python 3.11 or newer, and $(PYTHON) is `$(PYTHON) --version 2>&1`; try: make PYTHON=python3.11 venv" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	  || { echo "$(PYTHON) cannot make environments; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 2; }
-	@echo "making the environment in .venv: about 2 minutes and 2.2 GB"
+	@echo "making the environment in .venv: about 3 minutes and 2.9 GB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,pipelines]'
 	@touch $@
