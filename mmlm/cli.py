@@ -279,10 +279,11 @@ def _verb(arguments: argparse.Namespace) -> int:
     state = "already there" if artifact.path.joinpath("artifact.json").stat().st_mtime < started else "done"
     print(f"{arguments.verb}: {state}: {artifact.path}  {stories.describe(artifact.counts)}")
     if getattr(arguments, "mirror", None):
-        from mmlm.shards import mirror
+        from mmlm.shards.mirror import mirror
+        from mmlm.stores import blank
 
-        counts = mirror.mirror(artifact.path, arguments.mirror)
-        print(f"mirror: {mirror.blank(arguments.mirror)}  {stories.describe(counts)}")
+        counts = mirror(artifact.path, arguments.mirror)
+        print(f"mirror: {blank(arguments.mirror)}  {stories.describe(counts)}")
     return 0
 
 
@@ -396,13 +397,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from mmlm.shards.mirror import blank, verify_remote
-    from mmlm.shards.verify import rebuild
+    from mmlm.shards.verify import rebuild, verify
+    from mmlm.shards.verify_remote import verify_remote
+    from mmlm.storage import is_remote
+    from mmlm.stores import blank
 
-    shown = blank(arguments.path)
-    if arguments.rebuild and "://" in arguments.path:
-        raise ConfigError(f"--rebuild of {shown}", wanted="a folder")
-    problems = verify_remote(arguments.path)
+    shown, elsewhere = blank(arguments.path), is_remote(arguments.path)
+    if arguments.rebuild and elsewhere:
+        raise ConfigError(f"--rebuild of {shown}", wanted="a folder", cure="rebuild where the set was made")
+    problems = verify_remote(arguments.path) if elsewhere else verify(arguments.path.removeprefix("file://"))
     if arguments.rebuild and not problems:
         beside = Path(arguments.path).resolve().parent
         problems = rebuild(

@@ -52,6 +52,12 @@ class Refusal:
 Outcomes = Iterator[Draft | Refusal]
 
 
+def refused_row(refusal: Refusal) -> dict[str, Any]:
+    """A row of `records.REFUSED`; texts that cannot be stored as UTF-8 are escaped."""
+    values = {"source": refusal.source, "id": refusal.id, "reason": refusal.reason, "detail": refusal.detail[:500]}
+    return {k: v.encode("utf-8", "backslashreplace").decode() for k, v in values.items()}
+
+
 class RefuseError(Exception):
     """Raised inside a reader; becomes a Refusal. `reason` is one of a small set of words, `detail` is for people."""
 

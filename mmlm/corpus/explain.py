@@ -176,10 +176,10 @@ def _rows(source: Source, files: list[tuple[str, Path]], data: Path) -> list[dic
     """A sample of the rows of a source, in order."""
     rows: Iterable[Any]
     if isinstance(source, WebDatasetSource):
-        rows = (row for name, path in files for _, row, _ in webdataset._samples(source, name, path))
+        rows = (row for name, path in files for _, row, _ in webdataset.samples_of(source, name, path))
     elif isinstance(source, HfSource):
-        features = hf._features(data / source.path, hf.hf_files(source, data / source.path))
-        rows = (hf._converted(row, features) for name, path in files for row in hf._rows(path, name))
+        features = hf.features_of(data / source.path, hf.hf_files(source, data / source.path))
+        rows = (hf.converted(row, features) for name, path in files for row in hf.rows_of(path, name))
     else:
         rows = chain.from_iterable(read_rows(path, name) for name, path in files)
     if sum(_size(path) for _, path in files) > WHOLE:
@@ -198,7 +198,7 @@ def _as_table(source: Any, rows: list[dict[str, Any]], data: Path) -> TableSourc
             return webdataset.inferred(source, rows)
         if isinstance(source, HfSource):
             folder = data / source.path
-            return hf.inferred(source, hf._features(folder, hf.hf_files(source, folder)))
+            return hf.inferred(source, hf.features_of(folder, hf.hf_files(source, folder)))
     except DataError:  # told by what is tried, below
         return TableSource.model_construct(kind="table", files=[], map=source.map, ask=source.ask)
     table: TableSource = source
@@ -422,7 +422,7 @@ def _split(record: Record, split: SplitConfig, given: bool) -> dict[str, str]:
         return {"split": record.split, "split_by": "the data give it"}
     if given:
         return {"split": "", "split_by": "its group, if another record of it has a split; else a hash of the group"}
-    by_hash = Splitter._by_hash(position(record.group, split.salt), {"val": split.val, "test": split.test})
+    by_hash = Splitter.by_hash(position(record.group, split.salt), {"val": split.val, "test": split.test})
     return {"split": by_hash, "split_by": f"a hash of its group ({split.val:.0%} val, {split.test:.0%} test)"}
 
 

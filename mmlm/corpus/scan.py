@@ -17,7 +17,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from html import escape
 from itertools import chain, islice
 from pathlib import Path
@@ -40,34 +39,29 @@ from mmlm.corpus.config import (
     WebDatasetSource,
 )
 from mmlm.corpus.counts import Sizes, Tally
-from mmlm.corpus.curation.config import CurateConfig
-from mmlm.corpus.curation.events import Event, Figures
-from mmlm.corpus.curation.record_steps import RecordSteps
-from mmlm.corpus.curation.set_steps import Drops, find_drops
-from mmlm.corpus.drafts import Draft, Refusal
+from mmlm.corpus.curation.curator import CURATED, Curator, told_key
+from mmlm.corpus.drafts import Draft, Refusal, refused_row
+from mmlm.corpus.generations import Generations
 from mmlm.corpus.keypad import write_keypad
 from mmlm.corpus.media import Looked, MediaReader
 from mmlm.corpus.readers.sources import files_of, read_source, wordings
-from mmlm.corpus.records import REFUSED, SCHEMA, read_rows, to_row
+from mmlm.corpus.records import REFUSED, SCHEMA, to_row
 from mmlm.corpus.sorting import Sorter
 from mmlm.corpus.splits import Splitter
 from mmlm.errors import DataError
 from mmlm.progress import Progress
-from mmlm.storage import atomic_write, is_remote, read_uri, resolve, sha256_json, split_fragment
+from mmlm.storage import atomic_write, is_remote, resolve, sha256_json, split_fragment
 from mmlm.world import cores
 
-RECIPE = 2
+RECIPE = 3
 """Bumped by hand when the manifest made of the same corpus changes."""
 REFUSED_FILE = "refused.parquet"
 DROPPED_FILE = "dropped.parquet"
 CURATED_FILE = "curation.parquet"
-CURATED = pa.schema([(name, pa.string()) for name in ("step", "action", "source", "id", "reason", "detail")])
 ROWS_PER_FILE = 2_000_000
 """Records in one Parquet file of the manifest."""
 _ROW_GROUP, _GROUP_BYTES = 16_384, 16 << 20
 """Rows of a row group, and bytes of text and inline media in it, at most."""
-_SAME = ("content_hash", "task", "split", "group", "lang", "source")
-"""What makes a record of an earlier manifest the same record today, its id aside."""
 _SPOOL = SCHEMA.append(pa.field("where", pa.string()))
 
 
@@ -114,25 +108,25 @@ def _make(config: ScanConfig, data: Path | str, work: Work, earlier: Artifact | 
     spool = Sorter(work.path / ".spool", _SPOOL, _record_key)
     refused = Sorter(work.path / ".refused", REFUSED, _refused_key)
     dropped = Sorter(work.path / ".dropped", REFUSED, _refused_key)
-    told = Sorter(work.path / ".curation", CURATED, _curated_key)
-    curation = Curation(config.curate, told, wordings(config.sources))
+    told = Sorter(work.path / ".curation", CURATED, told_key)
+    curation = Curator(config.curate, told, wordings(config.sources))
     sizes, splitter = Sizes(), Splitter(config.split)
     try:
         with Progress("scan", None, "records") as progress:
             for outcome in _outcomes(config, data, curation):
                 if isinstance(outcome, Refusal):
-                    refused.add(_refused_row(outcome))
+                    refused.add(refused_row(outcome))
                 else:
                     spool.add({**to_row(outcome.record), "where": outcome.where})
                     splitter.note(outcome.record.group, outcome.record.split)
                     for header in outcome.headers:
                         sizes.add(header)
                     for part in outcome.dropped:
-                        dropped.add(_refused_row(part))
+                        dropped.add(refused_row(part))
                 progress.add(1, f"{refused.count} refused" if refused.count else "")
         splitter.decide()
         curation.compare(lambda: _settled(spool, splitter), data, work.path / ".curating")
-        tally, generations = Tally(), Generations(earlier)
+        tally, generations = Tally(), Generations(earlier if earlier and earlier.recipe == RECIPE else None)
         settled = _settled(spool, splitter, lambda row: refused.add(_doubled_row(row)))
         records = _write_records(work.path, generations.of(tally.of(curation.left(settled))))
         reasons: Counter[str] = Counter()
@@ -159,6 +153,7 @@ def _make(config: ScanConfig, data: Path | str, work: Work, earlier: Artifact | 
         for sorter in (spool, refused, dropped, curation.told):
             sorter.close()
     extra: dict[str, Any] = {"tasks": tally.tasks(), "fields": tally.fields(), "media": sizes.summary()}
+    extra["generation"] = generations.newest
     if unseen := tally.unseen_labels():
         extra["unseen_labels"] = unseen
     if curation.on:
@@ -168,42 +163,7 @@ def _make(config: ScanConfig, data: Path | str, work: Work, earlier: Artifact | 
     return work.finish(counts=counts, digest_of=records, extra=extra)
 
 
-class Generations:
-    """Tells which records an earlier manifest holds as they are now, in one pass over both in order of id."""
-
-    def __init__(self, earlier: Artifact | None) -> None:
-        columns = ["id", *_SAME, "generation"]
-        rows = read_rows(earlier.path, columns=columns) if earlier and earlier.recipe == RECIPE else iter(())
-        self.rows, self.before = rows, next(rows, None)
-        self.removed = 0
-        self.next = 1 + max(_generations(earlier)) if self.before and earlier else 0
-        self.kept = 0
-
-    def of(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """`rows` with their generations."""
-        for row in rows:
-            while self.before and self.before["id"] < row["id"]:
-                self.removed += 1
-                self.before = next(self.rows, None)
-            same = self.before and self.before["id"] == row["id"] and all(self.before[k] == row[k] for k in _SAME)
-            row["generation"] = self.before["generation"] if self.before and same else self.next
-            self.kept += bool(same)
-            if self.before and self.before["id"] == row["id"]:
-                self.before = next(self.rows, None)
-            yield row
-        self.removed += (self.before is not None) + sum(1 for _ in self.rows)
-
-
-def _generations(manifest: Artifact) -> set[int]:
-    found: set[int] = set()
-    for path in manifest.path.glob("records-*.parquet"):
-        with pq.ParquetFile(path) as f:
-            for batch in f.iter_batches(65_536, columns=["generation"]):
-                found.update(batch["generation"].unique().to_pylist())
-    return found or {0}
-
-
-def _outcomes(config: ScanConfig, data: Path | str, curation: Curation) -> Iterator[Looked | Refusal]:
+def _outcomes(config: ScanConfig, data: Path | str, curation: Curator) -> Iterator[Looked | Refusal]:
     reader = MediaReader(
         data, drop=config.on_bad_part == "drop_part", allow_remote=config.allow_remote, threads=min(8, 2 * cores()),
         video=config.allow_video,
@@ -232,76 +192,7 @@ def _settled(
 
 
 def _doubled_row(row: dict[str, Any]) -> dict[str, Any]:
-    return _refused_row(Refusal(row["where"], row["id"], "duplicate_id", "another record has this id"))
-
-
-class Curation:
-    """The steps of a CurateConfig, where a scan has its places for them; and the account of what they did.
-
-    `told` collects a row of CURATED for every record that a step dropped or changed.
-    """
-
-    def __init__(self, config: CurateConfig, told: Sorter, wordings: frozenset[str] = frozenset()) -> None:
-        self.config, self.told, self.wordings = config, told, wordings
-        self.on = bool(config.record_steps or config.set_steps)
-        self.steps = RecordSteps(config)
-        self.figures = Figures(config.record_steps)
-        self.drops = Drops({}, {}, {})
-        self.dropped_early = 0
-
-    def each(self, outcomes: Iterable[Draft | Refusal]) -> Iterator[Draft | Refusal]:
-        """What is left after the steps that look at one record; its media are not read yet."""
-        for outcome in outcomes:
-            if isinstance(outcome, Refusal) or not self.config.record_steps:
-                yield outcome
-                continue
-            record = outcome.record
-            curated = self.steps.apply(record)
-            self.figures.note(record.source, curated.events, self.config.record_steps)
-            for event in curated.events:
-                if event.reason != "detected":  # counted, not listed: it happens to nearly every record
-                    self._tell(record.source, record.id, event)
-            if curated.record is None:
-                self.dropped_early += 1
-            else:
-                yield replace(outcome, record=curated.record)
-
-    def compare(self, rows: Callable[[], Iterator[dict[str, Any]]], data: Path | str, folder: Path) -> None:
-        """Run the steps that look at all records."""
-        if self.config.set_steps:
-            self.drops = find_drops(rows, self.config, lambda uri: read_uri(uri, data), folder, cores(), self.wordings)
-
-    def left(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for row in rows:
-            if event := self.drops.events.get(row["id"]):
-                self._tell(row["source"], row["id"], event)
-            else:
-                yield row
-
-    def _tell(self, source: str, name: str, event: Event) -> None:
-        told = _refused_row(Refusal(source, name, event.reason, event.detail))
-        self.told.add({"step": event.step, "action": event.action, **told})
-
-    @property
-    def dropped(self) -> int:
-        return self.dropped_early + len(self.drops.events)
-
-    def by_source(self) -> dict[str, Any]:
-        """step → source → kept, dropped, changed, and how often for which reason."""
-        reasons = {**self.figures.reasons(), **self.drops.reasons}
-        return {
-            step: {
-                source: {**counts, "reasons": reasons.get(step, {}).get(source, {})} for source, counts in by.items()
-            }
-            for step, by in {**self.figures.counts(), **self.drops.figures}.items()
-        }
-
-    def totals(self) -> dict[str, dict[str, int]]:
-        """step → kept, dropped, changed."""
-        return {
-            step: {what: sum(counts[what] for counts in by.values()) for what in ("kept", "dropped", "changed")}
-            for step, by in {**self.figures.counts(), **self.drops.figures}.items()
-        }
+    return refused_row(Refusal(row["where"], row["id"], "duplicate_id", "another record has this id"))
 
 
 def _write_records(folder: Path, rows: Iterator[dict[str, Any]]) -> list[str]:
@@ -343,18 +234,8 @@ def _record_key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(row[k] for k in ("id", "content_hash", "task", "split", "group", "lang", "source", "license", "where"))
 
 
-def _curated_key(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(row[k] for k in CURATED.names)
-
-
 def _refused_key(row: dict[str, Any]) -> tuple[str, ...]:
     return (row["source"], row["id"], row["reason"], row["detail"])
-
-
-def _refused_row(refusal: Refusal) -> dict[str, Any]:
-    """A row of REFUSED; texts that cannot be stored as UTF-8 are escaped."""
-    values = {"source": refusal.source, "id": refusal.id, "reason": refusal.reason, "detail": refusal.detail[:500]}
-    return {k: v.encode("utf-8", "backslashreplace").decode() for k, v in values.items()}
 
 
 def _require_useful(config: ScanConfig, counts: dict[str, Any], folder: Path) -> None:

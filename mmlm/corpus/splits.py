@@ -46,7 +46,7 @@ class Splitter:
             # a torn group keeps what the data give, record by record
             free = {g for g, s in self.given.items() if s == "train" and g not in self.torn} if shares else set()
         ranked = sorted(free, key=lambda g: (position(g, config.salt), g))
-        chosen = {g: self._by_hash(position(g, config.salt), shares) for g in ranked}
+        chosen = {g: self.by_hash(position(g, config.salt), shares) for g in ranked}
         taken = {*(s for g, s in self.given.items() if g not in free), *chosen.values()}
         wanted = [s for s in ("train", "test", "val") if s == "train" or shares.get(s, 0) > 0]
         for split in wanted:
@@ -61,7 +61,7 @@ class Splitter:
         self.chosen = chosen
 
     @staticmethod
-    def _by_hash(at: float, shares: dict[str, float]) -> str:
+    def by_hash(at: float, shares: dict[str, float]) -> str:
         test, val = shares.get("test", 0.0), shares.get("val", 0.0)
         return "test" if at < test else "val" if at < test + val else "train"
 

@@ -38,12 +38,13 @@ class Encoder:
     """Turns records into samples for one FeatureSpec.
 
     `cache`: how many decoded pictures and sounds are kept, by URI, since one picture may belong to many records.
-    `cut_sounds` counts the sounds that were longer than the spec allows.
+    `cut_sounds` counts the sounds that were longer than the spec allows, `left_out` the pictures, sounds and videos that it
+    has no room for.
     """
 
     def __init__(self, spec: FeatureSpec, tokenizer: Tokenizer, cache: int = 0) -> None:
         self.spec, self.tokenizer = spec, tokenizer
-        self.cut_sounds = 0
+        self.cut_sounds = self.left_out = 0
         self._cache_size = cache
         self._cache: OrderedDict[tuple[str, str], _Media | SampleError] = OrderedDict()
         self._file = ("", b"")
@@ -58,7 +59,7 @@ class Encoder:
         typed reason.
         """
         sample = Sample(record.id, record.task, np.zeros(0, np.int32), 0)
-        tokens, cut = [BOS], 0
+        tokens, cut, left_out = [BOS], 0, 0
         turns: list[tuple[str, str]] = []
         for part in record.parts:
             if part.kind == "text":
@@ -81,6 +82,8 @@ class Encoder:
                 tokens.append(FIELDS)
             elif part.kind == "video" and not self.spec.video:
                 raise SampleError("unsupported", "a video", wanted="text, pictures, sounds or fields")
+            elif part.kind != "fields":
+                left_out += 1
         if len(tokens) == 1 and not any(text for _, text in turns):
             raise SampleError(
                 "empty", "there is nothing to read: no text, picture, sound or field", wanted="one of them"
@@ -93,6 +96,7 @@ class Encoder:
         sample.tokens = np.array(tokens, np.int32)
         self._check_length(sample)
         self.cut_sounds += cut
+        self.left_out += left_out
         sample.lang, sample.split, sample.group = record.lang, record.split, record.group
         sample.label, sample.number = record.target.label, record.target.number
         sample.labels = list(record.target.labels) if record.target.labels is not None else None

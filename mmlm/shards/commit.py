@@ -39,7 +39,7 @@ SHARDS = pa.schema(
         ("sha256", pa.string()),
         ("index_sha256", pa.string()),
         *((name, pa.int64()) for name in ("bytes", "samples", "records", "quarantined")),
-        *((name, pa.int64()) for name in ("images", "sounds", "tokens", "cut_sounds")),
+        *((name, pa.int64()) for name in ("images", "sounds", "tokens", "cut_sounds", "left_out")),
         *((name, pa.int64()) for name in ("image_bytes", "audio_bytes", "audio_frames")),
     ]
 )

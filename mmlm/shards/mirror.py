@@ -1,4 +1,4 @@
-"""Publish a finished ShardSet elsewhere, object by object and never over anything; and verify one that lies elsewhere.
+"""Publish a finished ShardSet elsewhere, object by object and never over anything.
 
 Shards and their indexes go first, in parallel, then the tables, `artifact.json` last: so who finds that finds all. Every
 object is put under the condition that there is none of its name (S3 `If-None-Match: *`, Google Cloud Storage
@@ -10,31 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, cast
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmlm import artifacts, remote
-from mmlm.errors import ArtifactError, DataError, MmlmError
+from mmlm.errors import ArtifactError, DataError
 from mmlm.progress import Progress
-from mmlm.shards.tar import members
-from mmlm.shards.verify import TABLES, rows_of, verify, verify_members, verify_tables
-from mmlm.storage import fsync_folder, is_remote, sha256_bytes, sha256_file
+from mmlm.shards.verify import TABLES, rows_of
+from mmlm.storage import fsync_folder, is_remote, sha256_file
 from mmlm.stores import blank
-
-SMALL = 256 << 20
-"""Bytes of the largest table or index that is read whole."""
 
 
 def mirror(shards: Path, to: str, workers: int = 8) -> dict[str, int]:
@@ -55,7 +45,7 @@ def mirror(shards: Path, to: str, workers: int = 8) -> dict[str, int]:
     counts: Counter[str] = Counter(objects=len(known) + len(TABLES) + 1, uploaded=0, bytes=0)
     with Progress("mirror", counts["objects"], "objects") as progress:
         for wave in (list(known), list(TABLES), [artifacts.NAME]):
-            with _pool(workers) as pool:
+            with stopping_pool(workers) as pool:
                 for size in pool.map(
                     lambda name: _publish(shards / name, known.get(name), target, name in there), wave
                 ):
@@ -66,7 +56,7 @@ def mirror(shards: Path, to: str, workers: int = 8) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+def stopping_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Threads that begin nothing more after an error."""
     pool = ThreadPoolExecutor(workers)
     try:
@@ -179,114 +169,3 @@ class _Folder(_Target):
 
     def read(self, name: str) -> bytes:
         return Path(self.to, name).read_bytes()
-
-
-# ---------------------------------------------------------------- verify
-
-
-def verify_remote(uri: str, workers: int = 4) -> list[str]:
-    """Every problem of the ShardSet at `uri`, as `verify` tells them of a folder. Each shard is read once, as a stream.
-
-    Raises ArtifactError when there is no finished ShardSet.
-    """
-    if not is_remote(uri):
-        return verify(uri.removeprefix("file://"))
-    uri = uri.rstrip("/")
-    there = {name.removeprefix(uri + "/") for name in remote.below(uri + "/")}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in (artifacts.NAME, *TABLES):
-            if name in there:
-                Path(folder, name).write_bytes(_small(f"{uri}/{name}"))
-        try:
-            problems, rows = verify_tables(Path(folder))
-        except ArtifactError as error:
-            where = blank(uri)
-            raise ArtifactError(error.found.replace(folder, where), wanted=error.wanted, cure=error.cure) from None
-    if rows is None:
-        return problems
-    shards = [row for row in rows if row["path"]]
-    with _pool(workers) as pool, Progress("verify", len(shards), "shards") as progress:
-        for found in pool.map(lambda row: _verify_shard(uri, row, there), shards):
-            problems += found
-            progress.add(1)
-    listed = {row["path"] for row in shards}
-    return [
-        *problems,
-        *(f"{name}: not in the manifest" for name in sorted(there) if name.endswith(".tar") and name not in listed),
-    ]
-
-
-def _small(uri: str) -> bytes:
-    size = remote.stat(uri).size
-    if size > SMALL:
-        raise ArtifactError(f"{blank(uri)} has {size:,} bytes", wanted=f"at most {SMALL:,}")
-    return b"".join(remote.stream(uri))
-
-
-def _verify_shard(uri: str, row: dict[str, Any], there: set[str]) -> list[str]:
-    """Problems of one tar and its index; the first that is found decides, as in `verify`."""
-    name = row["path"]
-    index = name.removesuffix(".tar") + ".index.parquet"
-    if name not in there:
-        return [f"{name}: missing"]
-    try:
-        tar = _Forward(remote.stream(f"{uri}/{name}"))
-        inside, broken = [], ""
-        try:
-            inside = list(members(cast(BinaryIO, tar)))
-        except ValueError as error:
-            broken = str(error)
-        tar.drain()
-        if (found := tar.sha256.hexdigest()) != row["sha256"]:
-            other = f", {tar.at:,} bytes instead of {row['bytes']:,}" if tar.at != row["bytes"] else ""
-            return [f"{name}: sha256 {found[:16]} instead of {row['sha256'][:16]}{other}"]
-        if index not in there:
-            return [f"{index}: missing"]
-        table = _small(f"{uri}/{index}")
-    except MmlmError as error:
-        if not isinstance(error, DataError):
-            raise
-        return [f"{name}: {error}"]
-    if sha256_bytes(table) != row["index_sha256"]:
-        return [f"{index}: other bytes than the manifest says"]
-    if broken:
-        return [f"{name}: {broken}"]
-    try:
-        return verify_members(inside, pq.read_table(io.BytesIO(table)), row)
-    except pa.ArrowException as error:
-        return [f"{index}: cannot be read ({error})"]
-
-
-class _Forward:
-    """A stream of bytes as a file in which one can only go forward; what is passed over is hashed all the same."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self.pieces, self.held, self.at = pieces, memoryview(b""), 0
-        self.sha256 = hashlib.sha256()
-
-    def read(self, size: int) -> bytes:
-        found = bytearray()
-        while len(found) < size and self._more():
-            found += self._take(size - len(found))
-        return bytes(found)
-
-    def seek(self, to: int) -> int:
-        while self.at < to and self._more():
-            self._take(to - self.at)
-        return self.at
-
-    def drain(self) -> None:
-        while self._more():
-            self._take(len(self.held))
-
-    def _more(self) -> bool:
-        if not self.held:
-            data = next(self.pieces, b"")
-            self.sha256.update(data)
-            self.held = memoryview(data)
-        return bool(self.held)
-
-    def _take(self, size: int) -> memoryview:
-        taken, self.held = self.held[:size], self.held[size:]
-        self.at += len(taken)
-        return taken

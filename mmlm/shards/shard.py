@@ -46,6 +46,7 @@ class Places:
     earlier: Artifact | None = None
     """A finished shard set whose tokenizer and shards are taken over where they fit."""
     borders: Boundaries = field(default_factory=dict)
+    """Where the shards of an earlier plan end, so that their records stay together."""
 
 
 def shard(
@@ -79,33 +80,16 @@ def shard(
             **digests(config.features),
         },
     )
-    if work.artifact and retry:
-        work.lock()
-        try:
-            reopen(work.path, retry)
-            work.reopen()
-        except BaseException:
-            work.release()
-            raise
-    elif retry:
-        work.release()
-        raise ArtifactError(
-            f"{out} is not finished",
-            wanted="a finished shard set to retry samples of",
-            cure="run shard without --retry",
-        )
-    if work.artifact:
+    if retry:
+        kept = _reopen(work, retry)
+        earlier = None  # it lost the same samples
+    elif work.artifact:
         _finish_closing(work, manifest)
         return work.artifact
-    if earlier and earlier.recipe != RECIPE:
-        earlier = None
-    # only a shard set of the same settings, made of a manifest that this one grew from, has borders to keep
-    grown = (
-        earlier and earlier.config == work.config and earlier.parents["manifest"] in manifest.extra.get("history", [])
-    )
-    places = Places(
-        data, workers, ray_address, earlier, borders(read_published(earlier.path)) if earlier and grown else {}
-    )
+    else:
+        earlier = earlier if earlier and earlier.recipe == RECIPE else None
+        kept = _kept_borders(work, manifest, earlier)
+    places = Places(data, workers, ray_address, earlier, kept)
     try:
         with tracker.run("shard", config, work) if tracker else contextlib.nullcontext() as run:
             made = _make(config, manifest, work, places)
@@ -114,6 +98,34 @@ def shard(
             return made
     finally:
         work.release()
+
+
+def _reopen(work: Work, reason: str) -> Boundaries:
+    """Take the units that lost samples to `reason` out of the finished set; returns where its shards end."""
+    if not work.artifact:
+        work.release()
+        raise ArtifactError(
+            f"{work.path} is not finished",
+            wanted="a finished shard set to retry samples of",
+            cure="run shard without --retry",
+        )
+    work.lock()
+    try:
+        kept = borders(read_published(work.path))
+        reopen(work.path, reason)
+        work.reopen()
+    except BaseException:
+        work.release()
+        raise
+    return kept
+
+
+def _kept_borders(work: Work, manifest: Artifact, earlier: Artifact | None) -> Boundaries:
+    """Where the shards of `earlier` end, if it has the same settings and was made of a manifest that this grew from."""
+    if not earlier or earlier.config != work.config:
+        return {}
+    grown = earlier.parents["manifest"] in manifest.extra.get("history", [])
+    return borders(read_published(earlier.path)) if grown else {}
 
 
 def _finish_closing(work: Work, manifest: Artifact) -> None:
@@ -156,7 +168,8 @@ def _make_shards(
     planned = {slot.unit_id: slot.name for slot in slots}
     committer = Committer(out)
     committer.resume(planned)
-    adopted = committer.adopt(places.earlier.path, planned) if places.earlier else 0
+    # once: what is missing later on was taken out on purpose (--retry), or is being made
+    adopted = committer.adopt(places.earlier.path, planned) if places.earlier and not committer.done else 0
     missing = [slot for slot in slots if slot.unit_id not in committer.done]
     on_ray = places.ray_address is not None or sum(slot.records for slot in missing) >= max(1, config.ray_from)
     workers = (places.workers or world.cores()) if on_ray else 1
@@ -242,6 +255,7 @@ def _count(committer: Committer, workers: int, total: int, adopted: int) -> dict
         "quarantine_reasons": dict(sorted(_reasons(committer).items())),
         "shards": sum(bool(row["samples"]) for row in rows),
         "cut_sounds": sum(row["cut_sounds"] for row in rows),
+        "left_out": sum(row["left_out"] for row in rows),
         "workers": workers,
         **({"taken_over": adopted} if adopted else {}),
     }

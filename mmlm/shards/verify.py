@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import random
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +25,7 @@ from mmlm.shards.config import ShardConfig
 from mmlm.shards.plan import borders, codec_versions, plan, read_units
 from mmlm.shards.tar import members
 from mmlm.shards.write import TEMPORARY, UnitWriter, absolute
-from mmlm.storage import is_remote, sha256_file, sha256_json
+from mmlm.storage import is_remote, sha256_bytes, sha256_file, sha256_json
 
 TABLES = (MANIFEST, QUARANTINE, feature_spec.FILE, TOKENIZER)
 """What stands beside the shards and artifact.json."""
@@ -40,10 +42,10 @@ def verify(path: Path | str) -> list[str]:
         return problems
     for row in rows:
         if row["path"]:
-            problems += _verify_shard(path, row)
-    listed = {row["path"] for row in rows}
-    problems += [f"{tar.name}: not in the manifest" for tar in sorted(path.rglob("*.tar")) if tar.name not in listed]
-    return problems
+            tar, index = path / row["path"], (path / row["path"]).with_suffix(".index.parquet")
+            read = index.read_bytes if index.is_file() else lambda: None
+            problems += verify_shard(row, _blocks(tar) if tar.is_file() else None, read)
+    return [*problems, *not_listed((tar.name for tar in path.rglob("*.tar")), rows)]
 
 
 def verify_tables(path: Path) -> tuple[list[str], list[dict[str, Any]] | None]:
@@ -93,14 +95,14 @@ def rebuild(path: Path | str, manifest: Path | str, data: Path | str, count: int
             cure="install those versions to rebuild",
         )
     config = parse(ShardConfig, artifact.config, str(path / artifacts.NAME))
-    rows = [row for row in pq.read_table(path / MANIFEST).to_pylist() if row["path"]]
-    chosen = {row["unit_id"]: row for row in random.Random(seed).sample(rows, min(count, len(rows)))}
+    rows = rows_of(path)
+    written = [row for row in rows if row["path"]]
+    chosen = {row["unit_id"]: row for row in random.Random(seed).sample(written, min(count, len(written)))}
     spec, tokenizer = feature_spec.load(path), Tokenizer.load(path)
-    slots = [s for s in plan(source.path, config, spec, borders(rows_of(path))) if s.unit_id in chosen]
+    slots = [slot for slot in plan(source.path, config, spec, borders(rows)) if slot.unit_id in chosen]
     problems = [
-        f"{chosen[u]['path']}: its records are not in the manifest"
-        for u in chosen
-        if u not in {s.unit_id for s in slots}
+        f"{chosen[unit_id]['path']}: no such shard would be made here: a library that is part of its recipe has changed"
+        for unit_id in chosen.keys() - {slot.unit_id for slot in slots}
     ]
     with tempfile.TemporaryDirectory() as folder, Progress("rebuild", len(slots), "shards") as progress:
         (Path(folder) / TEMPORARY).mkdir()
@@ -132,35 +134,84 @@ def _verify_counts(rows: list[dict[str, Any]], counts: dict[str, Any]) -> list[s
     return problems
 
 
-def _verify_shard(path: Path, row: dict[str, Any]) -> list[str]:
-    """Problems of one tar and its index; the first that is found decides, for what follows would only repeat it."""
+def verify_shard(row: dict[str, Any], tar: Iterator[bytes] | None, index: Callable[[], bytes | None]) -> list[str]:
+    """Problems of one tar and its index; the first that is found decides, for what follows would only repeat it.
+
+    `row` is that of the manifest table, `tar` the file in pieces, read once; `index()` gives the bytes of its index.
+    None stands for a file that is not there.
+    """
     name = row["path"]
-    tar, index = path / name, (path / name).with_suffix(".index.parquet")
-    if not tar.is_file():
+    index_name = name.removesuffix(".tar") + ".index.parquet"
+    if tar is None:
         return [f"{name}: missing"]
-    with tar.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != row["sha256"]:
-        size = tar.stat().st_size
-        other = f", {size:,} bytes instead of {row['bytes']:,}" if size != row["bytes"] else ""
-        return [f"{name}: sha256 {found[:16]} instead of {row['sha256'][:16]}{other}"]
-    if not index.is_file():
-        return [f"{index.name}: missing"]
-    if sha256_file(index) != row["index_sha256"]:
-        return [f"{index.name}: other bytes than the manifest says"]
+    file, inside, broken = _Forward(tar), [], ""
     try:
-        with tar.open("rb") as file:
-            inside = list(members(file))
+        inside = [(*member.partition(".")[::2], at, size) for member, at, size in members(cast(BinaryIO, file))]
     except ValueError as error:
-        return [f"{name}: {error}"]
-    return verify_members(inside, pq.read_table(index), row)
-
-
-def verify_members(inside: list[tuple[str, int, int]], index: pa.Table, row: dict[str, Any]) -> list[str]:
-    """Problems of the members (name, offset, size) of a tar, beside its index and its row in the manifest table."""
-    name, listed = row["path"], index.to_pydict()
-    found = [(*member.partition(".")[::2], offset, size) for member, offset, size in inside]
-    if found != list(zip(listed["key"], listed["ext"], listed["offset"], listed["size"], strict=True)):
-        return [f"{Path(name).with_suffix('.index.parquet')}: its offsets are not those of the tar"]
-    samples = len({key for key, *_ in found})
+        broken = str(error)
+    file.drain()
+    if (found := file.sha256.hexdigest()) != row["sha256"]:
+        other = f", {file.at:,} bytes instead of {row['bytes']:,}" if file.at != row["bytes"] else ""
+        return [f"{name}: sha256 {found[:16]} instead of {row['sha256'][:16]}{other}"]
+    table = index()
+    if table is None:
+        return [f"{index_name}: missing"]
+    if sha256_bytes(table) != row["index_sha256"]:
+        return [f"{index_name}: other bytes than the manifest says"]
+    if broken:
+        return [f"{name}: {broken}"]
+    try:
+        listed = pq.read_table(io.BytesIO(table)).to_pydict()
+    except pa.ArrowException as error:
+        return [f"{index_name}: cannot be read ({error})"]
+    if inside != list(zip(listed["key"], listed["ext"], listed["offset"], listed["size"], strict=True)):
+        return [f"{index_name}: its offsets are not those of the tar"]
+    samples = len({key for key, *_ in inside})
     return [] if samples == row["samples"] else [f"{name}: {samples} samples instead of {row['samples']}"]
+
+
+def not_listed(names: Iterable[str], rows: list[dict[str, Any]]) -> list[str]:
+    """A problem for every tar among `names` that is not in the manifest table."""
+    listed = {row["path"] for row in rows}
+    return [f"{name}: not in the manifest" for name in sorted(names) if name.endswith(".tar") and name not in listed]
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            yield block
+
+
+class _Forward:
+    """A stream of bytes as a file in which one can only go forward; what is passed over is hashed all the same."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self.pieces, self.held, self.at = pieces, memoryview(b""), 0
+        self.sha256 = hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        found = bytearray()
+        while len(found) < size and self._more():
+            found += self._take(size - len(found))
+        return bytes(found)
+
+    def seek(self, to: int) -> int:
+        while self.at < to and self._more():
+            self._take(to - self.at)
+        return self.at
+
+    def drain(self) -> None:
+        while self._more():
+            self._take(len(self.held))
+
+    def _more(self) -> bool:
+        if not self.held:
+            data = next(self.pieces, b"")
+            self.sha256.update(data)
+            self.held = memoryview(data)
+        return bool(self.held)
+
+    def _take(self, size: int) -> memoryview:
+        taken, self.held = self.held[:size], self.held[size:]
+        self.at += len(taken)
+        return taken

@@ -43,8 +43,6 @@ AHEAD = 64
 CACHED_MEDIA = 64
 """Decoded pictures and sounds kept inside one unit: neighbouring records often share them."""
 INDEX = pa.schema([("key", pa.string()), ("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
-
-
 QUARANTINE = REFUSED.append(pa.field("unit_id", pa.string()))
 """Columns of the table of failed samples."""
 
@@ -72,11 +70,13 @@ class Written:
     audio_bytes: int = 0
     audio_frames: int = 0
     cut_sounds: int = 0
+    left_out: int = 0
     quarantine: list[dict[str, str]] = field(default_factory=list)
     """Rows of QUARANTINE."""
     seconds: float = 0.0
-    """How long the unit took, and `worker`, where: they go to the straggler report, never into a shard."""
+    """How long the unit took; goes to the straggler report, never into a shard."""
     worker: str = ""
+    """`host:process` that wrote it; likewise."""
 
     @classmethod
     def of(cls, slot: Slot) -> Written:
@@ -114,14 +114,13 @@ class UnitWriter:
                 if self.encoders:
                     samples = with_features(samples, self.encoders, self._stored_images)
                 for sample, members in samples:
-                    _count(result, sample, _add(tar, index, sample, members))
+                    _add(tar, index, sample_key(sample.id), members)
+                    _count(result, sample, members)
                 tar.close()
                 file.flush()
                 os.fsync(file.fileno())
-            result.seconds, result.worker = (
-                round(time.perf_counter() - started, 4),
-                f"{socket.gethostname()}:{os.getpid()}",
-            )
+            result.seconds = round(time.perf_counter() - started, 4)
+            result.worker = f"{socket.gethostname()}:{os.getpid()}"
             if not result.samples:
                 tar_path.unlink()
                 return result
@@ -134,7 +133,7 @@ class UnitWriter:
             index_path.unlink(missing_ok=True)
             raise
         result.temporary, result.sha256, result.bytes = str(stem), tar.sha256.hexdigest(), tar.offset
-        result.cut_sounds = encoder.cut_sounds
+        result.cut_sounds, result.left_out = encoder.cut_sounds, encoder.left_out
         point("after_fsync")
         return result
 
@@ -195,14 +194,11 @@ def quarantine_row(record: Record, error: SampleError) -> dict[str, str]:
     return {"source": source, "id": record.id, "reason": error.reason, "detail": detail}
 
 
-def _add(tar: TarWriter, index: dict[str, list[Any]], sample: Sample, members: dict[str, bytes]) -> dict[str, bytes]:
-    """Write `members`, those of `sample`; returns them."""
-    key = sample_key(sample.id)
+def _add(tar: TarWriter, index: dict[str, list[Any]], key: str, members: dict[str, bytes]) -> None:
     for extension, data in members.items():
         offset = tar.add(f"{key}.{extension}", data)
         for name, value in zip(INDEX.names, (key, extension, offset, len(data)), strict=True):
             index[name].append(value)
-    return members
 
 
 def _count(result: Written, sample: Sample, members: dict[str, bytes]) -> None:

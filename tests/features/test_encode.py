@@ -175,6 +175,12 @@ def test_cut_sounds_are_counted(tokenizer: Tokenizer) -> None:
     assert encoder.cut_sounds == 1
 
 
+def test_what_the_spec_has_no_room_for_is_counted(tokenizer: Tokenizer) -> None:
+    encoder = Encoder(make_spec(tokenizer, audio=None), tokenizer)
+    assert encoder.encode(record(PICTURE, SOUND, QUESTION), read).sounds == []
+    assert encoder.left_out == 1
+
+
 def test_bad_values_of_fields_are_missing(tokenizer: Tokenizer) -> None:
     encoder = Encoder(make_spec(tokenizer), tokenizer)
     part = Part("fields", fields={"age": "unknown", "size": float("inf"), "colour": 3.0})

@@ -128,3 +128,24 @@ def test_samples_that_failed_are_tried_again_when_asked(tmp_path: Path) -> None:
     (data / "5.png").write_bytes(pictures["5.png"])
     done = shard(CONFIG, manifest, data=data, out=out / "shards", retry="all")
     assert files(done) == files(shard(CONFIG, manifest, data=data, out=tmp_path / "whole"))
+
+
+def test_a_shard_taken_over_with_its_failures_is_tried_again_too(tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    write(data, "a.jsonl", range(100))
+    first = scan(SCAN, data=data, out=out / "manifest")
+    lost = (data / "3.png").read_bytes()
+    (data / "3.png").unlink()
+    before = files(shard(CONFIG, first, data=data, out=out / "shards"))
+    (data / "3.png").write_bytes(lost)
+    write(data, "b.jsonl", range(100, 110))
+    manifest, grown = grow(data, out)
+    then = files(grown)
+    assert grown.counts["taken_over"] == len(before) and grown.counts["quarantined"] == 1
+    again = shard(
+        CONFIG, manifest, data=data, out=out / "shards", earlier=artifacts.predecessor(out / "shards"),
+        retry="missing_file",
+    )  # fmt: skip
+    assert again.counts["quarantined"] == 0 and again.counts["samples"] == 110
+    changed = files(again).items() - then.items()
+    assert len(changed) == 1 and verify(again.path) == []

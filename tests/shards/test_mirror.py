@@ -18,10 +18,18 @@ from mmlm import cli, remote
 from mmlm.artifacts import Artifact
 from mmlm.errors import ArtifactError, DataError
 from mmlm.shards import mirror as mirroring
-from mmlm.shards.mirror import mirror, verify_remote
+from mmlm.shards.mirror import mirror
 from mmlm.shards.shard import shard
+from mmlm.shards.verify import verify
+from mmlm.shards.verify_remote import verify_remote
+from mmlm.storage import is_remote
 from tests import clouds
 from tests.shards.conftest import CONFIG, make_records, write_manifest
+
+
+def problems_of(uri: str) -> list[str]:
+    """What `mmlm verify` says of a folder or an address."""
+    return verify_remote(uri) if is_remote(uri) else verify(uri.removeprefix("file://"))
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +84,7 @@ def test_a_mirror_holds_the_set_and_a_rerun_uploads_nothing(cloud: clouds.Cloud,
     ours = content(f"file://{made.path}")
     theirs = content(uri)
     assert theirs == {name: ours[name] for name in theirs} and len(theirs) == counts["objects"]
-    assert verify_remote(uri) == []
+    assert problems_of(uri) == []
     again = mirror(made.path, uri + "/")
     assert (again["uploaded"], again["bytes"]) == (0, 0)
 
@@ -129,7 +137,7 @@ def test_every_kind_of_damage_is_found_and_named(cloud: clouds.Cloud, made: Arti
     index = third.with_suffix(".index.parquet")
     overwrite(cloud, f"damage/{index.name}", index.read_bytes() + b" ")
     overwrite(cloud, "damage/train-00042-0badcafe.tar", third.read_bytes())
-    problems = verify_remote(uri)
+    problems = problems_of(uri)
     assert len(problems) == 4
     for problem, said in zip(
         sorted(problems),
@@ -145,9 +153,9 @@ def test_every_kind_of_damage_is_found_and_named(cloud: clouds.Cloud, made: Arti
     ):
         assert problem.startswith(said)
     overwrite(cloud, "damage/feature_spec.json", b"{}")
-    assert any("feature_spec.json" in problem for problem in verify_remote(uri))
+    assert any("feature_spec.json" in problem for problem in problems_of(uri))
     with pytest.raises(ArtifactError, match="finished shard set"):
-        verify_remote(f"{cloud.root}/nothing-here")
+        problems_of(f"{cloud.root}/nothing-here")
 
 
 def test_a_mirroring_that_broke_off_is_taken_up(
@@ -167,9 +175,9 @@ def test_a_mirroring_that_broke_off_is_taken_up(
         mirror(made.path, uri, workers=1)
     monkeypatch.undo()
     with pytest.raises(ArtifactError):  # unfinished: nobody takes it for a set
-        verify_remote(uri)
+        problems_of(uri)
     assert mirror(made.path, uri)["uploaded"] == 2 * made.counts["shards"] + 5 - 3
-    assert verify_remote(uri) == []
+    assert problems_of(uri) == []
 
 
 def test_a_killed_mirroring_is_taken_up(made: Artifact, tmp_path: Path) -> None:
@@ -190,7 +198,7 @@ def test_a_killed_mirroring_is_taken_up(made: Artifact, tmp_path: Path) -> None:
         there = len(remote.below(uri + "/"))
         assert there in (3, 4)
         assert mirror(made.path, uri)["uploaded"] == 2 * made.counts["shards"] + 5 - there
-        assert verify_remote(uri) == []
+        assert problems_of(uri) == []
 
 
 @pytest.mark.slow
@@ -200,7 +208,7 @@ def test_two_at_once_publish_one_set(made: Artifact) -> None:
         code = f"from pathlib import Path; from mmlm.shards.mirror import mirror; mirror(Path({str(made.path)!r}), {uri!r})"
         both = [subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ)) for _ in range(2)]
         assert [child.wait(60) for child in both] == [0, 0]
-        assert verify_remote(uri) == []
+        assert problems_of(uri) == []
 
 
 def test_what_cannot_be_published_is_refused(made: Artifact, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ BATCH = 64
 
 Look = tuple[int, np.ndarray]
 """A perceptual hash and (192,) uint8: red, green and blue of 8 × 8 cells."""
+Pictures = list[bytes | Look | None]
+"""Of one record: the bytes of each picture, or what was seen of it already; None where it cannot be read."""
 
 
 def look(data: bytes) -> Look | None:
@@ -117,10 +119,9 @@ class PictureIndex:
 
     @classmethod
     def build(
-        cls, pictures: Iterator[tuple[int, list[bytes | None]]], config: NearImagesConfig, folder: Path,
-        workers: int = 1,
-    ) -> PictureIndex:  # fmt: skip
-        """Of (number of the record, the bytes of its pictures, None where they cannot be read)."""
+        cls, pictures: Iterator[tuple[int, Pictures]], config: NearImagesConfig, folder: Path, workers: int = 1
+    ) -> PictureIndex:
+        """Of (number of the record, its pictures)."""
         row = GrowingArray(folder / "row", np.int64)
         size = GrowingArray(folder / "size", np.int64)
         place = GrowingArray(folder / "place", np.int64)
@@ -183,15 +184,15 @@ def _complete(row: np.ndarray, size: np.ndarray, place: np.ndarray) -> np.ndarra
     return first[(row[last] == row[first]) & (place[last] == size[first] - 1)]
 
 
-Batch = list[tuple[int, list[bytes | None]]]
+Batch = list[tuple[int, Pictures]]
 
 
-def _batches(pictures: Iterator[tuple[int, list[bytes | None]]]) -> Iterator[Batch]:
+def _batches(pictures: Iterator[tuple[int, Pictures]]) -> Iterator[Batch]:
     held: Batch = []
     size = 0
     for number, files in pictures:
         held.append((number, files))
-        size += sum(len(f) for f in files if f) + 1
+        size += sum(len(f) for f in files if isinstance(f, bytes)) + 1
         if len(held) >= BATCH or size > 16 << 20:
             yield held
             held, size = [], 0
@@ -205,9 +206,9 @@ def _look_at_all(batch: Batch) -> list[tuple[int, int, int, Look]]:
     found = []
     for number, files in batch:
         for place, data in enumerate(files):
-            if data and data not in looks:
+            if isinstance(data, bytes) and data not in looks:
                 looks[data] = look(data)
-            if data and (seen := looks[data]):
+            if seen := looks[data] if isinstance(data, bytes) else data:
                 found.append((number, len(files), place, seen))
     return found
 

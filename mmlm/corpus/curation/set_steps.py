@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from mmlm.corpus.curation.config import CurateConfig, NearImagesConfig, NearText
 from mmlm.corpus.curation.contamination import shared_runs
 from mmlm.corpus.curation.events import Event, Figures
 from mmlm.corpus.curation.linking import known_to, losers, sets_of
-from mmlm.corpus.curation.near_images import PictureIndex, read_ahead
+from mmlm.corpus.curation.near_images import PictureIndex, Pictures, look, read_ahead
 from mmlm.corpus.curation.near_text import TextIndex
 from mmlm.corpus.records import SPLITS
 from mmlm.errors import DataError
@@ -33,7 +34,9 @@ Rows = Callable[[], Iterator[dict[str, Any]]]
 Read = Callable[[str], bytes]
 TRAIN = SPLITS.index("train")
 _MEDIA = ("image", "audio", "video")
-_READERS = 8
+_READERS = 4
+LARGE = 4 << 20
+"""Bytes of a picture file that is not held until its turn comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class _Work:
         self, rows: Rows, config: CurateConfig, read: Read, folder: Path, workers: int, wordings: frozenset[str]
     ) -> None:
         self.wordings = wordings
+        self.one_at_a_time = threading.Lock()
         self.rows, self.config, self.read, self.folder, self.workers = rows, config, read, folder, workers
         self.lost: dict[int, tuple[str, str, int | None]] = {}
         """record → (step, reason, the record on whose account)"""
@@ -263,13 +267,18 @@ class _Work:
             if pictures and self.alive[number] and number not in self.fresh:
                 yield number, pictures
 
-    def _files(self, parts: list[dict[str, Any]]) -> list[bytes | None]:
-        found: list[bytes | None] = []
+    def _files(self, parts: list[dict[str, Any]]) -> Pictures:
+        found: Pictures = []
         for part in parts:
             try:
-                found.append(part["data"] if part["uri"] is None else self.read(part["uri"]))
+                data = part["data"] if part["uri"] is None else self.read(part["uri"])
             except (OSError, DataError):
-                found.append(None)
+                data = None
+            if data and len(data) > LARGE:  # looked at here: waiting for its turn, it would fill the memory
+                with self.one_at_a_time:
+                    found.append(look(data))
+            else:
+                found.append(data)
         return found
 
 

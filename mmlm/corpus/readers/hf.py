@@ -78,12 +78,12 @@ def hf_files(source: HfSource, folder: Path) -> list[tuple[str, str]]:
 def read_hf(source: HfSource, folder: Path, data: str) -> Outcomes:
     """Drafts of every row of the data set in `folder`. Raises DataError when nothing says what is to be answered."""
     files = hf_files(source, folder)
-    features = _features(folder, files)
+    features = features_of(folder, files)
     prefix = "" if source.path in ("", ".") else os.path.normpath(source.path) + "/"
     rows: Iterator[tuple[str, Row | Refusal, str]] = (
-        (prefix + name, _converted(row, features), split)
+        (prefix + name, converted(row, features), split)
         for split, name in files
-        for row in _rows(folder / name, prefix + name)
+        for row in rows_of(folder / name, prefix + name)
     )
     if not source.ask and not features:
         refused = []
@@ -218,7 +218,7 @@ def _readme(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _features(folder: Path, files: list[tuple[str, str]]) -> Features:
+def features_of(folder: Path, files: list[tuple[str, str]]) -> Features:
     """Of dataset_info.json, else of what a file says of itself, else of README.md, else by the types of the columns."""
     first = folder / files[0][1]
     for info in (first.parent / "dataset_info.json", folder / "dataset_info.json"):
@@ -304,7 +304,7 @@ def _open(held: Any) -> Any:
     return pa.ipc.open_stream(held)
 
 
-def _rows(path: Path, shown: str) -> Iterator[Row | Refusal]:
+def rows_of(path: Path, shown: str) -> Iterator[Row | Refusal]:
     if path.suffix == ".parquet":
         yield from parquet_rows(path, shown)
         return
@@ -325,7 +325,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
         yield from _open(held)
 
 
-def _converted(row: Row | Refusal, features: Features) -> Row | Refusal:
+def converted(row: Row | Refusal, features: Features) -> Row | Refusal:
     """The row with names for numbers of classes; -1 means that the class is not told."""
     if isinstance(row, Refusal):
         return row

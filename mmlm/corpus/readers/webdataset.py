@@ -46,7 +46,7 @@ def read_webdataset(source: WebDatasetSource, files: Iterable[tuple[str, Path]],
 
     Raises DataError when it cannot be inferred what is to be answered.
     """
-    samples = (sample for shown, path in files for sample in _samples(source, shown, path))
+    samples = (sample for shown, path in files for sample in samples_of(source, shown, path))
     peeked: list[Sample] = []
     rows = 0
     for sample in samples:
@@ -104,7 +104,7 @@ def _asks(rows: list[dict[str, Any]], media: bool, files: list[str]) -> list[Ask
     return asks
 
 
-def _samples(source: WebDatasetSource, shown: str, path: Path) -> Iterator[Sample]:
+def samples_of(source: WebDatasetSource, shown: str, path: Path) -> Iterator[Sample]:
     split = split_in_name(shown)
     ignored = {e.lower().lstrip(".") for e in source.ignore}
     try:
