@@ -8,18 +8,21 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from mmlm.errors import DataError
 from mmlm.features.sample import Sample
 from mmlm.features.spec import AUDIO, FIELDS, IMAGE, PAD, AudioSpec, FeatureSpec, ImageSpec
 
 IGNORE = -100
 """Target of a position that is not trained on."""
+_SLOTS = (IMAGE, AUDIO, FIELDS)
 
 
 @dataclass
 class Batch:
-    """B sequences of T positions; P patches, M mel tokens and K field values stand in order of their slots.
+    """B sequences of T positions hold R records; P patches, M mel tokens and K field values stand in order of their
+    slots, sequence by sequence. Attention and positions never cross records.
 
-    Axes: B record, T position, P patch, M mel token, K field value, D features.
+    Axes: B sequence, T position, R record with an `<answer>`, P patch, M mel token, K field value, D features.
     """
 
     tokens_BT: torch.Tensor
@@ -27,14 +30,18 @@ class Batch:
     valid_BT: torch.Tensor
     """bool; False where a sequence is padded."""
     prompt_BT: torch.Tensor
-    """bool; True up to and including `<answer>`."""
+    """bool; True from the beginning of a record up to and including its `<answer>`; in a piece only at media slots."""
     target_BT: torch.Tensor
-    """int64; the next token of the answer, IGNORE elsewhere."""
-    answer_at_B: torch.Tensor
-    """int64; the position of `<answer>`."""
-    label_B: torch.Tensor
+    """int64; the next token of the answer (in a piece: of the text), IGNORE elsewhere."""
+    segment_BT: torch.Tensor
+    """int64; the number of the record within its sequence, from 0; -1 where padded."""
+    position_BT: torch.Tensor
+    """int64; the position within its record, from 0."""
+    answer_at_R: torch.Tensor
+    """int64; where each record's `<answer>` stands, as b * T + t."""
+    label_R: torch.Tensor
     """int64; the row of the record's class in the classification head, IGNORE without one."""
-    task_B: torch.Tensor
+    task_R: torch.Tensor
     """int64; the number of the record's task in the spec, -1 when unknown."""
     patches_PD: torch.Tensor
     """float32; flattened patches of standardised pictures."""
@@ -48,9 +55,14 @@ class Batch:
     """float32; standardised number, or 1 for the category that is present, 0 when missing."""
     value_at_K: torch.Tensor
     """int64; which number, category or missing mark (`field_rows`)."""
+    ids: tuple[str, ...] = ()
+    """Ids of all records and pieces, in order of sequences and segments."""
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(
+            **{k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        )
 
 
 def field_rows(spec: FeatureSpec) -> dict[tuple[str, str | None], int]:
@@ -69,55 +81,85 @@ def field_rows(spec: FeatureSpec) -> dict[tuple[str, str | None], int]:
 
 
 def collate(samples: Sequence[Sample], spec: FeatureSpec, *, pad_left: bool = False, with_answer: bool = True) -> Batch:
-    """One Batch from `samples`. `pad_left` puts all `<answer>` marks into the last column, for generation."""
-    rows = [_open(s, spec, with_answer) for s in samples]
-    B, T = len(rows), max(len(r) for r, _ in rows)
-    tokens = np.full((B, T), PAD, np.int64)
-    valid = np.zeros((B, T), bool)
-    prompt = np.zeros((B, T), bool)
-    target = np.full((B, T), IGNORE, np.int64)
-    answer_at = np.zeros(B, np.int64)
-    for b, (row, at) in enumerate(rows):
-        first = T - len(row) if pad_left else 0
-        tokens[b, first : first + len(row)] = row
-        valid[b, first : first + len(row)] = True
-        prompt[b, first : first + at + 1] = True
-        target[b, first + at : first + len(row) - 1] = row[at + 1 :]
-        answer_at[b] = first + at
+    """One Batch of a sequence per sample. `pad_left` puts all `<answer>` marks into the last column, for generation."""
+    return _batch([[s] for s in samples], spec, None, pad_left, with_answer)
+
+
+def pack(sequences: Sequence[Sequence[Sample]], spec: FeatureSpec, length: int | None = None) -> Batch:
+    """One Batch of a row per sequence, each holding its samples one after the other.
+
+    `length` is T; by default the longest sequence's. Raises DataError when a sequence is longer. A sample with
+    `answer_at` -1 is a piece of a long record: each of its tokens is the target of the one before it, except slots,
+    and it has no row in R.
+    """
+    return _batch(sequences, spec, length, False, True)
+
+
+def _batch(
+    sequences: Sequence[Sequence[Sample]], spec: FeatureSpec, length: int | None, pad_left: bool, with_answer: bool
+) -> Batch:
+    opened = [[_open(s, spec, with_answer) for s in samples] for samples in sequences]
+    longest = max(sum(len(tokens) for tokens, _ in rows) for rows in opened)
+    if length is not None and longest > length:
+        raise DataError(f"a sequence of {longest} positions", wanted=f"at most {length}")
+    B, T = len(opened), length or longest
+    tokens, target = np.full((B, T), PAD, np.int64), np.full((B, T), IGNORE, np.int64)
+    prompt, position = np.zeros((B, T), bool), np.zeros((B, T), np.int64)
+    segment = np.full((B, T), -1, np.int64)
+    answer_at: list[int] = []
+    for b, rows in enumerate(opened):
+        first = T - sum(len(row) for row, _ in rows) if pad_left else 0
+        for n, (row, at) in enumerate(rows):
+            here = slice(first, first + len(row))
+            tokens[b, here], segment[b, here], position[b, here] = row, n, np.arange(len(row))
+            if at >= 0:
+                prompt[b, first : first + at + 1] = True
+                target[b, first + at : first + len(row) - 1] = row[at + 1 :]
+                answer_at.append(b * T + first + at)
+            else:
+                prompt[b, here] = slots = np.isin(row, _SLOTS)
+                target[b, first : first + len(row) - 1] = np.where(slots[1:], IGNORE, row[1:])
+            first += len(row)
+    samples = [s for rows in sequences for s in rows]
+    records = [s for s in samples if s.answer_at >= 0]
     offsets = spec.label_offsets()
+    names = {t.name: n for n, t in enumerate(spec.tasks)}
     patches, patch_at = _patches([x for s in samples for x in s.images], spec.image)
     mels, mel_at = _mels([x for s in samples for x in s.sounds], spec.audio)
     values, value_at = _values(samples, spec)
-    names = {t.name: n for n, t in enumerate(spec.tasks)}
     return Batch(
         tokens_BT=torch.from_numpy(tokens),
-        valid_BT=torch.from_numpy(valid),
+        valid_BT=torch.from_numpy(segment >= 0),
         prompt_BT=torch.from_numpy(prompt),
         target_BT=torch.from_numpy(target),
-        answer_at_B=torch.from_numpy(answer_at),
-        label_B=torch.tensor([_label(s, spec, offsets) for s in samples]),
-        task_B=torch.tensor([names.get(s.task, -1) for s in samples]),
+        segment_BT=torch.from_numpy(segment),
+        position_BT=torch.from_numpy(position),
+        answer_at_R=torch.tensor(answer_at, dtype=torch.int64),
+        label_R=torch.tensor([_label(s, spec, offsets) for s in records], dtype=torch.int64),
+        task_R=torch.tensor([names.get(s.task, -1) for s in records], dtype=torch.int64),
         patches_PD=torch.from_numpy(patches),
         patch_at_P=torch.from_numpy(patch_at),
         mels_MD=torch.from_numpy(mels),
         mel_at_M=torch.from_numpy(mel_at),
         values_K=torch.from_numpy(values),
         value_at_K=torch.from_numpy(value_at),
+        ids=tuple(s.id for s in samples),
     )
 
 
 def _open(sample: Sample, spec: FeatureSpec, with_answer: bool) -> tuple[np.ndarray, int]:
-    """The sequence with opened slots, and where `<answer>` stands in it."""
-    tokens = sample.tokens if with_answer else sample.tokens[: sample.answer_at + 1]
+    """The sequence with opened slots, and where `<answer>` stands in it, -1 in a piece."""
+    piece = sample.answer_at < 0
+    tokens = sample.tokens if with_answer or piece else sample.tokens[: sample.answer_at + 1]
     repeats = np.ones(len(tokens), np.int64)
-    prompt = tokens[: sample.answer_at]
+    prompt = tokens if piece else tokens[: sample.answer_at]
     if spec.image:
         repeats[: len(prompt)][prompt == IMAGE] = spec.image.tokens
     if spec.audio:
         repeats[: len(prompt)][prompt == AUDIO] = [mel_tokens(len(x), spec.audio) for x in sample.sounds]
     if spec.fields:
         repeats[: len(prompt)][prompt == FIELDS] = len(spec.fields.names)
-    return np.repeat(tokens, repeats), int(repeats[: sample.answer_at].sum())
+    return np.repeat(tokens, repeats), -1 if piece else int(repeats[: sample.answer_at].sum())
 
 
 def mel_tokens(frames: int, spec: AudioSpec) -> int:

@@ -40,14 +40,14 @@ def rotate(x_BNTH: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> to
 
 
 def mask_of(
-    valid_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool, dtype: torch.dtype = torch.float32
+    segment_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Additive mask, (B, 1, T, T): 0 where a query sees a key, a large negative number elsewhere."""
-    T = valid_BT.shape[1]
-    sees = torch.ones(T, T, dtype=torch.bool, device=valid_BT.device).tril()[None]
+    """Additive mask, (B, 1, T, T): 0 where a query sees a key of its own record, a large negative number elsewhere."""
+    T = segment_BT.shape[1]
+    sees = torch.ones(T, T, dtype=torch.bool, device=segment_BT.device).tril()[None]
     if prefix:
         sees = sees | (prompt_BT[:, :, None] & prompt_BT[:, None, :])
-    sees = sees & valid_BT[:, None, :]
+    sees = sees & (segment_BT[:, :, None] == segment_BT[:, None, :]) & (segment_BT >= 0)[:, None, :]
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, -1e9)[:, None]
 
 

@@ -3,9 +3,9 @@
 Departures from Vaswani et al. 2017: decoder only; RMSNorm before each sub-layer and no biases (LLaMA, Touvron et al.
 2023); rotary positions instead of added ones; SwiGLU feed-forward (Shazeer 2020); media enter as tokens through one
 linear map each (ViT, Dosovitskiy et al. 2021); optionally the prompt attends in both directions (prefix-LM, Raffel et
-al. 2020). A missing modality is just fewer tokens.
+al. 2020). A missing modality is just fewer tokens. A sequence may hold several records: none sees another.
 
-Axes: B record, T position, D width, V vocabulary, C classes of all tasks, A answer positions.
+Axes: B sequence, T position, R record, D width, V vocabulary, C classes of all tasks, A answer positions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Inputs(Protocol):
     valid_BT: torch.Tensor
     prompt_BT: torch.Tensor
     target_BT: torch.Tensor
-    answer_at_B: torch.Tensor
+    segment_BT: torch.Tensor
+    position_BT: torch.Tensor
+    answer_at_R: torch.Tensor
     patches_PD: torch.Tensor
     patch_at_P: torch.Tensor
     mels_MD: torch.Tensor
@@ -42,8 +44,8 @@ class Inputs(Protocol):
 class Output(NamedTuple):
     answer_AV: torch.Tensor
     """Logits of the positions whose target is not IGNORE, row by row."""
-    label_BC: torch.Tensor
-    """Logits over the classes of all tasks, read at `<answer>`."""
+    label_RC: torch.Tensor
+    """Logits over the classes of all tasks, read at each record's `<answer>`."""
 
 
 class FusedTransformer(nn.Module):
@@ -67,14 +69,12 @@ class FusedTransformer(nn.Module):
     def forward(self, batch: Inputs) -> Output:
         x_BTD = self.trunk(batch)
         answers = self.answer(x_BTD[batch.target_BT != IGNORE])
-        rows = torch.arange(len(x_BTD), device=x_BTD.device)
-        return Output(answers, self.label(x_BTD[rows, batch.answer_at_B]))
+        return Output(answers, self.label(x_BTD.flatten(0, 1)[batch.answer_at_R]))
 
     def trunk(self, batch: Inputs, caches: list[Cache] | None = None) -> torch.Tensor:
         """Normalised hidden states of a whole batch, (B, T, D); fills `caches` when they are given."""
-        position_BT = (batch.valid_BT.long().cumsum(1) - 1).clamp_min(0)
-        table = rotary(position_BT, self.config.head_width, self.config.rope_theta)
-        mask = mask_of(batch.valid_BT, batch.prompt_BT, prefix=self.config.attention == "prefix")
+        table = rotary(batch.position_BT, self.config.head_width, self.config.rope_theta)
+        mask = mask_of(batch.segment_BT, batch.prompt_BT, prefix=self.config.attention == "prefix")
         x_BTD = self.embed(batch)
         for n, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, table, mask, caches[n] if caches else None)

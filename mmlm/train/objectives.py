@@ -44,9 +44,9 @@ class Answering:
         """Logits are taken to float32 first: bf16 log-softmax loses three digits."""
         targets = batch.target_BT[batch.target_BT != IGNORE]
         answer = F.cross_entropy(output.answer_AV.float(), targets, reduction="sum")
-        logits_BC = own_classes(output.label_BC.float(), batch.task_B, self.allowed)
-        label = F.cross_entropy(logits_BC, batch.label_B, ignore_index=IGNORE, reduction="sum")
-        labelled = int((batch.label_B != IGNORE).sum())
+        logits_RC = own_classes(output.label_RC.float(), batch.task_R, self.allowed)
+        label = F.cross_entropy(logits_RC, batch.label_R, ignore_index=IGNORE, reduction="sum")
+        labelled = int((batch.label_R != IGNORE).sum())
         return {
             "answer": Term(answer, len(targets), scale * self.config.answer),
             "label": Term(label, labelled, scale * self.config.label),
@@ -72,11 +72,11 @@ class Distilling:
         terms = self.answering.terms(student, batch, self.task)
         loss = self.answering.config
         answer_kl = self._kl(student.answer_AV.float(), teacher.answer_AV.float())
-        has_label = batch.label_B != IGNORE
+        has_label = batch.label_R != IGNORE
         allowed = self.answering.allowed
         label_kl = self._kl(
-            own_classes(student.label_BC.float(), batch.task_B, allowed)[has_label],
-            own_classes(teacher.label_BC.float(), batch.task_B, allowed)[has_label],
+            own_classes(student.label_RC.float(), batch.task_R, allowed)[has_label],
+            own_classes(teacher.label_RC.float(), batch.task_R, allowed)[has_label],
         )
         terms["answer_kl"] = Term(answer_kl, len(student.answer_AV), loss.answer)
         terms["label_kl"] = Term(label_kl, int(has_label.sum()), loss.label)
@@ -103,6 +103,6 @@ def class_masks(spec: FeatureSpec) -> torch.Tensor:
     return masks
 
 
-def own_classes(logits_BC: torch.Tensor, task_B: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+def own_classes(logits_RC: torch.Tensor, task_R: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """Logits with the classes of other tasks pushed out of the softmax."""
-    return logits_BC.masked_fill(~masks.to(task_B.device)[task_B], -1e9)
+    return logits_RC.masked_fill(~masks.to(task_R.device)[task_R], -1e9)

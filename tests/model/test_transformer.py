@@ -46,14 +46,14 @@ def test_generation_with_cache_equals_full_forward(attention: str):
         assert best[: len(answer)] == answer
         count = min(len(answer) + 1, 6)
         assert log.max(-1).values[:count].sum().item() == pytest.approx(total.item(), abs=1e-4)
-        assert torch.allclose(out.label_BC[0], logits, atol=1e-5)
+        assert torch.allclose(out.label_RC[0], logits, atol=1e-5)
 
 
 def test_a_record_does_not_see_its_neighbours_in_the_batch():
     net = model()
     samples = [sample(i) for i in range(4)] + [sample(9, ("image",)), sample(10, ())]
-    together = net(collate(samples, SPEC)).label_BC
-    alone = torch.cat([net(collate([s], SPEC)).label_BC for s in samples])
+    together = net(collate(samples, SPEC)).label_RC
+    alone = torch.cat([net(collate([s], SPEC)).label_RC for s in samples])
     assert torch.allclose(together, alone, atol=1e-5)
 
 
@@ -70,16 +70,16 @@ def test_causal_model_does_not_see_the_future():
 def test_every_modality_reaches_the_class_head():
     net = model()
     full = sample(3)
-    whole = net(collate([full], SPEC)).label_BC
+    whole = net(collate([full], SPEC)).label_RC
     for name in full.modalities:
-        without = net(collate([keep_modalities(full, set(full.modalities) - {name})], SPEC)).label_BC
+        without = net(collate([keep_modalities(full, set(full.modalities) - {name})], SPEC)).label_RC
         assert not torch.allclose(whole, without, atol=1e-4), name
 
 
 def test_a_batch_without_a_modality_gives_that_modality_zero_gradients():
     net = model()
     out = net(collate([sample(i, ("image",)) for i in range(3)], SPEC))
-    (out.answer_AV.square().sum() + out.label_BC.square().sum()).backward()
+    (out.answer_AV.square().sum() + out.label_RC.square().sum()).backward()
     assert net.audio is not None and net.image is not None
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None, name  # ZeRO needs a gradient of every parameter on every rank
@@ -103,4 +103,4 @@ def test_targets_are_the_answer_and_nothing_else():
     batch = collate([one, sample(6, ())], SPEC)
     wanted = one.tokens[one.answer_at + 1 :].tolist()
     assert [t for t in batch.target_BT[0].tolist() if t != IGNORE] == wanted
-    assert batch.target_BT[0, batch.answer_at_B[0]] == wanted[0]
+    assert batch.target_BT.flatten()[batch.answer_at_R[0]] == wanted[0]
