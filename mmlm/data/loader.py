@@ -12,7 +12,8 @@ from mmlm.data.config import DataConfig
 from mmlm.data.modalities import drop_modalities
 from mmlm.data.order import Order, share
 from mmlm.data.reader import ShardReader
-from mmlm.errors import DataError
+from mmlm.errors import ConfigError, DataError
+from mmlm.features.sample import Sample
 from mmlm.world import World
 
 
@@ -39,14 +40,27 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """This rank's share of the global batch of `step`, changed as training wants it."""
+        return self.batches(step, 1)[0]
+
+    def batches(self, step: int, pieces: int) -> list[Batch]:
+        """The same share cut into `pieces` micro-batches, none empty."""
+        if self.config.batch < self.world.size * pieces:
+            raise ConfigError(
+                f"a batch of {self.config.batch}",
+                wanted=f"at least one record for each of {pieces} micro-batches on each of {self.world.size} ranks",
+                cure="give a larger data.batch, a smaller accumulate or fewer ranks",
+            )
         places = np.arange(step * self.config.batch, (step + 1) * self.config.batch)
-        samples = []
-        mine = share(self.order.step(step), self.world.rank, self.world.size)
-        for number, place in zip(mine, share(places, self.world.rank, self.world.size), strict=True):
-            rng = np.random.default_rng((self.seed, 2, int(place)))
-            sample = drop_modalities(self.reader[int(number)], self.config.modality_dropout, rng)
-            samples.append(augment(sample, self.config.augment, rng))
-        return collate(samples, self.reader.spec)
+        mine = zip(*(share(x, self.world.rank, self.world.size) for x in (self.order.step(step), places)), strict=True)
+        samples = [self._sample(int(number), int(place)) for number, place in mine]
+        cuts = np.array_split(np.arange(len(samples)), pieces)
+        return [collate([samples[i] for i in cut], self.reader.spec) for cut in cuts]
+
+    def _sample(self, number: int, place: int) -> Sample:
+        """Sample `number`, changed as its `place` in the whole training says."""
+        rng = np.random.default_rng((self.seed, 2, place))
+        sample = drop_modalities(self.reader[number], self.config.modality_dropout, rng)
+        return augment(sample, self.config.augment, rng)
 
     def probe(self, size: int = 32) -> Batch:
         """A fixed batch, the same at every call and every world size, for proving that a resumed model is the saved one."""

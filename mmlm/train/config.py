@@ -56,6 +56,8 @@ class LoopConfig(Config):
     seed: int = Field(0, ge=0)
     """Of initialisation, order, dropout of modalities and augmentation."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches into which each rank's share of a step is cut; more take less memory, the loss stays the same."""
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -59,8 +59,8 @@ def deepspeed_config(config: LoopConfig, world: World) -> dict[str, Any]:
         "adam_w_mode": True,
     }
     return {
-        "train_micro_batch_size_per_gpu": max(1, config.data.batch // world.size),
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": max(1, config.data.batch // (world.size * config.accumulate)),
+        "gradient_accumulation_steps": config.accumulate,
         "optimizer": {"type": "AdamW", "params": adam},
         "zero_optimization": {
             "stage": config.zero.stage,
@@ -104,12 +104,18 @@ class DeepSpeedEngine:
         self.module: torch.nn.Module = self.model.module
         self._create_adam_state()
 
-    def step(self, loss: torch.Tensor, lr: float) -> float:
-        """Backward and one optimizer step at rate `lr`. Returns the gradient norm before clipping.
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of one micro-batch's part of the loss; `config.accumulate` calls make a step.
 
-        `loss` is this rank's part; DeepSpeed averages gradients over ranks, so it is multiplied by their number here.
+        DeepSpeed averages gradients over ranks, so the part, already divided by global counts, is multiplied by their
+        number here; its division by the number of micro-batches is turned off for the same reason.
         """
-        self.model.backward(loss * self.world.size)
+        self.model.backward(loss * self.world.size, scale_wrt_gas=False)
+        if not self.model.is_gradient_accumulation_boundary():
+            self.model.step()  # only counts the micro-batch
+
+    def update(self, lr: float) -> float:
+        """One optimizer step at rate `lr` with what was added. Returns the gradient norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.step()

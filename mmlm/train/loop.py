@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from mmlm import world as worlds
+from mmlm.data.collate import Batch
 from mmlm.data.loader import Loader
 from mmlm.errors import ArtifactError, DataError, Interrupted, LaunchError, MmlmError, explain_os_error
 from mmlm.progress import Progress
 from mmlm.train import checkpoint, engine, weights
 from mmlm.train.config import LoopConfig, ScheduleConfig
-from mmlm.train.objectives import Objective
+from mmlm.train.objectives import Objective, Term, loss_of
 from mmlm.world import World
 
 
@@ -65,26 +66,25 @@ def fit(
         progress.resume_at(first)
         for step in range(first, config.steps):
             wait = time.perf_counter()
-            batch = loader.batch(step).to(device)
+            batches = loader.batches(step, config.accumulate)
             log.waited(time.perf_counter() - wait)
-            terms = objective(trainer.model, batch)
-            sums = [float(terms[n].items) for n in objective.names]
-            *counts, asked = engine.total([*sums, float(stop.asked)], device)
-            loss = sum(
-                (terms[n].sum * (terms[n].weight / max(c, 1.0)) for n, c in zip(objective.names, counts, strict=True)),
-                start=torch.zeros((), device=device),
-            )
+            counts, asked = _count(objective, batches, stop.asked, device)
+            sums = torch.zeros(len(objective.names), device=device)
+            for batch in batches:
+                terms = objective(trainer.model, batch.to(device))
+                trainer.backward(loss_of(terms, counts))
+                sums += torch.stack([terms[n].sum.detach().float() for n in objective.names])
             lr = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
-            norm = trainer.step(loss, lr)
+            norm = trainer.update(lr)
             if not math.isfinite(norm):
                 raise DataError(
-                    f"{name}: the gradient of step {step + 1} is not a finite number (loss {loss.item():.4g})",
+                    f"{name}: the gradient of step {step + 1} is not a finite number",
                     cure=f"lower optimizer.lr, or give precision fp32; the last good checkpoint is in {out}/checkpoints",
                 )
             last = step + 1 == config.steps
             if (step + 1) % config.log_every == 0 or last:
-                means = _means(objective, terms, counts, device)
-                log.write(step + 1, {**means, "lr": lr, "gradient_norm": norm}, batch, config)
+                means = _means(terms, counts, sums, device)
+                log.write(step + 1, {**means, "lr": lr, "gradient_norm": norm}, batches, config)
                 if world.is_main:
                     progress.set(step + 1, f"loss {means['loss']:.3f}")
             if (step + 1) % config.save_every == 0 or asked or last:
@@ -98,20 +98,32 @@ def fit(
     return {"steps": config.steps, "ranks": world.size, "zero_stage": config.zero.stage}
 
 
-def _means(objective: Objective, terms: dict[str, Any], counts: list[float], device: torch.device) -> dict[str, float]:
-    """The loss and its terms, averaged over all ranks."""
-    sums = engine.total([float(terms[n].sum.detach()) for n in objective.names], device)
-    means = {f"loss_{n}": s / max(c, 1.0) for n, s, c in zip(objective.names, sums, counts, strict=True)}
-    return {"loss": sum(terms[n].weight * means[f"loss_{n}"] for n in objective.names), **means}
+def _count(
+    objective: Objective, batches: list[Batch], asked: bool, device: torch.device
+) -> tuple[dict[str, float], bool]:
+    """Counts of each term over the micro-batches of all ranks, and whether any rank was asked to stop."""
+    mine = [objective.counts(batch) for batch in batches]
+    *counts, stops = engine.total([*(sum(m[n] for m in mine) for n in objective.names), float(asked)], device)
+    return dict(zip(objective.names, counts, strict=True)), stops > 0
+
+
+def _means(
+    terms: dict[str, Term], counts: dict[str, float], sums: torch.Tensor, device: torch.device
+) -> dict[str, float]:
+    """The loss and its terms, averaged over the whole step. `sums` stands in order of `counts`."""
+    totals = engine.total(sums.tolist(), device)
+    means = {f"loss_{n}": s / max(c, 1.0) for (n, c), s in zip(counts.items(), totals, strict=True)}
+    return {"loss": sum(t.weight * means[f"loss_{n}"] for n, t in terms.items()), **means}
 
 
 def probe_loss(trainer: engine.DeepSpeedEngine, objective: Objective, loader: Loader, device: torch.device) -> float:
     """Loss of the probe batch; every rank computes the same one."""
     trainer.model.eval()
     with torch.no_grad():
-        terms = objective(trainer.model, loader.probe().to(device))
+        batch = loader.probe().to(device)
+        loss = loss_of(objective(trainer.model, batch), objective.counts(batch))
     trainer.model.train()
-    return float(sum(t.weight * t.sum.item() / max(t.items, 1) for t in terms.values()))
+    return float(loss)
 
 
 def _save(
@@ -174,13 +186,14 @@ class Log:
     def waited(self, seconds: float) -> None:
         self.wait += seconds
 
-    def write(self, step: int, metrics: dict[str, float], batch: Any, config: LoopConfig) -> None:
+    def write(self, step: int, metrics: dict[str, float], batches: list[Batch], config: LoopConfig) -> None:
         if not self.on:
             return
         seconds, steps = time.perf_counter() - self.clock, step - self.tokens_from
         metrics["samples_per_second"] = steps * config.data.batch / seconds
         metrics["data_wait"] = self.wait / seconds
-        metrics["padding"] = 1 - float(batch.valid_BT.float().mean())
+        positions = sum(b.valid_BT.numel() for b in batches)
+        metrics["padding"] = 1 - sum(int(b.valid_BT.sum()) for b in batches) / positions
         self.clock, self.wait, self.tokens_from = time.perf_counter(), 0.0, step
         row = json.dumps({"step": step, "time": int(time.time() * 1000), "metrics": metrics})
         with contextlib.suppress(OSError), self.path.open("a") as f:  # figures never stop the training

@@ -1,5 +1,6 @@
-"""Objectives: what a step minimises. Each gives named terms as (sum, count), so that the loss does not depend on how
-a batch is cut into ranks: a term is its sum over all ranks divided by its count over all ranks."""
+"""Objectives: what a step minimises. A term of the loss is its sum over all micro-batches and ranks divided by its count
+over all of them, so that the loss does not depend on how a batch is cut. The counts are known before the first forward
+pass; then every micro-batch adds its part to the gradient and is forgotten."""
 
 from __future__ import annotations
 
@@ -16,16 +17,23 @@ from mmlm.train.config import LossConfig
 
 class Term(NamedTuple):
     sum: torch.Tensor
-    """Scalar, differentiable: the summed loss on this rank."""
-    items: float
-    """How many tokens or records were summed."""
+    """Scalar, differentiable: the loss summed over the tokens or records of one micro-batch."""
     weight: float
 
 
 class Objective(Protocol):
     names: tuple[str, ...]
 
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """How many tokens or records each term of `batch` sums; needs no model."""
+        ...
+
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]: ...
+
+
+def loss_of(terms: dict[str, Term], counts: dict[str, float]) -> torch.Tensor:
+    """Weighted sum of the terms, each divided by its `counts` over the whole step (a term without any is 0)."""
+    return torch.stack([t.sum * (t.weight / max(counts[n], 1.0)) for n, t in terms.items()]).sum()
 
 
 class Answering:
@@ -37,6 +45,12 @@ class Answering:
         self.config = config
         self.allowed = class_masks(spec)
 
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {
+            "answer": float((batch.target_BT != IGNORE).sum()),
+            "label": float((batch.label_R != IGNORE).sum()),
+        }
+
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
         return self.terms(model(batch), batch)
 
@@ -46,10 +60,9 @@ class Answering:
         answer = F.cross_entropy(output.answer_AV.float(), targets, reduction="sum")
         logits_RC = own_classes(output.label_RC.float(), batch.task_R, self.allowed)
         label = F.cross_entropy(logits_RC, batch.label_R, ignore_index=IGNORE, reduction="sum")
-        labelled = int((batch.label_R != IGNORE).sum())
         return {
-            "answer": Term(answer, len(targets), scale * self.config.answer),
-            "label": Term(label, labelled, scale * self.config.label),
+            "answer": Term(answer, scale * self.config.answer),
+            "label": Term(label, scale * self.config.label),
         }
 
 
@@ -65,6 +78,10 @@ class Distilling:
         self.answering, self.teacher = Answering(config, spec), teacher
         self.temperature, self.task = temperature, task
 
+    def counts(self, batch: Batch) -> dict[str, float]:
+        counts = self.answering.counts(batch)
+        return {**counts, "answer_kl": counts["answer"], "label_kl": counts["label"]}
+
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
         student: Output = model(batch)
         with torch.no_grad():
@@ -78,8 +95,8 @@ class Distilling:
             own_classes(student.label_RC.float(), batch.task_R, allowed)[has_label],
             own_classes(teacher.label_RC.float(), batch.task_R, allowed)[has_label],
         )
-        terms["answer_kl"] = Term(answer_kl, len(student.answer_AV), loss.answer)
-        terms["label_kl"] = Term(label_kl, int(has_label.sum()), loss.label)
+        terms["answer_kl"] = Term(answer_kl, loss.answer)
+        terms["label_kl"] = Term(label_kl, loss.label)
         return terms
 
     def _kl(self, student_XC: torch.Tensor, teacher_XC: torch.Tensor) -> torch.Tensor:

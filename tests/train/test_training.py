@@ -14,8 +14,9 @@ import torch
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
 from mmlm.config import parse
+from mmlm.data.config import DataConfig
 from mmlm.data.loader import Loader
-from mmlm.errors import ArtifactError
+from mmlm.errors import ArtifactError, ConfigError
 from mmlm.features import spec as feature_spec
 from mmlm.launch.local import ranks
 from mmlm.tracking import NullTracker
@@ -56,6 +57,18 @@ def test_two_ranks_equal_one_on_the_same_global_batch(two_ranks: Artifact, keypa
     assert losses(alone.path) == pytest.approx(losses(two_ranks.path), rel=2**-8)  # bf16 keeps 8 bits
 
 
+def test_four_micro_batches_equal_one(two_ranks: Artifact, keypad_shards: Artifact, tmp_path: Path):
+    cut = run(keypad_shards, tmp_path / "model", 2, accumulate=4)
+    assert losses(cut.path) == pytest.approx(losses(two_ranks.path), rel=2**-8)
+
+
+def test_a_batch_of_fewer_records_than_micro_batches_is_refused(keypad_shards: Artifact):
+    loader = Loader(keypad_shards.path, DataConfig(batch=6), 0, World(0, 2))
+    assert [len(b.tokens_BT) for b in loader.batches(0, 3)] == [1, 1, 1]
+    with pytest.raises(ConfigError, match="each of 4 micro-batches on each of 2 ranks"):
+        loader.batches(0, 4)
+
+
 def test_two_steps_and_two_more_after_a_stop_equal_four(two_ranks: Artifact, keypad_shards: Artifact, tmp_path: Path):
     out = tmp_path / "model"
     shutil.copytree(two_ranks.path, out)
@@ -83,8 +96,9 @@ def test_float32_on_two_ranks_equals_plain_pytorch(keypad_shards: Artifact, tmp_
     loader, objective = Loader(keypad_shards.path, config.data, config.seed, World()), Answering(config.loss, spec)
     expected = []
     for step in range(config.steps):
-        terms = objective(model, loader.batch(step))
-        loss = torch.stack([t.sum * (t.weight / t.items) for t in terms.values()]).sum()
+        batch = loader.batch(step)
+        terms, counts = objective(model, batch), objective.counts(batch)
+        loss = torch.stack([t.sum * (t.weight / counts[name]) for name, t in terms.items()]).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
