@@ -47,6 +47,10 @@ PEERS: Mapping[str, Environment] = MappingProxyType(
             ),
             TORCH,
         ),
+        "transformers": Environment(
+            ("transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0", "deepspeed==0.19.8", "numpy==2.4.6"),
+            TORCH,
+        ),
         "datatrove": Environment(("datatrove[io,processing]==0.10.1", "tokenizers==0.23.3", "spacy==3.8.18")),
     }
 )

@@ -1,0 +1,55 @@
+"""The FLOP count against PyTorch's own counter of what was executed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmlm.data.collate import collate, field_rows, pack
+from mmlm.model.config import ModelConfig
+from mmlm.model.flops import Shape, forward_flops, training_flops
+from mmlm.model.transformer import FusedTransformer
+from tests.small import SPEC, sample
+
+CONFIG = ModelConfig(width=32, layers=3, heads=4)
+
+
+def test_flops_are_those_that_pytorch_counts():
+    torch.manual_seed(0)
+    net = FusedTransformer(CONFIG, SPEC, len(field_rows(SPEC)))
+    batch = collate([sample(3)] * 4, SPEC)  # one length: nothing is padded
+    shape = Shape.of(batch)
+    # a row of zeros goes along with the patches and with the mels, worth nothing
+    run = dataclasses.replace(shape, patches=shape.patches + 1, mels=shape.mels + 1)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the CPU's kernel
+        net(batch)
+    assert counter.get_total_flops() == forward_flops(CONFIG, SPEC, run)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        out = net(batch)
+        (out.answer_AV.sum() + out.label_RC.sum()).backward()
+    assert counter.get_total_flops() == training_flops(CONFIG, SPEC, run)
+
+
+def test_packing_and_padding_do_not_change_the_count():
+    samples = [sample(i, g) for i, g in enumerate([("image",), (), ("audio",), ("fields",)])]
+    packed, alone = Shape.of(pack([samples[:3], samples[3:]], SPEC, 96)), Shape.of(collate(samples, SPEC))
+    assert packed == alone
+    assert packed.tokens == sum(int(collate([s], SPEC).valid_BT.sum()) for s in samples)
+    assert packed.answers == 4
+
+
+def test_a_long_record_costs_its_square():
+    config = ModelConfig(width=64, layers=2, heads=4)
+    one, two = Shape((512,), targets=0), Shape((256, 256), targets=0)
+    saved = forward_flops(config, SPEC, one) - forward_flops(config, SPEC, two)
+    assert saved == 2 * 4 * 64 * (512**2 - 2 * 256**2)
+
+
+def test_recomputation_adds_one_forward_pass_of_the_blocks():
+    shape = Shape((100,), targets=0)
+    once, twice = (training_flops(CONFIG, SPEC, shape, recomputed=r) for r in (False, True))
+    assert twice / once == pytest.approx(4 / 3)
