@@ -36,22 +36,23 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     from mmlm.progress import Progress
-    from mmlm.world import apply_quiet_environment
+    from mmlm.world import adopt_slurm, apply_quiet_environment
 
     apply_quiet_environment()
+    adopt_slurm()
     Progress.quiet = getattr(arguments, "quiet", False)
     if os.environ.get("RANK") is None:
         signal.signal(signal.SIGTERM, _stop)
         return _guarded(arguments)
     from mmlm.launch.leader import lead  # torchrun or Slurm made this process one rank of several
 
-    return lead(lambda: _guarded(arguments))
+    return lead(lambda: _guarded(arguments), lambda follow: _guarded(arguments, follow))
 
 
-def _guarded(arguments: argparse.Namespace) -> int:
-    """The command's exit code, whatever happens; people see a sentence, never a traceback."""
+def _guarded(arguments: argparse.Namespace, call: Callable[[], int | None] | None = None) -> int:
+    """The exit code of the command (or of `call`), whatever happens; people see a sentence, never a traceback."""
     try:
-        return arguments.command(arguments) or 0
+        return (call() if call else arguments.command(arguments)) or 0
     except KeyboardInterrupt:
         return _fail(Interrupted("interrupted", cure="run the same command again to go on"), arguments)
     except MmlmError as error:
@@ -143,10 +144,17 @@ def _story_flags(command: Any) -> None:
     command.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow (default: MLFLOW_TRACKING_URI, or sqlite in runs/)"
     )
-    command.add_argument("--on", choices=["local", "ray"], default="local", help="here, or as a job of a Ray cluster")
+    command.add_argument(
+        "--on", choices=["local", "ray", "slurm", "kuberay"], default="local", help="here, or as a job of a cluster"
+    )
     command.add_argument(
         "--address", metavar="URL", help="the Ray cluster's job address, such as http://127.0.0.1:8265"
     )
+    command.add_argument(
+        "--cluster", action="append", default=[], metavar="FILE|KEY=VALUE",
+        help="with --on slurm or kuberay: what to ask for, such as nodes=2 or gpus_per_node=4",
+    )  # fmt: skip
+    command.add_argument("--print", action="store_true", help="with --on slurm or kuberay: show the job, send nothing")
     command.add_argument("--workers", type=int, metavar="N", help="processes that make shards (default: one a core)")
     command.add_argument(
         "--ranks", type=int, metavar="N", help="training processes (default: one a GPU, or 2 on a CPU)"
@@ -224,7 +232,7 @@ def _say(text: str) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.on == "ray" and not arguments.inside_ray:
+    if _elsewhere(arguments):
         return _submit(arguments, "run")
     from mmlm import artifacts, summary
     from mmlm import story as stories
@@ -265,7 +273,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 def _verb(arguments: argparse.Namespace) -> int:
     if getattr(arguments, "explain", False):
         return _explain(arguments)
-    if arguments.on == "ray" and not arguments.inside_ray:
+    if _elsewhere(arguments):
         return _submit(arguments, arguments.verb)
     from mmlm import story as stories
 
@@ -287,36 +295,14 @@ def _verb(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _submit(arguments: argparse.Namespace, verb: str) -> int:
-    from mmlm import story as stories
-    from mmlm.launch import ray_jobs
+def _elsewhere(arguments: argparse.Namespace) -> bool:
+    return not arguments.inside_ray and bool(arguments.on != "local" or arguments.cluster or arguments.print)
 
-    story = stories.load(arguments.story, arguments.set)
-    out = (arguments.out or Path("runs") / story.name).resolve()
-    place = (
-        str(story.folder.resolve()) if story.folder.resolve().parent != stories.library().resolve() else arguments.story
-    )
-    command = [sys.executable, "-m", "mmlm.cli", verb, place, "--out", str(out), "--inside-ray"]
-    if arguments.data:
-        command += ["--data", str(stories.data_folder(story, arguments.data, out))]
-    uri = (
-        arguments.tracking_uri
-        or os.environ.get("MLFLOW_TRACKING_URI")
-        or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
-    )
-    command += ["--tracking-uri", uri]
-    for override in arguments.set:
-        command += ["--set", override]
-    if getattr(arguments, "replace", False):
-        command.append("--replace")
-    for flag in ("workers", "ranks", "retry", "mirror"):
-        if getattr(arguments, flag, None):
-            command += [f"--{flag}", str(getattr(arguments, flag))]
-    if getattr(arguments, "require_promotion", False):
-        command.append("--require-promotion")
-    address = arguments.address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
-    ray_jobs.submit(command, address, stop_on_interrupt=arguments.stop_on_interrupt)
-    return 0
+
+def _submit(arguments: argparse.Namespace, verb: str) -> int:
+    from mmlm import submission
+
+    return submission.submit(arguments, verb)
 
 
 def _new(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 
@@ -23,6 +24,40 @@ def from_environment() -> World:
     """The world that torchrun, Ray Train or our own launcher described in the environment; alone without one."""
     env = os.environ
     return World(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
+
+
+def adopt_slurm() -> None:
+    """Make a task of `srun` the rank that it is: its variables become RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR …
+
+    Only inside a step of several tasks: a batch script or a shell of Slurm has a SLURM_PROCID, too, and is no rank.
+    What is set already stays.
+    """
+    env = os.environ
+    if "RANK" in env or "SLURM_STEP_ID" not in env or int(env.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return
+    one_node = env.get("SLURM_STEP_NUM_NODES", "1") == "1"
+    first = "127.0.0.1" if one_node else first_host(env["SLURM_STEP_NODELIST"])
+    on_node = int(re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0])  # type: ignore[index]
+    cpus = int(env.get("SLURM_CPUS_PER_TASK") or max(1, cores() // on_node))
+    said = {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(on_node),
+        "MASTER_ADDR": first,
+        "MASTER_PORT": str(20000 + int(env["SLURM_JOB_ID"]) % 5000 * 2),
+        "OMP_NUM_THREADS": str(cpus),
+    }
+    if one_node:
+        said["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo resolves the host's name, which not every node can
+    for key, value in said.items():
+        env.setdefault(key, value)
+
+
+def first_host(nodes: str) -> str:
+    """The first name of Slurm's short form of a list: `gpu[03-05,9],cpu1` → `gpu03`."""
+    found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
+    return "".join(part or "" for part in found.groups()) if found else nodes
 
 
 def cores() -> int:

@@ -11,35 +11,61 @@ import datetime
 import functools
 import json
 import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mmlm import world
+from mmlm.errors import Interrupted, LaunchError
 from mmlm.launch.rank import leave_group, resolve
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
+PATIENCE = 30.0
+"""Seconds that a stopped rank waits for the word of rank 0."""
 _announced = 0
 
 
-def lead(work: Callable[[], int]) -> int:
+def lead(work: Callable[[], int], guard: Callable[[Callable[[], int]], int] | None = None) -> int:
     """Run `work` where this process is alone or rank 0; elsewhere call what rank 0 announces, until it is done.
 
-    Returns the exit code of rank 0's work on every rank.
+    Returns the exit code of rank 0's work on every rank. `guard` turns what a following rank raises into an exit code.
     """
     here = world.from_environment()
     if here.size == 1:
         return work()
     if not here.is_main:
-        return _follow()
+        _on_stop(_end_soon)
+        return guard(_follow) if guard else _follow()
+    _on_stop(_interrupt)
     code = 1
     try:
         code = work()
     finally:
         _say({"done": code})
+        _wait_until(lambda: int(_store().add(_heard(), 0)) >= here.size - 1)  # the store may end with this process
     leave_group()
     return code
+
+
+def _on_stop(call: Callable[[], None]) -> None:
+    """What a stop does until training has its own handlers: there is nothing to save yet."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: call())
+
+
+def _end_soon() -> None:
+    timer = threading.Timer(PATIENCE, os._exit, (Interrupted.exit_code,))
+    timer.daemon = True
+    timer.start()
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt  # not an Exception: a handler for bad samples must not take it for one
 
 
 def announce(target: str, args: dict[str, Any]) -> None:
@@ -58,12 +84,39 @@ def _say(word: dict[str, Any]) -> None:
 def _follow() -> int:
     heard = 0
     while True:
-        word = json.loads(_store().get(_key(heard)))
+        word = _hear(_key(heard))
         heard += 1
         if "done" in word:
+            _store().add(_heard(), 1)
             leave_group()
             return int(word["done"])
-        resolve(word["target"])(**word["args"])
+        try:
+            resolve(word["target"])(**word["args"])
+        except Interrupted as stopped:  # on all ranks: rank 0 has its run to end yet
+            print(f"rank {world.from_environment().rank}: {stopped}", file=sys.stderr, flush=True)
+            _end_soon()
+
+
+def _hear(key: str) -> dict[str, Any]:
+    """What rank 0 says next. Asked for again and again, since a stop is not noticed within a call of the store."""
+    from torch.distributed import DistError
+
+    try:
+        _wait_until(lambda: bool(_store().check([key])), float("inf"))
+        word: dict[str, Any] = json.loads(_store().get(key))
+    except DistError as error:
+        raise LaunchError(f"rank 0 is gone ({str(error).splitlines()[0][:200]})", cure="see its log") from None
+    return word
+
+
+def _wait_until(true: Callable[[], bool], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _heard() -> str:
+    return _key(-1)
 
 
 def _key(number: int) -> str:

@@ -1,0 +1,121 @@
+"""A command of ours handed to a cluster: a Ray cluster that runs, Slurm, or Kubernetes with KubeRay.
+
+What is run there is the same command, with the same flags. `--cluster` says what is asked of the cluster; nothing of it
+is part of the identity of what comes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mmlm import story as stories
+from mmlm.config import Config, apply_override, parse, read_yaml, split_override
+from mmlm.errors import ConfigError
+from mmlm.story import Story
+
+C = TypeVar("C", bound=Config)
+FLAGS = ("workers", "ranks", "retry", "mirror")
+SWITCHES = ("replace", "require_promotion")
+
+
+def submit(arguments: argparse.Namespace, verb: str) -> int:
+    """Send the command that `arguments` describe where `--on` says; with `--print` only show what would be sent."""
+    if arguments.on != "slurm" and arguments.on != "kuberay" and (arguments.cluster or arguments.print):
+        raise ConfigError("--cluster and --print", wanted="--on slurm or --on kuberay beside them")
+    story = stories.load(arguments.story, arguments.set)
+    return {"ray": _ray, "slurm": _slurm, "kuberay": _kuberay}[arguments.on](arguments, verb, story)
+
+
+def _ray(arguments: argparse.Namespace, verb: str, story: Story) -> int:
+    from mmlm.launch import ray_jobs
+
+    out = (arguments.out or Path("runs") / story.name).resolve()
+    command = [sys.executable, "-m", "mmlm.cli", *_here(arguments, verb, story, out), "--inside-ray"]
+    address = arguments.address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
+    ray_jobs.submit(command, address, stop_on_interrupt=arguments.stop_on_interrupt)
+    return 0
+
+
+def _slurm(arguments: argparse.Namespace, verb: str, story: Story) -> int:
+    from mmlm.launch import slurm
+
+    config = settings(slurm.SlurmConfig, arguments.cluster)
+    if arguments.ranks:
+        raise ConfigError(
+            f"--ranks {arguments.ranks} with Slurm",
+            wanted="nodes and ranks_per_node",
+            cure="--cluster ranks_per_node=2",
+        )
+    out = (arguments.out or Path("runs") / story.name).resolve()
+    command = [sys.executable, "-m", "mmlm.cli", *_here(arguments, verb, story, out)]
+    script = slurm.render(config, command, f"mmlm-{verb}-{story.name}", _checkout())
+    print(script.rstrip() if arguments.print else f"job {slurm.submit(script)} submitted to Slurm")
+    return 0
+
+
+def _kuberay(arguments: argparse.Namespace, verb: str, story: Story) -> int:
+    """Paths are those of the image and its volume: nothing here is looked up on this machine."""
+    from mmlm.launch import kuberay
+
+    config = settings(kuberay.KubeRayConfig, arguments.cluster)
+    uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri or uri.startswith(("sqlite:", "file:")):
+        raise ConfigError(
+            f"tracking to {uri or 'the default file'} from Kubernetes",
+            wanted="a tracking server that its pods reach",
+            cure="--tracking-uri http://mlflow.mlflow.svc:5000",
+        )
+    name = re.sub(r"[^a-z0-9]+", "-", f"mmlm-{verb}-{story.name}".lower())[:47].strip("-")
+    out = str(arguments.out or Path(config.mount) / story.name)
+    command = ["mmlm", *_command(arguments, verb, arguments.story, out, arguments.data), "--inside-ray"]
+    text = kuberay.render(config, command, name, {"MLFLOW_TRACKING_URI": uri})
+    print(text.rstrip() if arguments.print else kuberay.submit(text))
+    return 0
+
+
+def _checkout() -> dict[str, str]:
+    """What makes the ranks import this mmlm, where it is not installed."""
+    root = Path(__file__).resolve().parents[1]
+    path = {} if "site-packages" in root.parts else {"PYTHONPATH": str(root)}
+    return {"PYTHONUNBUFFERED": "1", **path}
+
+
+def settings(kind: type[C], given: list[str]) -> C:
+    """`--cluster FILE` and `--cluster key=value`, the later ones over the earlier ones."""
+    data: dict[str, Any] = {}
+    for part in given:
+        if "=" in part and not Path(part).is_file():
+            apply_override(data, *split_override(part))
+        else:
+            data.update(read_yaml(Path(part)) or {})
+    return parse(kind, data, "--cluster")
+
+
+def _here(arguments: argparse.Namespace, verb: str, story: Story, out: Path) -> list[str]:
+    """The command with absolute paths, for nodes that see this machine's files."""
+    folder = story.folder.resolve()
+    place = arguments.story if folder.parent == stories.library().resolve() else str(folder)
+    data = str(stories.data_folder(story, arguments.data, out)) if arguments.data else None
+    uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = uri or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+    return [*_command(arguments, verb, place, str(out), data), "--tracking-uri", uri]
+
+
+def _command(arguments: argparse.Namespace, verb: str, place: str, out: str, data: str | None) -> list[str]:
+    command = [verb, place, "--out", out]
+    if data:
+        command += ["--data", data]
+    for override in arguments.set:
+        command += ["--set", override]
+    for flag in FLAGS:
+        if getattr(arguments, flag, None):
+            command += [f"--{flag}", str(getattr(arguments, flag))]
+    for switch in SWITCHES:
+        if getattr(arguments, switch, False):
+            command.append("--" + switch.replace("_", "-"))
+    return command

@@ -1,0 +1,155 @@
+"""Slurm: the script is a pure function of its settings, does what it says in bash, and brings a training to its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mmlm import artifacts, world
+from mmlm.artifacts import Artifact
+from mmlm.cli import main
+from mmlm.config import parse
+from mmlm.errors import ConfigError, LaunchError
+from mmlm.launch import slurm
+from mmlm.launch.slurm import SlurmConfig
+from tests.launch.slurm_here import RealSlurm, StandIns, wait_for
+
+STOPPED_ONCE = 'trap "exit 4" USR1; [ -e {0} ] && exit 0; touch {0}; while :; do sleep 0.05; done'
+
+
+def test_what_is_asked_for_stands_in_the_script() -> None:
+    config = SlurmConfig(
+        nodes=3, gpus_per_node=4, memory="64G", partition="gpu", options=["--constraint=a100"], warn=90
+    )
+    script = slurm.render(config, ["mmlm", "train", "demo"], "mmlm-train-demo")
+    asked = {line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")}
+    assert asked >= {
+        "--nodes=3", "--ntasks-per-node=4", "--gpus-per-node=4", "--mem=64G", "--partition=gpu", "--constraint=a100",
+        "--signal=B:USR1@90", "--requeue",
+    }  # fmt: skip
+    assert script == slurm.render(config, ["mmlm", "train", "demo"], "mmlm-train-demo")
+    assert not any("account" in line for line in asked)
+
+
+def test_words_with_spaces_and_quotes_arrive_as_they_are(tmp_path: Path) -> None:
+    words = ["a b", "it's", '"$HOME"', "x;y"]
+    config = SlurmConfig(environment={"WHAT": "two words; $HOME"}, setup=["export LATER=$WHAT"])
+    command = ["python3", "-c", "import os, sys; print(sys.argv[1:], os.environ['LATER'])", *words]
+    queue = StandIns(tmp_path)
+    queue.submit(slurm.render(config, command, "name"))
+    assert queue.finish(30) == (0, 0)
+    assert queue.log.read_text() == f"{words} two words; $HOME\n" * 2
+
+
+def test_a_stopped_job_goes_back_into_the_queue_and_a_failed_one_does_not(tmp_path: Path) -> None:
+    for name, command, expected in (("stop", STOPPED_ONCE, (0, 1)), ("fail", "exit 3", (3, 0))):
+        (tmp_path / name).mkdir()
+        queue = StandIns(tmp_path / name)
+        words = ["bash", "-c", command.format(f"{tmp_path}/up-$SLURM_PROCID")]
+        queue.submit(slurm.render(SlurmConfig(), words, "name"))
+        if name == "stop":
+            wait_for(lambda: len(list(tmp_path.glob("up-*"))) == 2, 30)
+            queue.warn()
+        assert queue.finish(30) == expected
+
+
+def test_the_number_of_restarts_has_an_end(tmp_path: Path) -> None:
+    queue = StandIns(tmp_path)
+    queue.submit(slurm.render(SlurmConfig(restarts=2), ["bash", "-c", "exit 4"], "name"))
+    assert queue.finish(30) == (4, 2)
+
+
+def test_settings_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="did you mean `nodes`"):
+        parse(SlurmConfig, {"nods": 2}, "--cluster")
+    with pytest.raises(ConfigError, match="partition"):
+        parse(SlurmConfig, {"partition": "gpu\n#SBATCH --uid=0"}, "--cluster")
+    for wrong in (["--cluster", "nods=2"], ["--ranks", "2"]):
+        assert main(["train", "demo", "--on", "slurm", "--print", *wrong]) == 2
+    assert main(["train", "demo", "--print"]) == 2  # of a run here there is nothing to print
+    assert "nods" in capsys.readouterr().err
+
+
+def test_the_command_line_shows_what_it_would_submit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cluster.yaml").write_text("nodes: 2\nranks_per_node: 8\n")
+    given = ["--cluster", str(tmp_path / "cluster.yaml"), "--cluster", "nodes=5", "--set", "train.seed=3"]
+    assert main(["train", "demo", "--on", "slurm", "--print", "--out", str(tmp_path / "o"), "--replace", *given]) == 0
+    script = capsys.readouterr().out
+    assert "--nodes=5\n" in script and "--ntasks-per-node=8\n" in script
+    assert f"train demo --out {tmp_path / 'o'} --set train.seed=3 --replace --tracking-uri" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_without_slurm_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LaunchError, match="no `sbatch` here"):
+        slurm.submit("#!/bin/bash\n")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu07", "gpu07"), ("gpu[03-05,9],cpu1", "gpu03"), ("a[1,4]-ib,b2", "a1-ib"), ("a1,a2", "a1"), ("n-3-[7-9]", "n-3-7")],
+)  # fmt: skip
+def test_the_first_of_a_list_of_nodes(nodes: str, first: str) -> None:
+    assert world.first_host(nodes) == first
+
+
+def test_a_task_of_srun_is_a_rank_and_a_batch_script_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("SLURM_") or n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]:
+        monkeypatch.delenv(name)
+    batch = {"SLURM_JOB_ID": "5003", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
+    step = {
+        "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+        "SLURM_STEP_NODELIST": "gpu[3-4]", "SLURM_PROCID": "6", "SLURM_LOCALID": "2", "SLURM_CPUS_PER_TASK": "3",
+    }  # fmt: skip
+    monkeypatch.setattr(os, "environ", {**batch})
+    world.adopt_slurm()
+    assert "RANK" not in os.environ
+    monkeypatch.setattr(os, "environ", {**batch, **step})
+    world.adopt_slurm()
+    assert world.from_environment() == world.World(6, 8, 2)
+    said = [os.environ[k] for k in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")]
+    assert said == ["gpu3", "20006", "4", "3"]
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+@pytest.fixture(params=["stand-ins", "slurm"])
+def queue(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StandIns | RealSlurm]:
+    if request.param == "stand-ins":
+        (tmp_path / "bin").mkdir()
+        yield StandIns(tmp_path / "bin")
+        return
+    if RealSlurm.missing or os.geteuid():
+        pytest.skip(f"no {', '.join(RealSlurm.missing) or 'root'} here (Debian: slurmctld slurmd slurm-client munge)")
+    with RealSlurm.started() as made:
+        yield made
+
+
+@pytest.mark.slow
+def test_a_training_is_stopped_queued_again_and_finished(
+    queue: StandIns | RealSlurm, keypad_shards: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, steps = tmp_path / "out", 400
+    shutil.copytree(keypad_shards.path, out / "shards")
+    sets = [f"steps={steps}", "save_every=1000", "log_every=1", "data.batch=16", "model.width=32", "model.heads=2"]
+    given = [word for change in sets for word in ("--set", f"train.{change}")]
+    where = ["--out", str(out), "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db", "--cluster", f"log={queue.log}"]
+    assert main(["train", "demo", "--on", "slurm", "--print", *where, *given]) == 0
+    rows = out / "model" / "metrics.jsonl"
+    queue.submit(capsys.readouterr().out)
+    wait_for(lambda: rows.exists() and rows.read_text().count("\n") > 5, 150)
+    queue.warn()
+    code, restarts = queue.finish(200)
+    log = queue.log.read_text()
+    assert (code, restarts) == (0, 1), log[-3000:]
+    assert "saved at step" in log and "back into the queue" in log
+    made = artifacts.read(out / "model")
+    assert made.counts["steps"] == steps and made.counts["ranks"] == 2
+    seen = [json.loads(row)["step"] for row in rows.read_text().splitlines()]
+    assert seen == list(range(1, steps + 1))
