@@ -19,8 +19,8 @@ from mmlm.errors import ConfigError
 from mmlm.story import Story
 
 C = TypeVar("C", bound=Config)
-FLAGS = ("workers", "ranks", "retry", "mirror")
-SWITCHES = ("replace", "require_promotion")
+FLAGS = ("workers", "ranks", "retry", "mirror", "time_limit", "hang")
+SWITCHES = ("replace", "require_promotion", "ledger", "resume")
 
 
 def submit(arguments: argparse.Namespace, verb: str) -> int:
@@ -114,7 +114,7 @@ def _command(arguments: argparse.Namespace, verb: str, place: str, out: str, dat
         command += ["--set", override]
     for flag in FLAGS:
         if getattr(arguments, flag, None):
-            command += [f"--{flag}", str(getattr(arguments, flag))]
+            command += ["--" + flag.replace("_", "-"), str(getattr(arguments, flag))]
     for switch in SWITCHES:
         if getattr(arguments, switch, False):
             command.append("--" + switch.replace("_", "-"))
