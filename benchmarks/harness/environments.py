@@ -34,6 +34,8 @@ PEERS: Mapping[str, Environment] = MappingProxyType(
         "raydata": Environment(("ray[data]==2.60.0", "pillow==13.0.0", "webdataset==1.0.2")),
         "litdata": Environment(("litdata==0.2.76", "pillow==13.0.0", VISION), TORCH),
         "streaming": Environment(("mosaicml-streaming==0.13.0", VISION), TORCH),
+        "webdataset": Environment(("webdataset==1.0.2", "pillow==13.0.0", "braceexpand==0.1.7"), TORCH),
+        "datasets": Environment(("datasets==5.2.0", "pillow==13.0.0"), TORCH),
         "pillow": Environment(("pillow==13.0.0", "webdataset==1.0.2")),
         "pyvips": Environment(("pyvips[binary]==3.2.0",)),
         "lhotse": Environment(

@@ -1,6 +1,8 @@
-"""Settings of the order and of what happens to a sample on its way into a batch."""
+"""Settings of packing, of the order, and of what happens to a sample on its way into a batch."""
 
 from __future__ import annotations
+
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -22,13 +24,75 @@ class AugmentConfig(Config):
     """Up to this many neighbouring mel bins are silenced (SpecAugment, Park et al. 2019)."""
 
 
+class NoPacking(Config):
+    """One record a sequence; shorter ones are padded to the longest of their batch."""
+
+    kind: Literal["none"] = "none"
+
+
+class BestFitPacking(Config):
+    """Several records a sequence, planned ahead: each goes where the least room is left (best fit, longest first).
+
+    Attention and positions never cross records. Only records of one stream of the mixture share a sequence.
+    """
+
+    kind: Literal["best_fit"]
+    length: int | None = Field(None, ge=8)
+    """Positions of a sequence, opened media slots included. None: `features.max_len` of the shards."""
+    window: int = Field(16, ge=1)
+    """Shards whose records are packed together; more pad less, and fewer keep what is read together near."""
+    on_long: Literal["split", "refuse"] = "split"
+    """Records longer than a sequence: split into pieces, of which every token is learnt from (text only), or left out.
+    Both are counted. Longer than `features.max_len` there are only if the shards keep them (`features.on_long: keep`)."""
+
+
+PackConfig = Annotated[NoPacking | BestFitPacking, Field(discriminator="kind")]
+By = Literal["source", "task", "source/task"]
+
+
+class NaturalMixture(Config):
+    """Every record once an epoch, whatever it comes from."""
+
+    kind: Literal["natural"] = "natural"
+
+
+class WeightedMixture(Config):
+    """Each stream has a fixed share of every batch. A small stream with a large weight is gone through more often."""
+
+    kind: Literal["weighted"]
+    by: By = "source"
+    """What tells streams apart: where a record comes from, its task, or both, as in `reviews.csv/mood`."""
+    weights: dict[str, float] = Field(min_length=1)
+    """stream → its share of a batch, relative to the others; every stream is named, 0 leaves it out."""
+
+
+class Phase(Config):
+    share: float = Field(gt=0)
+    """Part of the steps, relative to the other phases."""
+    weights: dict[str, float] = Field(min_length=1)
+    """As of a weighted mixture."""
+
+
+class PhasedMixture(Config):
+    """A curriculum: weights that change as the steps go by."""
+
+    kind: Literal["phases"]
+    by: By = "source"
+    """What tells streams apart: where a record comes from, its task, or both."""
+    phases: tuple[Phase, ...] = Field(min_length=1)
+    """One after the other."""
+
+
+MixtureConfig = Annotated[NaturalMixture | WeightedMixture | PhasedMixture, Field(discriminator="kind")]
+
+
 class DataConfig(Config):
     batch: int = Field(128, ge=1)
-    """Records of one optimizer step, over all ranks."""
+    """Sequences of one optimizer step, over all ranks; without packing a sequence is a record."""
+    pack: PackConfig = NoPacking()
+    """How records become sequences."""
+    mixture: MixtureConfig = NaturalMixture()
+    """How much of a batch comes from where."""
     modality_dropout: float = Field(0.25, ge=0, le=1)
     """Share of samples that lose some of their modalities, so that the model also answers without them."""
-    repeat: dict[str, int] = {}
-    """task → how many times an epoch holds each of its records (1 where not named)."""
-    cache_bytes: int = Field(512 << 20, ge=0)
-    """Decoded samples kept in memory by each rank, bytes."""
     augment: AugmentConfig = AugmentConfig()

@@ -5,48 +5,88 @@ from __future__ import annotations
 import mmap
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmlm import artifacts
-from mmlm.errors import ArtifactError
+from mmlm.data.files import Opened, open_files
+from mmlm.errors import ArtifactError, DataError
 from mmlm.features import spec as feature_spec
 from mmlm.features.sample import Sample
 from mmlm.shards import codec
+
+INDEX_BYTES = 64 << 20
+"""Of offsets kept in memory; a shard of 1,000 samples takes about 50 kB."""
+OPEN_SHARDS = 512
+"""Shards mapped at a time; a process may map 65,530 by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Where the members of a shard's samples lie. The members of sample s are `starts[s]` to `starts[s + 1]`."""
+
+    starts: np.ndarray
+    ext: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    names: list[str]
+    """Extension by its number in `ext`."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (self.starts, self.ext, self.offset, self.size))
+
+
+def read_index(path: Path) -> Index:
+    """The index in file `path`. Raises ArtifactError when it cannot be read."""
+    try:
+        table = pq.read_table(path).combine_chunks()
+        keys = table["key"].combine_chunks()
+        ext = table["ext"].combine_chunks().dictionary_encode()
+        ext = ext.combine_chunks() if isinstance(ext, pa.ChunkedArray) else ext
+        begins = np.flatnonzero(pc.not_equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)) + 1
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ArtifactError(
+            f"the index {path} cannot be read ({error})", cure="run `mmlm verify` on the shard set"
+        ) from None
+    return Index(
+        np.concatenate([[0], begins, [len(keys)]]), ext.indices.to_numpy().astype(np.uint16),
+        table["offset"].to_numpy(), table["size"].to_numpy(), ext.dictionary.to_pylist(),
+    )  # fmt: skip
 
 
 class ShardReader:
     """Samples of some splits, numbered 0 … len-1 in order of the manifest; `reader[i]` decodes one.
 
-    Decoded samples are kept up to `cache_bytes`, least recently used leave first. Safe to use from one thread.
+    `path` is a folder, or the address of a published set (s3://, gs://, https://). What is opened is small, however many
+    shards there are: a row of the manifest for each; offsets and tars are opened when a sample of theirs is wanted, and
+    let go again. Decoded samples are kept up to `cache_bytes`, least recently used leave first. Safe to use from one
+    thread. Raises ArtifactError when a shard is missing or has another size than the manifest says.
     """
 
     def __init__(self, path: Path | str, splits: tuple[str, ...] = ("train",), cache_bytes: int = 0) -> None:
-        self.path = Path(path)
+        self.files = open_files(path)
+        self.path, self.splits = self.files.folder, splits
         self.artifact = artifacts.read(self.path, "shards")
         self.spec = feature_spec.load(self.path)
-        rows = [
-            r for r in pq.read_table(self.path / "manifest.parquet").to_pylist() if r["split"] in splits and r["path"]
-        ]
-        self._maps: dict[int, mmap.mmap] = {}
-        self._tars = [self.path / row["path"] for row in rows]
-        self._members: list[tuple[int, list[tuple[str, int, int]]]] = []
-        """Per sample: number of its tar, and (extension, offset, size) of each member."""
-        for number, tar in enumerate(self._tars):
-            index = pq.read_table(tar.with_suffix(".index.parquet")).to_pydict()
-            last = None
-            for key, ext, offset, size in zip(index["key"], index["ext"], index["offset"], index["size"], strict=True):
-                if key != last:
-                    self._members.append((number, []))
-                    last = key
-                self._members[-1][1].append((ext, offset, size))
+        table = pq.read_table(self.path / "manifest.parquet")
+        table = table.filter(pc.and_(pc.is_in(table["split"], pa.array(splits)), pc.not_equal(table["path"], "")))
+        self._rows = table.combine_chunks()
+        self._starts = np.concatenate([[0], np.cumsum(table["samples"].to_numpy(), dtype=np.int64)])
+        """Number of the first sample of each shard, and of all samples."""
+        self._indexes: OrderedDict[int, Index] = OrderedDict()
+        self._index_bytes = 0
+        self._maps: OrderedDict[int, tuple[mmap.mmap, Opened]] = OrderedDict()
         self._cache: OrderedDict[int, Sample] = OrderedDict()
         self._cache_bytes, self._cached = cache_bytes, 0
 
     def __len__(self) -> int:
-        return len(self._members)
+        return int(self._starts[-1])
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
@@ -56,31 +96,84 @@ class ShardReader:
         if found is not None:
             self._cache.move_to_end(i)
             return found
-        number, members = self._members[i]
-        view = self._open(number)
-        sample = codec.unpack({ext: view[offset : offset + size] for ext, offset, size in members})
+        sample = codec.unpack(self.members(i))
         self._remember(i, sample)
         return sample
 
-    def tasks(self) -> list[str]:
-        """The task of every sample, without decoding media."""
-        names = []
-        for number, members in self._members:
-            _, offset, size = next(m for m in members if m[0] == "json")
-            names.append(codec.task_of(self._open(number)[offset : offset + size]))
-        return names
+    def members(self, i: int) -> dict[str, bytes]:
+        """Extension → bytes of sample `i`, as they are stored."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        shard = int(np.searchsorted(self._starts, i, "right")) - 1
+        index, view = self._index(shard), self._map(shard)
+        row = i - int(self._starts[shard])
+        here = slice(int(index.starts[row]), int(index.starts[row + 1]))
+        return {
+            index.names[ext]: view[offset : offset + size]
+            for ext, offset, size in zip(
+                index.ext[here].tolist(), index.offset[here].tolist(), index.size[here].tolist(), strict=True
+            )
+        }
 
-    def _open(self, number: int) -> mmap.mmap:
-        if number not in self._maps:
-            try:
-                with self._tars[number].open("rb") as f:
-                    self._maps[number] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise ArtifactError(
-                    f"the shard {self._tars[number]} cannot be read ({error})",
-                    cure="run `mmlm verify` on the shard set",
-                ) from None
-        return self._maps[number]
+    def glance(self, i: int) -> codec.Glance | None:
+        """What a pack plan asks of sample `i`; None when it is damaged."""
+        try:
+            return codec.glance(self.members(i), self.spec)
+        except DataError:
+            return None
+
+    def shards(self) -> Iterator[range]:
+        """The numbers of the samples of each shard."""
+        return (range(int(a), int(b)) for a, b in zip(self._starts, self._starts[1:], strict=False))
+
+    def place(self, i: int) -> str:
+        """Where sample `i` is stored: the shard's file and the key of its members."""
+        shard = int(np.searchsorted(self._starts, i, "right")) - 1
+        row = self._rows.slice(shard, 1).to_pylist()[0]
+        with self.files.index(row) as opened:
+            keys = pq.read_table(opened.path, columns=["key"])["key"]
+        at = self._index(shard).starts[i - int(self._starts[shard])]
+        return f"{row['path']}/{keys[int(at)].as_py()}"
+
+    def _index(self, shard: int) -> Index:
+        found = self._indexes.get(shard)
+        if found is not None:
+            self._indexes.move_to_end(shard)
+            return found
+        row = self._rows.slice(shard, 1).to_pylist()[0]
+        with self.files.index(row) as opened:
+            found = read_index(opened.path)
+        if len(found.starts) - 1 != row["samples"]:
+            raise ArtifactError(
+                f"the index of {row['path']} has {len(found.starts) - 1} samples", wanted=f"{row['samples']}",
+                cure="run `mmlm verify` on the shard set",
+            )  # fmt: skip
+        self._indexes[shard] = found
+        self._index_bytes += found.nbytes
+        while self._index_bytes > INDEX_BYTES and len(self._indexes) > 1:
+            self._index_bytes -= self._indexes.popitem(last=False)[1].nbytes
+        return found
+
+    def _map(self, shard: int) -> mmap.mmap:
+        found = self._maps.get(shard)
+        if found is not None:
+            self._maps.move_to_end(shard)
+            return found[0]
+        opened = self.files.tar(self._rows.slice(shard, 1).to_pylist()[0])
+        with opened.path.open("rb") as f:
+            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        self._maps[shard] = (mapped, opened)
+        while len(self._maps) > OPEN_SHARDS:
+            old, held = self._maps.popitem(last=False)[1]
+            old.close()
+            held.close()
+        return mapped
+
+    def close(self) -> None:
+        for mapped, opened in self._maps.values():
+            mapped.close()
+            opened.close()
+        self._maps.clear()
 
     def _remember(self, i: int, sample: Sample) -> None:
         size = _size(sample)

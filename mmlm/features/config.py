@@ -40,7 +40,10 @@ class FeaturesConfig(Config):
 
     tokenizer: TokenizerConfig = TokenizerConfig()
     max_len: int = 256
-    """Longest sequence, tokens and opened media slots together; longer records go to quarantine as `too_long`."""
+    """Longest record, tokens and opened media slots together."""
+    on_long: Literal["refuse", "keep"] = "refuse"
+    """Records that are longer: to quarantine as `too_long`; or kept, if they are text alone, for a pack plan to split
+    (`data.pack`). In the other splits only the answer may go beyond."""
     image: ImageSpec | None = None
     """Absent: the corpus has no pictures, or they are left out."""
     audio: AudioSpec | None = None

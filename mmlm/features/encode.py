@@ -38,12 +38,13 @@ class Encoder:
     """Turns records into samples for one FeatureSpec.
 
     `cache`: how many decoded pictures and sounds are kept, by URI, since one picture may belong to many records.
+    `keep_long`: texts of the training split may be longer than `spec.max_len`, and elsewhere answers may.
     `cut_sounds` counts the sounds that were longer than the spec allows, `left_out` the pictures, sounds and videos that it
     has no room for.
     """
 
-    def __init__(self, spec: FeatureSpec, tokenizer: Tokenizer, cache: int = 0) -> None:
-        self.spec, self.tokenizer = spec, tokenizer
+    def __init__(self, spec: FeatureSpec, tokenizer: Tokenizer, cache: int = 0, keep_long: bool = False) -> None:
+        self.spec, self.tokenizer, self.keep_long = spec, tokenizer, keep_long
         self.cut_sounds = self.left_out = 0
         self._cache_size = cache
         self._cache: OrderedDict[tuple[str, str], _Media | SampleError] = OrderedDict()
@@ -94,10 +95,10 @@ class Encoder:
         if with_answer:
             tokens += [*self._answer(record.target, sample), EOS]
         sample.tokens = np.array(tokens, np.int32)
-        self._check_length(sample)
+        self._check_length(sample, record.split)
         self.cut_sounds += cut
         self.left_out += left_out
-        sample.lang, sample.split, sample.group = record.lang, record.split, record.group
+        sample.lang, sample.split, sample.group, sample.source = record.lang, record.split, record.group, record.source
         sample.label, sample.number = record.target.label, record.target.number
         sample.labels = list(record.target.labels) if record.target.labels is not None else None
         return sample
@@ -108,8 +109,12 @@ class Encoder:
             raise SampleError("no_answer", "the record has no label, number or text to answer", wanted="one of them")
         return self.tokenizer.encode(sample.answer)
 
-    def _check_length(self, sample: Sample) -> None:
+    def _check_length(self, sample: Sample, split: str) -> None:
         length = opened_length(sample, self.spec)
+        if self.keep_long and length == len(sample.tokens):  # text alone can be split; a question stays whole
+            if split in ("", "train"):
+                return
+            length = sample.answer_at + 1
         if length > self.spec.max_len:
             raise SampleError(
                 "too_long",

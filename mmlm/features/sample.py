@@ -31,6 +31,8 @@ class Sample:
     lang: str = ""
     split: str = ""
     group: str = ""
+    source: str = ""
+    """Where the record comes from, as the corpus said: a file, a folder, or a name."""
     label: str | None = None
     labels: list[str] | None = None
     number: float | None = None

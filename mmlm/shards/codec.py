@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +26,7 @@ from mmlm.errors import DataError
 from mmlm.features.image import opencv
 from mmlm.features.image_header import read_jpeg, read_png
 from mmlm.features.sample import Sample
+from mmlm.features.spec import FeatureSpec
 
 ImageCodec = Literal["png", "webp", "jpeg", "raw"]
 JPEG_QUALITY = 90
@@ -81,7 +82,10 @@ def unpack(members: Mapping[str, bytes], features: bool = False) -> Sample:
     """
     try:
         plain: dict[str, Any] = json.loads(members["json"])
-        sample = Sample(tokens=_array(members["tokens.npy"], (np.int32,), 1), **{name: plain[name] for name in _PLAIN})
+        sample = Sample(
+            tokens=_array(members["tokens.npy"], (np.int32,), 1),
+            **{name: plain[name] for name in _PLAIN if name in plain},
+        )
         sample.context_spans = [(int(a), int(b)) for a, b in sample.context_spans]
         media = sorted((m[1] or m[3], int(m[2] or m[4]), m[0]) for m in map(_MEDIA.fullmatch, members) if m)
         for kind, _, extension in media:
@@ -108,9 +112,39 @@ def stored_images(members: Mapping[str, bytes]) -> list[np.ndarray]:
     return [_decode_image(members[extension], extension.rpartition(".")[2]) for _, extension in found]
 
 
-def task_of(data: bytes) -> str:
-    """The task named in a sample's `json` member."""
-    return str(json.loads(data)["task"])
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """What a pack plan asks of a sample. `length` counts positions with media slots opened, `tokens` with them closed."""
+
+    task: str
+    source: str
+    tokens: int
+    length: int
+
+
+def glance(members: Mapping[str, bytes], spec: FeatureSpec) -> Glance:
+    """A look at a sample that decodes no picture or sound. Raises DataError when a member is missing or broken."""
+    try:
+        plain = json.loads(members["json"])
+        tokens = length = _rows(members["tokens.npy"])
+        for found in filter(None, map(_MEDIA.fullmatch, members)):
+            if found[1] and spec.image:
+                length += spec.image.tokens - 1
+            elif found[3] and spec.audio:
+                length += math.ceil(_rows(members[found[0]]) / spec.audio.frames_per_token) - 1
+        if plain["fields"] and spec.fields:
+            length += len(spec.fields.names) - 1
+        return Glance(str(plain["task"]), str(plain.get("source", "")), tokens, length)
+    except (KeyError, TypeError, ValueError, SyntaxError, IndexError) as error:
+        raise DataError(
+            f"a sample of a shard cannot be read ({type(error).__name__}: {error})",
+            cure="run `mmlm verify` on the shards",
+        ) from None
+
+
+def _rows(data: bytes) -> int:
+    """The first axis of the array in an `.npy` member, by its header."""
+    return _read_header(bytes(data[: 10 + int.from_bytes(data[8:10], "little")]))[0][0]
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from mmlm.errors import ArtifactError, DataError
 from mmlm.shards.faultpoints import point
+from mmlm.shards.packs import sweep_packs
 from mmlm.shards.write import QUARANTINE as QUARANTINED
 from mmlm.shards.write import TEMPORARY, Written
 from mmlm.storage import atomic_write, fsync_folder, sha256_file
@@ -56,6 +57,7 @@ class Committer:
 
     def resume(self, planned: dict[str, str]) -> None:
         """Take up what an earlier run published of `planned` (unit_id → name) and remove everything else."""
+        sweep_packs(self.out)
         (self.out / TEMPORARY).mkdir(exist_ok=True)
         for row in _read_journal(self.out / JOURNAL):
             if planned.get(row["unit_id"]) == row["name"] and self._is_there(row):

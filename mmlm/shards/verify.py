@@ -22,6 +22,7 @@ from mmlm.features.text import Tokenizer
 from mmlm.progress import Progress
 from mmlm.shards.commit import MANIFEST, QUARANTINE
 from mmlm.shards.config import ShardConfig
+from mmlm.shards.packs import verify_packs
 from mmlm.shards.plan import borders, codec_versions, plan, read_units
 from mmlm.shards.tar import members
 from mmlm.shards.write import TEMPORARY, UnitWriter, absolute
@@ -45,6 +46,7 @@ def verify(path: Path | str) -> list[str]:
             tar, index = path / row["path"], (path / row["path"]).with_suffix(".index.parquet")
             read = index.read_bytes if index.is_file() else lambda: None
             problems += verify_shard(row, _blocks(tar) if tar.is_file() else None, read)
+    problems += verify_packs(path, artifacts.read(path, "shards").digest, sum(row["samples"] for row in rows))
     return [*problems, *not_listed((tar.name for tar in path.rglob("*.tar")), rows)]
 
 

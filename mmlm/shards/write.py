@@ -102,7 +102,7 @@ class UnitWriter:
     def write(self, unit: Unit) -> Written:
         """Write `unit` to a new temporary name, flushed to the disk. Raises OSError when that fails."""
         started, result = time.perf_counter(), Written.of(unit.slot)
-        encoder = Encoder(self.spec, self.tokenizer, cache=CACHED_MEDIA)
+        encoder = Encoder(self.spec, self.tokenizer, CACHED_MEDIA, self.config.features.on_long == "keep")
         index: dict[str, list[Any]] = {name: [] for name in INDEX.names}
         stem = self.folder / f"{result.name}-{uuid.uuid4().hex}"
         tar_path, index_path = stem.with_suffix(".tar"), stem.with_suffix(".index.parquet")

@@ -58,7 +58,7 @@ def fit(
     """
     stop, world = Stop(), worlds.from_environment()
     device = engine.device_of(world)
-    loader = Loader(shards, config.data, config.seed, world)
+    loader = Loader(shards, config.data, config.seed, world, config.steps)
     trainer = engine.DeepSpeedEngine(model.to(device), config, world)
     first = _resume(trainer, objective, loader, device, out, world)
     log = Log(out / "metrics.jsonl", world, first)

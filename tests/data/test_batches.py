@@ -1,4 +1,4 @@
-"""Order, shares, modality dropout and collation."""
+"""Modality dropout, augmentation and collation."""
 
 from __future__ import annotations
 
@@ -11,29 +11,8 @@ from mmlm.data.augment import augment
 from mmlm.data.collate import collate
 from mmlm.data.config import AugmentConfig
 from mmlm.data.modalities import drop_modalities, keep_modalities
-from mmlm.data.order import Order, share
 from mmlm.features.spec import AUDIO, CONTEXT, IMAGE
 from tests.small import SPEC, sample
-
-
-def test_every_epoch_holds_every_sample_once_and_in_another_order():
-    order = Order(range(10), batch=4, seed=3)
-    seen = np.concatenate([order.step(s) for s in range(5)])
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert seen[:10].tolist() != seen[10:].tolist()
-
-
-def test_a_step_is_a_pure_function_of_its_number():
-    forward, backward = Order(range(37), 8, 1), Order(range(37), 8, 1)
-    steps = [forward.step(s).tolist() for s in range(30)]
-    assert [backward.step(s).tolist() for s in reversed(range(30))] == steps[::-1]
-    assert Order(range(37), 8, 2).step(0).tolist() != steps[0]
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_ranks_share_a_batch_without_gap_or_overlap(ranks: int):
-    batch = np.arange(10)
-    assert np.concatenate([share(batch, r, ranks) for r in range(ranks)]).tolist() == batch.tolist()
 
 
 def test_taking_a_modality_away_equals_never_having_had_it():

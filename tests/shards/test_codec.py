@@ -70,7 +70,7 @@ def test_jpegs_and_webps_are_read_by_pillow_too() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_raw_patches_are_laid_out_as_the_model_cuts_them(channels: int) -> None:
-    from mmlm.data.collate import _patches as patches_of_the_model  # here: it takes torch along into other processes
+    from mmlm.data.arrays import _patches as patches_of_the_model  # here: it takes torch along into other processes
 
     image = np.random.default_rng(1).integers(0, 256, (24, 24, channels), np.uint8)
     stored = np.load(io.BytesIO(pack(make(image), "raw", patch=6)["image0.npy"]), allow_pickle=False)

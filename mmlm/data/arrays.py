@@ -1,0 +1,166 @@
+"""Samples → the arrays of one Batch. Media slots are opened to as many positions as their features need.
+
+Without torch, which processes that only decode do not load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmlm.errors import DataError
+from mmlm.features.sample import Sample
+from mmlm.features.spec import AUDIO, FIELDS, IMAGE, PAD, AudioSpec, FeatureSpec, ImageSpec
+
+IGNORE = -100
+"""Target of a position that is not trained on."""
+_SLOTS = (IMAGE, AUDIO, FIELDS)
+
+
+def field_rows(spec: FeatureSpec) -> dict[tuple[str, str | None], int]:
+    """(field, category or None) → row of the field embedding; category None is the number itself, or `missing`."""
+    rows: dict[tuple[str, str | None], int] = {}
+    if spec.fields is None:
+        return rows
+    for name in sorted(spec.fields.numbers):
+        rows[(name, None)] = len(rows)
+        rows[(name, "missing")] = len(rows)
+    for name in sorted(spec.fields.categories):
+        rows[(name, "missing")] = len(rows)
+        for value in spec.fields.categories[name]:
+            rows[(name, f"={value}")] = len(rows)
+    return rows
+
+
+def assemble(
+    sequences: Sequence[Sequence[Sample]],
+    spec: FeatureSpec,
+    length: int | None = None,
+    pad_left: bool = False,
+    with_answer: bool = True,
+) -> dict[str, np.ndarray]:
+    """The tensors of a Batch by name, as arrays; see `collate.pack` and `collate.collate`."""
+    opened = [[_open(s, spec, with_answer) for s in samples] for samples in sequences]
+    longest = max(sum(len(tokens) for tokens, _ in rows) for rows in opened)
+    if length is not None and longest > length:
+        raise DataError(f"a sequence of {longest} positions", wanted=f"at most {length}")
+    B, T = len(opened), length or longest
+    tokens, target = np.full((B, T), PAD, np.int64), np.full((B, T), IGNORE, np.int64)
+    prompt, position = np.zeros((B, T), bool), np.zeros((B, T), np.int64)
+    segment = np.full((B, T), -1, np.int64)
+    answer_at: list[int] = []
+    for b, rows in enumerate(opened):
+        first = T - sum(len(row) for row, _ in rows) if pad_left else 0
+        for n, (row, at) in enumerate(rows):
+            here = slice(first, first + len(row))
+            tokens[b, here], segment[b, here], position[b, here] = row, n, np.arange(len(row))
+            if at >= 0:
+                prompt[b, first : first + at + 1] = True
+                target[b, first + at : first + len(row) - 1] = row[at + 1 :]
+                answer_at.append(b * T + first + at)
+            else:
+                prompt[b, here] = slots = np.isin(row, _SLOTS)
+                target[b, first : first + len(row) - 1] = np.where(slots[1:], IGNORE, row[1:])
+            first += len(row)
+    samples = [s for rows in sequences for s in rows]
+    records = [s for s in samples if s.answer_at >= 0]
+    offsets = spec.label_offsets()
+    names = {t.name: n for n, t in enumerate(spec.tasks)}
+    patches, patch_at = _patches([x for s in samples for x in s.images], spec.image)
+    mels, mel_at = _mels([x for s in samples for x in s.sounds], spec.audio)
+    values, value_at = _values(samples, spec)
+    return {
+        "tokens_BT": tokens,
+        "valid_BT": segment >= 0,
+        "prompt_BT": prompt,
+        "target_BT": target,
+        "segment_BT": segment,
+        "position_BT": position,
+        "answer_at_R": np.array(answer_at, np.int64),
+        "label_R": np.array([_label(s, spec, offsets) for s in records], np.int64),
+        "task_R": np.array([names.get(s.task, -1) for s in records], np.int64),
+        "patches_PD": patches,
+        "patch_at_P": patch_at,
+        "mels_MD": mels,
+        "mel_at_M": mel_at,
+        "values_K": values,
+        "value_at_K": value_at,
+    }
+
+
+def _open(sample: Sample, spec: FeatureSpec, with_answer: bool) -> tuple[np.ndarray, int]:
+    """The sequence with opened slots, and where `<answer>` stands in it, -1 in a piece."""
+    piece = sample.answer_at < 0
+    tokens = sample.tokens if with_answer or piece else sample.tokens[: sample.answer_at + 1]
+    repeats = np.ones(len(tokens), np.int64)
+    prompt = tokens if piece else tokens[: sample.answer_at]
+    if spec.image:
+        repeats[: len(prompt)][prompt == IMAGE] = spec.image.tokens
+    if spec.audio:
+        repeats[: len(prompt)][prompt == AUDIO] = [mel_tokens(len(x), spec.audio) for x in sample.sounds]
+    if spec.fields:
+        repeats[: len(prompt)][prompt == FIELDS] = len(spec.fields.names)
+    return np.repeat(tokens, repeats), -1 if piece else int(repeats[: sample.answer_at].sum())
+
+
+def mel_tokens(frames: int, spec: AudioSpec) -> int:
+    return -(-frames // spec.frames_per_token)
+
+
+def _label(sample: Sample, spec: FeatureSpec, offsets: dict[str, tuple[int, int]]) -> int:
+    if sample.label is None or sample.task not in offsets:
+        return IGNORE
+    labels = spec.task(sample.task).labels
+    return offsets[sample.task][0] + labels.index(sample.label) if sample.label in labels else IGNORE
+
+
+def _patches(pictures: list[np.ndarray], spec: ImageSpec | None) -> tuple[np.ndarray, np.ndarray]:
+    """Per-picture standardised patches, (pictures * tokens, patch_dim)."""
+    if spec is None or not pictures:
+        return np.zeros((0, spec.patch_dim if spec else 1), np.float32), np.zeros(0, np.int64)
+    x_NHWC = np.stack(pictures).astype(np.float32)
+    mean = x_NHWC.mean((1, 2, 3), keepdims=True)
+    x_NHWC = (x_NHWC - mean) / (x_NHWC.std((1, 2, 3), keepdims=True) + 1e-3 * 255)
+    n, p = spec.size // spec.patch, spec.patch
+    x = x_NHWC.reshape(-1, n, p, n, p, spec.channels).transpose(0, 1, 3, 2, 4, 5)
+    return np.ascontiguousarray(x).reshape(-1, spec.patch_dim), np.tile(np.arange(spec.tokens), len(pictures))
+
+
+def _mels(sounds: list[np.ndarray], spec: AudioSpec | None) -> tuple[np.ndarray, np.ndarray]:
+    """Stacked frames scaled to about [-1, 1], (mel tokens, token_dim); the last token of a sound is filled with silence."""
+    if spec is None or not sounds:
+        return np.zeros((0, spec.token_dim if spec else 1), np.float32), np.zeros(0, np.int64)
+    rows, at = [], []
+    for x_FM in sounds:
+        n = mel_tokens(len(x_FM), spec)
+        full = np.full((n * spec.frames_per_token, spec.n_mels), spec.silence, np.float32)
+        full[: len(x_FM)] = x_FM
+        factor, offset = spec.to_unit
+        rows.append((full * factor + offset).reshape(n, spec.token_dim))
+        at.append(np.arange(n))
+    return np.concatenate(rows), np.concatenate(at)
+
+
+def _values(samples: Sequence[Sample], spec: FeatureSpec) -> tuple[np.ndarray, np.ndarray]:
+    """One (value, row) per field of every sample that has fields."""
+    rows = field_rows(spec)
+    values: list[float] = []
+    at: list[int] = []
+    if spec.fields:
+        for sample in samples:
+            if not sample.fields:
+                continue
+            for name in spec.fields.names:
+                value = sample.fields.get(name)
+                if name in spec.fields.numbers and isinstance(value, int | float) and np.isfinite(value):
+                    mean, deviation = spec.fields.numbers[name]
+                    values.append((value - mean) / (deviation or 1.0))
+                    at.append(rows[(name, None)])
+                elif (name, f"={value}") in rows:
+                    values.append(1.0)
+                    at.append(rows[(name, f"={value}")])
+                else:
+                    values.append(1.0)
+                    at.append(rows[(name, "missing")])
+    return np.array(values, np.float32), np.array(at, np.int64)

@@ -1,0 +1,71 @@
+"""Where the files of a ShardSet lie: a folder of this machine, or elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from mmlm.errors import ArtifactError, DataError
+from mmlm.storage import is_remote
+
+
+@dataclass
+class Opened:
+    """A file that stays where it is until it is closed."""
+
+    path: Path
+    lock: TextIO | None = None
+
+    def close(self) -> None:
+        if self.lock:
+            self.lock.close()
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ShardFiles(Protocol):
+    folder: Path
+    """The tables of the set, on this machine."""
+
+    def tar(self, row: dict[str, Any]) -> Opened:
+        """The shard of a row of the manifest. Raises ArtifactError when it is not what the row says."""
+        ...
+
+    def index(self, row: dict[str, Any]) -> Opened:
+        """Its offsets. Raises likewise."""
+        ...
+
+
+def open_files(path: Path | str) -> ShardFiles:
+    """The files of the set at `path`, a folder or an address."""
+    if is_remote(str(path)):
+        raise DataError(f"{path} is not on this machine")
+    return LocalFiles(Path(path))
+
+
+class LocalFiles:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def tar(self, row: dict[str, Any]) -> Opened:
+        path = self.folder / row["path"]
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise ArtifactError(
+                f"the shard {path} cannot be read ({error.strerror})", cure="run `mmlm verify` on the shard set"
+            ) from None
+        if size != row["bytes"]:
+            raise ArtifactError(
+                f"the shard {path} has {size:,} bytes", wanted=f"{row['bytes']:,}, as the manifest says",
+                cure="run `mmlm verify` on the shard set",
+            )  # fmt: skip
+        return Opened(path)
+
+    def index(self, row: dict[str, Any]) -> Opened:
+        return Opened((self.folder / row["path"]).with_suffix(".index.parquet"))

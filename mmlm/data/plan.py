@@ -1,0 +1,271 @@
+"""The pack plan: which records make which sequence. Made once, by one process, beside the shards, and then read by all.
+
+`<shards>/packs/<key>.parquet` has a row for each piece, in order of streams and sequences; its metadata tell the streams,
+the counts and the digest. The key covers the shards, the settings and the recipe. A lock keeps the other ranks waiting
+while one makes it; it appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmlm.data.bestfit import BestFit
+from mmlm.data.config import BestFitPacking, By, NaturalMixture, NoPacking, PackConfig
+from mmlm.data.reader import ShardReader
+from mmlm.errors import ArtifactError, ConfigError, DataError
+from mmlm.progress import Progress
+from mmlm.shards.packs import FOLDER, META, content_digest
+from mmlm.storage import atomic_write, sha256_json
+
+RECIPE = 1
+"""Bumped when the same shards and settings give another plan."""
+WHOLE = -1
+"""`last` of a record that is not split."""
+KEPT_OPEN = 1 / 64
+"""Share of a sequence with less room than which it is not offered to the next window."""
+SCHEMA = pa.schema(
+    [
+        ("sequence", pa.int64()),
+        ("sample", pa.int64()),
+        *((name, pa.int32()) for name in ("first", "last", "length")),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan in memory. Sequence s holds the rows `starts[s]` to `starts[s + 1]`."""
+
+    starts: np.ndarray
+    """(sequences + 1,) int64."""
+    sample: np.ndarray
+    """(rows,) int64; number of the sample in the training split."""
+    first: np.ndarray
+    last: np.ndarray
+    """(rows,) int32; the tokens of the piece, from first to before last; WHOLE for a whole record."""
+    opened: np.ndarray
+    """(rows,) int32; positions that the piece takes."""
+    streams: dict[str, dict[str, int]]
+    """stream → its sequences, records, pieces, tokens; in the order of their sequences."""
+    counts: dict[str, int]
+    """records, sequences, split, pieces, refused, positions (of all sequences) and tokens (that are no padding)."""
+    length: int | None
+    """Positions of every sequence, or None when they are padded to the longest of their batch."""
+    digest: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """stream → sequences."""
+        return {name: counts["sequences"] for name, counts in self.streams.items()}
+
+    @property
+    def padding(self) -> float:
+        """Share of all positions that hold nothing, when nothing is dropped."""
+        return 1 - self.counts["tokens"] / max(self.counts["positions"], 1)
+
+    def rows(self, sequence: int) -> range:
+        return range(int(self.starts[sequence]), int(self.starts[sequence + 1]))
+
+
+def find_plan(reader: ShardReader, pack: PackConfig, by: By | None) -> Plan:
+    """The plan for the samples of `reader`, read if it is there, else made. `by` None: one stream of everything.
+
+    Raises DataError when no record is left, ConfigError when a sequence is shorter than the settings allow.
+    """
+    if isinstance(pack, BestFitPacking) and (pack.length or reader.spec.max_len) < 8:
+        raise ConfigError(f"sequences of {reader.spec.max_len}", wanted="at least 8 positions")
+    told = {
+        "recipe": RECIPE, "shards": reader.artifact.digest, "splits": list(reader.splits),
+        "pack": pack.model_dump(mode="json"), "by": by,
+    }  # fmt: skip
+    folder = reader.path / FOLDER
+    path = folder / f"{sha256_json(told)[:16]}.parquet"
+    if not path.exists():
+        folder.mkdir(exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():  # while we waited, another process made it
+                _write(path, told, *_make(reader, pack, by))
+    return read_plan(path)
+
+
+def needs_plan(reader: ShardReader, pack: PackConfig, by: By | None) -> bool:
+    """Whether sequences are anything but the records in their order."""
+    return not isinstance(pack, NoPacking) or by is not None or _keeps_long(reader)
+
+
+def _keeps_long(reader: ShardReader) -> bool:
+    return bool(reader.artifact.config.get("features", {}).get("on_long") == "keep")
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in file `path`. Raises ArtifactError when it cannot be read."""
+    try:
+        table = pq.read_table(path, memory_map=True)
+        told = json.loads(table.schema.metadata[META])
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"the pack plan {path} cannot be read ({error})", cure="remove it: it is made anew"
+        ) from None
+    columns = {name: table[name].to_numpy() for name in SCHEMA.names}
+    sequence = columns["sequence"]
+    count = int(told["counts"]["sequences"])
+    return Plan(
+        np.searchsorted(sequence, np.arange(count + 1)), columns["sample"], columns["first"], columns["last"],
+        columns["length"], told["streams"], told["counts"], told["length"], told["digest"],
+    )  # fmt: skip
+
+
+def _write(path: Path, told: dict[str, Any], table: pa.Table, made: dict[str, Any]) -> None:
+    meta = {**told, **made, "digest": content_digest(table, {**told, **made})}
+    table = table.replace_schema_metadata({META: json.dumps(meta, sort_keys=True, ensure_ascii=False)})
+    with atomic_write(path) as file:
+        pq.write_table(table, file, compression="zstd", row_group_size=1 << 20)
+
+
+@dataclass
+class _Rows:
+    """Pieces of a window, or of all windows: columns of SCHEMA without `sequence`."""
+
+    sample: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    length: np.ndarray
+
+    @staticmethod
+    def joined(parts: list[_Rows]) -> _Rows:
+        return _Rows(*(np.concatenate([getattr(p, n) for p in parts]) for n in ("sample", "first", "last", "length")))
+
+
+class _Stream:
+    """The sequences of one stream so far."""
+
+    def __init__(self, pack: PackConfig, length: int) -> None:
+        self.fit = BestFit(length) if isinstance(pack, BestFitPacking) else None
+        self.least = max(2, int(length * KEPT_OPEN))
+        self.parts: list[_Rows] = []
+        self.rows = 0
+        self.sequences: list[list[int]] = []
+        """Of each the numbers of its rows within the stream."""
+        self.records = self.split = 0
+
+    def add(self, rows: _Rows) -> None:
+        numbers = np.arange(self.rows, self.rows + len(rows.sample))
+        self.parts.append(rows)
+        self.rows += len(numbers)
+        if self.fit:
+            self.fit.add(numbers, rows.length)
+            self.sequences += self.fit.take(self.least)
+        else:
+            self.sequences += [[number] for number in numbers.tolist()]
+
+    def close(self) -> tuple[_Rows, np.ndarray]:
+        """All rows in order of sequences, and how many each sequence has."""
+        if self.fit:
+            self.sequences += self.fit.take()
+        sizes = np.array([len(s) for s in self.sequences], np.int64)
+        order = np.fromiter((n for s in self.sequences for n in s), np.int64, self.rows)
+        rows = _Rows.joined(self.parts)
+        return _Rows(rows.sample[order], rows.first[order], rows.last[order], rows.length[order]), sizes
+
+
+def _make(reader: ShardReader, pack: PackConfig, by: By | None) -> tuple[pa.Table, dict[str, Any]]:
+    """The table of the plan, and what its metadata tell."""
+    length = (pack.length if isinstance(pack, BestFitPacking) else None) or reader.spec.max_len
+    may_split = isinstance(pack, BestFitPacking) and pack.on_long == "split"
+    streams: dict[str, _Stream] = {}
+    counts = {"records": 0, "refused": 0, "damaged": 0}
+    for names, samples, tokens, lengths in _windows(reader, pack, by, counts):
+        for name in sorted(set(names.tolist())):
+            mine = names == name
+            stream = streams.setdefault(name, _Stream(pack, length))
+            fits = lengths <= length
+            splits = ~fits & (tokens == lengths) & may_split
+            whole = np.flatnonzero(mine & fits)
+            none = np.zeros(len(whole), np.int32)
+            parts = [_Rows(samples[whole], none, none + WHOLE, lengths[whole])]
+            parts += [_pieces(int(samples[i]), int(tokens[i]), length) for i in np.flatnonzero(mine & splits)]
+            stream.records += len(whole) + len(parts) - 1
+            stream.split += len(parts) - 1
+            counts["refused"] += int((mine & ~fits & ~splits).sum())
+            stream.add(_Rows.joined(parts))
+    counts["records"] = sum(s.records for s in streams.values())
+    counts["split"] = sum(s.split for s in streams.values())
+    if not counts["records"]:
+        raise DataError(
+            f"no training record of {reader.path} fits into a sequence of {length}", cure="raise data.pack.length"
+        )
+    return _table(streams, counts, length, isinstance(pack, BestFitPacking))
+
+
+def _table(
+    streams: Mapping[str, _Stream], counts: dict[str, int], length: int, packed: bool
+) -> tuple[pa.Table, dict[str, Any]]:
+    tables, told, base = [], {}, 0
+    for name in sorted(streams):
+        rows, sizes = streams[name].close()
+        sequence = base + np.repeat(np.arange(len(sizes)), sizes)
+        base += len(sizes)
+        columns = (sequence, rows.sample, rows.first, rows.last, rows.length)
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
+        tables.append(pa.Table.from_arrays(arrays, schema=SCHEMA))
+        told[name] = {
+            "sequences": len(sizes), "records": streams[name].records, "pieces": int((rows.last != WHOLE).sum()),
+            "tokens": int(rows.length.sum(dtype=np.int64)),
+        }  # fmt: skip
+    tokens = sum(t["tokens"] for t in told.values())
+    counts |= {
+        "sequences": base, "pieces": sum(t["pieces"] for t in told.values()), "tokens": tokens,
+        "positions": base * length if packed else tokens,
+    }  # fmt: skip
+    table = pa.concat_tables(tables).combine_chunks()
+    return table, {"streams": told, "counts": counts, "length": length if packed else None}
+
+
+def _pieces(sample: int, tokens: int, length: int) -> _Rows:
+    """A long record cut so that each piece but the last fills a sequence; neighbours share a token."""
+    first = np.arange(0, tokens - 1, length - 1, dtype=np.int32)
+    last = np.minimum(first + length, tokens).astype(np.int32)
+    return _Rows(np.full(len(first), sample, np.int64), first, last, last - first)
+
+
+def _windows(
+    reader: ShardReader, pack: PackConfig, by: By | None, counts: dict[str, int]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """(streams, samples, tokens, lengths) of some shards at a time."""
+    names: list[str] = []
+    numbers: list[tuple[int, int, int]] = []
+    window = pack.window if isinstance(pack, BestFitPacking) else 16
+    with Progress("pack", len(reader), "records") as progress:
+        for shard, samples in enumerate(reader.shards()):
+            for sample in samples:
+                seen = reader.glance(sample)
+                if seen is None:
+                    counts["damaged"] += 1
+                    continue
+                names.append(_stream(seen.source, seen.task, by))
+                numbers.append((sample, seen.tokens, seen.length))
+            progress.add(len(samples))
+            if (shard + 1) % window == 0 and names:
+                yield np.array(names, object), *np.array(numbers, np.int64).T
+                names, numbers = [], []
+        if names:
+            yield np.array(names, object), *np.array(numbers, np.int64).T
+
+
+def _stream(source: str, task: str, by: By | None) -> str:
+    return {"source": source, "task": task, "source/task": f"{source}/{task}", None: "all"}[by]
+
+
+def by_of(mixture: Any) -> By | None:
+    """What tells the streams of `mixture` apart."""
+    return None if isinstance(mixture, NaturalMixture) else mixture.by

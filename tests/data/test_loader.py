@@ -1,0 +1,181 @@
+"""The loader: the same global batches however they are shared out, and what happens when something is damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mmlm.artifacts import Artifact
+from mmlm.config import parse
+from mmlm.data.collate import Batch
+from mmlm.data.config import DataConfig
+from mmlm.data.loader import Loader
+from mmlm.errors import ArtifactError, ConfigError, DataError
+from mmlm.world import World
+
+PACKED: dict[str, Any] = {
+    "batch": 12,
+    "pack": {"kind": "best_fit", "window": 3},
+    "mixture": {"kind": "weighted", "by": "source", "weights": {"chat": 2, "story": 1, "digit": 1}},
+    "modality_dropout": 0.5,
+    "augment": {"shift": 2, "time_mask": 0.3},
+}
+PLAIN: dict[str, Any] = {"batch": 12, "modality_dropout": 0.5}
+
+
+def loader(shards: Path, config: dict[str, Any], rank: int = 0, ranks: int = 1, seed: int = 5) -> Loader:
+    return Loader(shards, parse(DataConfig, config, "test"), seed, World(rank, ranks), steps=50)
+
+
+def rows(batch: Batch) -> list[tuple[Any, ...]]:
+    """Each sequence of a batch as plain values, without its padding."""
+    made, ids = [], iter(batch.ids)
+    for b in range(len(batch.tokens_BT)):
+        valid = batch.valid_BT[b]
+        names = tuple(next(ids) for _ in range(int(batch.segment_BT[b].max()) + 1))
+        columns = (batch.tokens_BT, batch.target_BT, batch.prompt_BT, batch.segment_BT, batch.position_BT)
+        made.append((names, *(tuple(c[b][valid].tolist()) for c in columns)))
+    return made
+
+
+def features(batches: list[Batch]) -> list[torch.Tensor]:
+    """What has no row for each sequence: in order of the sequences, whatever the batches."""
+    names = ("patches_PD", "patch_at_P", "mels_MD", "mel_at_M", "values_K", "label_R", "task_R")
+    return [torch.cat([getattr(b, n) for b in batches]) for n in names]
+
+
+@pytest.mark.parametrize("config", [PACKED, PLAIN], ids=["packed", "plain"])
+def test_the_same_global_batches_on_any_ranks_and_pieces(mixed: Artifact, config: dict[str, Any]):
+    if config is PLAIN:
+        config = {**config, "pack": {"kind": "best_fit", "length": 512}}
+    steps = (0, 1, 7, 1000)
+    whole = [loader(mixed.path, config).batch(step) for step in steps]
+    for ranks in (1, 2, 3, 4):
+        for pieces in (1, 2, 3):
+            parts = [loader(mixed.path, config, rank, ranks) for rank in range(ranks)]
+            for step, wanted in reversed(list(zip(steps, whole, strict=True))):
+                found = [b for part in parts for b in part.batches(step, pieces)]
+                assert len(found) == ranks * pieces
+                assert [row for b in found for row in rows(b)] == rows(wanted)
+                for a, b in zip(features(found), features([wanted]), strict=True):
+                    assert torch.equal(a, b)
+
+
+def test_every_record_is_seen_once_an_epoch(mixed: Artifact):
+    one = loader(mixed.path, {"batch": 5, "pack": {"kind": "best_fit", "on_long": "refuse"}})
+    assert one.plan
+    sequences = len(one.plan.starts) - 1
+    whole, rest = divmod(sequences * 5, 5)
+    assert not rest
+    seen = Counter(i for step in range(whole) for i in one.batch(step).ids)
+    assert set(seen.values()) == {5} and len(seen) == one.plan.counts["records"]
+
+
+def test_state_tells_what_a_batch_follows_from(mixed: Artifact):
+    one, other = loader(mixed.path, PACKED), loader(mixed.path, PACKED, 1, 3)
+    assert one.state() == other.state()
+    assert one.state()["order"] != loader(mixed.path, PACKED, seed=6).state()["order"]
+    assert one.state()["pack"] != loader(mixed.path, {**PACKED, "pack": {"kind": "none"}}).state()["pack"]
+
+
+def test_a_batch_too_small_for_its_pieces(mixed: Artifact):
+    with pytest.raises(ConfigError, match="each of 5 micro-batches on each of 3 ranks"):
+        loader(mixed.path, PACKED, 0, 3).batches(0, 5)
+
+
+def test_what_is_told_before_training(mixed: Artifact, capsys: pytest.CaptureFixture[str]):
+    loader(mixed.path, PACKED, 1, 2)
+    assert capsys.readouterr().err == ""
+    loader(mixed.path, PACKED)
+    said = capsys.readouterr().err
+    assert "padding" in said and "long records split into" in said and "mixture: chat: 50.0% of 50 batches" in said
+
+
+def damage(folder: Path, number: int, ending: str = "json") -> str:
+    """Overwrite a member of the `number`-th sample of the first training shard; returns its key."""
+    row = next(r for r in pq.read_table(folder / "manifest.parquet").to_pylist() if r["split"] == "train")
+    index = pq.read_table(folder / row["path"].replace(".tar", ".index.parquet")).to_pylist()
+    key = list(dict.fromkeys(m["key"] for m in index))[number]
+    member = next(m for m in index if m["key"] == key and m["ext"] == ending)
+    with (folder / row["path"]).open("r+b") as f:
+        f.seek(member["offset"])
+        f.write(b"\xff" * member["size"])
+    return str(key)
+
+
+@pytest.mark.parametrize("pack", ["best_fit", "none"])
+def test_a_damaged_sample_has_a_stand_in_that_is_the_same_everywhere(
+    tmp_path: Path, mixed: Artifact, pack: str, capfd: pytest.CaptureFixture[str]
+):
+    folder = Path(shutil.copytree(mixed.path, tmp_path / "shards"))
+    config = {**PACKED, "pack": {"kind": pack}}
+    steps = range(30)
+    before = [i for step in steps for i in loader(folder, config).batch(step).ids]
+    keys = [damage(folder, n) for n in (2, 3, 9)]
+    capfd.readouterr()
+    alone = loader(folder, config)
+    ids = [alone.batch(step).ids for step in steps]
+    pair = [loader(folder, config, rank, 2) for rank in (0, 1)]
+    assert [tuple(i for one in pair for i in one.batch(step).ids) for step in steps] == ids
+    lost = set(before) - {i for row in ids for i in row}
+    assert {i.partition("#")[0] for i in lost} == {f"chat/{n:04d}" for n in (2, 4, 12)}
+    assert len([i for row in ids for i in row]) == len(before)
+    said = capfd.readouterr().err
+    assert all(said.count(f"/{key} is damaged") >= 1 for key in keys)
+
+
+def test_a_damaged_shard_stops_with_its_name(tmp_path: Path, mixed: Artifact):
+    folder = Path(shutil.copytree(mixed.path, tmp_path / "shards"))
+    shard = sorted(folder.glob("train-*.tar"))[1]
+    shard.write_bytes(shard.read_bytes()[:-512])
+    config = {"batch": 8, "pack": {"kind": "best_fit"}}
+    with pytest.raises(ArtifactError, match=f"{shard.name} has .* bytes; wanted"):
+        loader(folder, config)
+    shard.unlink()
+    with pytest.raises(ArtifactError, match=f"{shard.name} cannot be read"):
+        loader(folder, config)
+
+
+def test_shards_without_a_sound_sample(tmp_path: Path, keypad_shards: Artifact):
+    folder = Path(shutil.copytree(keypad_shards.path, tmp_path / "shards"))
+    for row in pq.read_table(folder / "manifest.parquet").to_pylist():
+        if row["split"] == "train":
+            for n in range(row["samples"]):
+                damage_row(folder, row, n)
+    with pytest.raises(DataError, match="stand in for it"):
+        loader(folder, PLAIN).batch(0)
+
+
+def damage_row(folder: Path, row: dict[str, Any], number: int) -> None:
+    index = pq.read_table(folder / row["path"].replace(".tar", ".index.parquet")).to_pylist()
+    members = [m for m in index if m["ext"] == "json"]
+    with (folder / row["path"]).open("r+b") as f:
+        f.seek(members[number]["offset"])
+        f.write(b"\xff" * members[number]["size"])
+
+
+def test_start_up_at_step_a_million(mixed: Artifact):
+    def seconds(step: int) -> float:
+        start = time.process_time()
+        loader(mixed.path, PACKED).batch(step)
+        return time.process_time() - start
+
+    seconds(0)
+    near, far = (min(seconds(step) for _ in range(5)) for step in (0, 10**6))
+    assert far < 2 * near + 0.02
+
+
+def test_dataclass_of_a_batch_keeps_its_names(mixed: Artifact):
+    batch = loader(mixed.path, PACKED).batch(0)
+    assert batch.to("cpu").ids == batch.ids
+    assert [f.name for f in dataclasses.fields(batch)][-1] == "ids"
+    assert not np.shares_memory(batch.tokens_BT.numpy(), loader(mixed.path, PACKED).batch(0).tokens_BT.numpy())
