@@ -100,8 +100,7 @@ def _frames(container: Any, spec: VideoSpec, span: Span | None) -> Iterator[np.n
     if not container.streams.video:
         return
     stream = container.streams.video[0]
-    context = stream.codec_context
-    _check_codec(context.name, VIDEO_CODECS)
+    context = _checked(stream, VIDEO_CODECS)
     if not 0 < context.width * context.height <= MAX_FRAME_PIXELS:
         raise SampleError(
             "bomb",
@@ -165,8 +164,7 @@ def _sound(container: Any, spec: AudioSpec, span: Span | None) -> tuple[np.ndarr
     if not container.streams.audio:
         return None
     stream = container.streams.audio[0]
-    context = stream.codec_context
-    _check_codec(context.name, AUDIO_CODECS)
+    context = _checked(stream, AUDIO_CODECS)
     rate, channels = context.sample_rate, context.channels
     if not MIN_RATE <= rate <= MAX_RATE:
         raise SampleError("bomb", f"a sample rate of {rate:,} Hz", wanted=f"{MIN_RATE:,} to {MAX_RATE:,}")
@@ -178,7 +176,8 @@ def _sound(container: Any, spec: AudioSpec, span: Span | None) -> tuple[np.ndarr
     if start > SEEK_FROM:
         container.seek(round((begin + start - 1) / stream.time_base), stream=stream)
     wanted = math.ceil(min(longest, end - start) * rate)
-    resampler = av.AudioResampler(format="fltp")  # layout and rate as they are
+    # interleaved: of planes PyAV 18 counts one too many where there are eight, and reads beyond them
+    resampler = av.AudioResampler(format="flt")  # layout and rate as they are
     pieces: list[np.ndarray] = []
     have, first = 0, True
     for frame in container.decode(stream):
@@ -186,7 +185,8 @@ def _sound(container: Any, spec: AudioSpec, span: Span | None) -> tuple[np.ndarr
         if first and frame.time is not None:
             skip = round((start - (frame.time - begin)) * rate)
         for part in resampler.resample(frame):
-            wave = part.to_ndarray().mean(axis=0)
+            waves = part.to_ndarray().reshape(part.samples, part.layout.nb_channels)
+            wave = np.ascontiguousarray(waves.T).mean(axis=0)
             if first and skip >= len(wave):
                 skip -= len(wave)
                 continue
@@ -202,6 +202,10 @@ def _sound(container: Any, spec: AudioSpec, span: Span | None) -> tuple[np.ndarr
     return wave[:wanted], rate, have > wanted and end - start > longest
 
 
-def _check_codec(name: str, allowed: frozenset[str]) -> None:
+def _checked(stream: Any, allowed: frozenset[str]) -> Any:
+    """The codec of a stream, if it is one of those that are read. Raises SampleError `unsupported`."""
+    context = stream.codec_context  # None where FFmpeg knows no decoder at all
+    name = context.name if context else "unknown"
     if name not in allowed and not (allowed is AUDIO_CODECS and name.startswith("pcm_")):
         raise SampleError("unsupported", f"a video with the codec {name!r}", wanted=", ".join(sorted(allowed)))
+    return context

@@ -100,7 +100,7 @@ def search(name: str, seconds: int, folder: Path) -> None:
     except ImportError:
         _search_alone(name, seconds)
         return
-    with atheris.instrument_imports(include=["mmlm"]):
+    with atheris.instrument_imports(include=["mmlm", "pypdf", "warcio"]):
         from tests.fuzz.targets import TARGETS
     corpus = folder / name
     corpus.mkdir(parents=True, exist_ok=True)

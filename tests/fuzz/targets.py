@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,21 @@ from pathlib import Path
 
 import numpy as np
 
-from mmlm.corpus.drafts import RefuseError, as_field, as_label, as_labels, as_number, as_split, as_text, media_part
+from mmlm.corpus.config import DocumentsSource
+from mmlm.corpus.drafts import (
+    Draft,
+    RefuseError,
+    as_field,
+    as_label,
+    as_labels,
+    as_number,
+    as_split,
+    as_text,
+    media_part,
+)
+from mmlm.corpus.readers.cutting import tidied
+from mmlm.corpus.readers.document_child import answer_to
+from mmlm.corpus.readers.documents import Document, decode_html, pieces_of, read_documents
 from mmlm.corpus.readers.rows import parse_json, read_rows
 from mmlm.corpus.readers.tar import read_members
 from mmlm.corpus.select import check_selector, check_template, fill, find
@@ -28,24 +43,30 @@ from mmlm.features.audio import decode_sound
 from mmlm.features.failures import SampleError
 from mmlm.features.image import decode_image
 from mmlm.features.sample import Sample
-from mmlm.features.spec import AudioSpec, ImageSpec
+from mmlm.features.spec import AudioSpec, ImageSpec, VideoSpec
 from mmlm.features.svg import render_svg
+from mmlm.features.video import decode_video
 from mmlm.shards.codec import pack, unpack
 from mmlm.shards.tar import members
 from mmlm.storage import resolve, split_fragment
+from tests.fuzz.seeds import films, pages, pdfs, warcs
 from tests.hostile.corpora import header, member
 from tests.hostile.pictures import encode, picture_cases
 from tests.hostile.sounds import flac, sound, sound_cases, wav
 
 SECONDS = 2.0
 """Longest time for one input, processor time."""
-SLOWER = {"image": 10.0}
-"""Exceptions: forty bytes may be a picture of 64 million pixels, and more than that is refused."""
+SLOWER = {"image": 10.0, "video": 10.0, "pdf": 10.0}
+"""Exceptions: forty bytes may be a picture of 64 million pixels, and more than that is refused; so with frames. What
+takes a PDF longer than DEADLINE is stopped, there by the child's deadline, here by a signal."""
+DEADLINE = 5.0
 SEED_BYTES = 20_000
 """Larger hostile files are no seeds: mutating them says little."""
 REGRESSIONS = Path(__file__).parent / "regressions"
 _COLOUR, _GREY = ImageSpec(size=32, patch=8, channels=3), ImageSpec(size=16, patch=8, channels=1, resize="crop")
 _SOUND = AudioSpec(max_seconds=1.0, n_mels=40)
+_FILM = VideoSpec(fps=2.0, max_frames=4)
+_DOCUMENTS = DocumentsSource(kind="documents", max_chars=400, max_bytes=1 << 20)
 _ROW = {"a": {"b": [1, {"c": "x", "lang": "fr"}, None]}, "a.b": "whole name", "list": [[1], [2, [3]]], "text": "词"}
 
 
@@ -127,6 +148,55 @@ def _sound(data: bytes) -> None:
     assert frames.ndim == 2 and frames.shape[1] == 40 and np.isfinite(frames).all()
 
 
+def _video(data: bytes) -> None:
+    film = decode_video(data, _FILM, _GREY, _SOUND)
+    assert len(film.frames) <= 4 and all(frame.shape == (16, 16, 1) for frame in film.frames)
+    assert film.sound is None or np.isfinite(film.sound).all()
+
+
+class _TooSlow(BaseException):
+    """Not an Exception: what is fuzzed may catch those."""
+
+
+def _stop(number: int, frame: object) -> None:
+    raise _TooSlow
+
+
+def _pdf(data: bytes) -> None:
+    before = signal.signal(signal.SIGPROF, _stop)
+    signal.setitimer(signal.ITIMER_PROF, DEADLINE)
+    try:
+        answer = answer_to({"kind": "pdf", "pages": 50, "chars": 1 << 20}, data)
+    except _TooSlow:
+        return
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+    _pieces(answer)
+
+
+def _html(data: bytes) -> None:
+    _pieces(answer_to({"kind": "html", "chars": 1 << 20}, decode_html(data).encode()))
+
+
+def _pieces(answer: dict[str, str]) -> None:
+    """What a child answers must go through its pipe, and make records or refusals."""
+    answer = json.loads(json.dumps(answer).encode())
+    if "reason" in answer:
+        assert answer["reason"] != "missing" and isinstance(answer["detail"], str)
+        return
+    document = Document("fuzzed", answer["title"], tidied(answer["text"]))
+    for piece in pieces_of(_DOCUMENTS, document, ""):
+        if isinstance(piece, Draft):
+            assert all((part.text or "").strip() for part in piece.record.parts) and piece.record.target.text
+
+
+def _warc(data: bytes) -> None:
+    name = "fuzzed.warc.gz" if data[:2] == b"\x1f\x8b" else "fuzzed.warc"
+    for _ in read_documents(_DOCUMENTS, [name], [(name, _file(name, data))]):
+        pass
+
+
 def _svg(data: bytes) -> None:
     assert render_svg(data, 64).shape[2] == 3
 
@@ -201,6 +271,10 @@ TARGETS: dict[str, Target] = {
     "header": Target(_header, (), lambda: [*_pictures(), *_sounds()]),
     "image": Target(_image, (SampleError,), _pictures),
     "sound": Target(_sound, (SampleError,), _sounds),
+    "video": Target(_video, (SampleError,), films),
+    "pdf": Target(_pdf, (), pdfs),
+    "html": Target(_html, (RefuseError,), pages),
+    "warc": Target(_warc, (), warcs),
     "svg": Target(_svg, (SampleError,), lambda: _small(picture_cases("/nonexistent"), ".svg")),
     "unpack": Target(_unpack, (DataError,), _packed),
     "data_uri": Target(

@@ -134,6 +134,24 @@ class _Text:
         return "\n".join(line.strip(" \t") if not line.startswith("    ") else line.rstrip() for line in lines).strip()
 
 
+def answer_to(head: dict[str, Any], data: bytes) -> dict[str, str]:
+    """`{"title", "text"}` of a document, or `{"reason", "detail"}`. `head` says its kind and the limits."""
+    try:
+        if head["kind"] == "pdf":
+            return read_pdf(data, head["pages"], head["chars"])
+        return read_html(data, head["chars"])
+    except Refused as error:
+        return {"reason": error.args[0], "detail": error.args[1]}
+    except MemoryError:
+        return {"reason": "bomb", "detail": f"it takes more than {MEMORY >> 30} GiB of memory to read"}
+    except RecursionError:
+        return {"reason": "bomb", "detail": "nested too deeply"}
+    except ImportError as error:
+        return {"reason": "missing", "detail": str(error)}
+    except Exception as error:  # pypdf raises nearly anything on rubbish
+        return {"reason": "unreadable_document", "detail": f"{type(error).__name__}: {str(error)[:120]}"}
+
+
 def _prepare() -> BinaryIO:
     """Limit this process, and keep what libraries print off the pipe. Returns the pipe for answers."""
     with contextlib.suppress(Exception):  # Linux: die with the parent
@@ -152,21 +170,7 @@ def main() -> None:
         head = json.loads(asked.read(int.from_bytes(size)))
         data = asked.read(int.from_bytes(asked.read(8)))
         signal.alarm(int(head["seconds"]) + 10)  # should the parent be gone
-        try:
-            if head["kind"] == "pdf":
-                answer = read_pdf(data, head["pages"], head["chars"])
-            else:
-                answer = read_html(data, head["chars"])
-        except Refused as error:
-            answer = {"reason": error.args[0], "detail": error.args[1]}
-        except MemoryError:
-            answer = {"reason": "bomb", "detail": f"it takes more than {MEMORY >> 30} GiB of memory to read"}
-        except RecursionError:
-            answer = {"reason": "bomb", "detail": "nested too deeply"}
-        except ImportError as error:
-            answer = {"reason": "missing", "detail": str(error)}
-        except Exception as error:  # pypdf raises nearly anything on rubbish
-            answer = {"reason": "unreadable_document", "detail": f"{type(error).__name__}: {str(error)[:120]}"}
+        answer = answer_to(head, data)
         signal.alarm(0)
         line = json.dumps(answer).encode()
         answers.write(len(line).to_bytes(8) + line)

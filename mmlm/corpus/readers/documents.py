@@ -70,7 +70,7 @@ def read_documents(source: DocumentsSource, names: list[str], files: Iterable[tu
                 if isinstance(document, Refusal):
                     yield document
                 else:
-                    yield from _pieces(source, document, splits.get(shown, source.split))
+                    yield from pieces_of(source, document, splits.get(shown, source.split))
 
 
 def _splits(shown: list[str]) -> dict[str, str]:
@@ -231,7 +231,8 @@ def _content_type(record: Any) -> tuple[str, str]:
     return (kind.strip() if known else ""), (charset[1] if charset else "")
 
 
-def _pieces(source: DocumentsSource, document: Document, split: str) -> Outcomes:
+def pieces_of(source: DocumentsSource, document: Document, split: str) -> Outcomes:
+    """Drafts of the pieces of one document; one Refusal where there is nothing to cut."""
     text, where = document.text, document.where
     try:
         group = sha256_bytes(text.encode())
