@@ -44,6 +44,10 @@ class DataError(MmlmError):
     """A corpus, a record, a picture or a sound is wrong."""
 
 
+class TooLargeError(DataError):
+    """A file or object has more bytes than the caller takes."""
+
+
 class ArtifactError(MmlmError):
     """A noun at rest (manifest, shards, checkpoint, report) is missing, broken, newer, or another one."""
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmlm import stores
-from mmlm.errors import DataError, LaunchError
+from mmlm.errors import DataError, LaunchError, TooLargeError
 from mmlm.stores import Changed, Exists, Stat, Store, Transient, blank, scheme_of
 
 ATTEMPTS = 6
@@ -353,7 +353,7 @@ def _open(uri: str, limit: int | None) -> tuple[Path, io.FileIO]:
     def attempt() -> tuple[Path, io.FileIO]:
         told = known(uri)
         if limit is not None and told.size > limit:
-            raise DataError(f"{blank(uri)} is larger than {limit:,} bytes", cure="split it")
+            raise TooLargeError(f"{blank(uri)} is larger than {limit:,} bytes", cure="split it")
         path = cache.path(uri, told)
         fetched = False
         while True:
@@ -413,7 +413,7 @@ def _fill(uri: str, told: Stat, file: io.FileIO, at: int, limit: int | None) -> 
             if 0 <= told.size < end:
                 raise _Damaged(f"{blank(uri)} has more than the {told.size:,} bytes that its store tells of")
             if limit is not None and end > limit:
-                raise DataError(f"{blank(uri)} is larger than {limit:,} bytes", cure="split it")
+                raise TooLargeError(f"{blank(uri)} is larger than {limit:,} bytes", cure="split it")
             view = memoryview(data)
             while view:
                 view = view[file.write(view) :]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mmlm.config import blank_credentials
-from mmlm.errors import DataError
+from mmlm.errors import DataError, TooLargeError
 
 MAX_FILE_BYTES = 512 << 20
 """A single media file larger than this is refused before it is read."""
@@ -111,8 +111,8 @@ def split_fragment(uri: str) -> tuple[str, tuple[float, float] | None, tuple[int
 def read_uri(uri: str, root: Path | str = ".", limit: int = MAX_FILE_BYTES) -> bytes:
     """The bytes behind a URI; with `#bytes=` only those of the file, while `#t=` is left to who decodes them.
 
-    Raises DataError when it is missing, not a regular file, larger than `limit` bytes, or ends before the wanted bytes;
-    LaunchError when a remote store does not answer.
+    Raises DataError when it is missing, not a regular file, or ends before the wanted bytes, TooLargeError when it has
+    more than `limit` bytes, LaunchError when a remote store does not answer.
     """
     uri, _, within = split_fragment(uri)
     if within:
@@ -127,7 +127,7 @@ def read_uri(uri: str, root: Path | str = ".", limit: int = MAX_FILE_BYTES) -> b
         if not stat.S_ISREG(found.st_mode):
             raise DataError(f"{where} is no regular file", cure="check the path")
         if found.st_size > limit:
-            raise DataError(f"{where} is larger than {limit:,} bytes", cure="split it")
+            raise TooLargeError(f"{where} is larger than {limit:,} bytes", cure="split it")
         # whole and unbuffered: `read(limit)` would first allocate `limit` bytes
         with open(where, "rb", buffering=0) as f:
             data = f.read()
@@ -138,7 +138,7 @@ def read_uri(uri: str, root: Path | str = ".", limit: int = MAX_FILE_BYTES) -> b
     except ValueError:
         raise DataError(f"{where!r} is no path", cure="check the path") from None
     if len(data) > limit:
-        raise DataError(f"{where} is larger than {limit:,} bytes", cure="split it")
+        raise TooLargeError(f"{where} is larger than {limit:,} bytes", cure="split it")
     return data
 
 
@@ -163,7 +163,7 @@ def _read_within(where: str, offset: int, count: int, limit: int) -> bytes:
     """Bytes `offset` to `offset + count` of a file, and no other byte of it read."""
     what = f"the {count:,} bytes at {offset:,} of {blank_credentials(where)}"
     if count > limit:
-        raise DataError(f"{what} are larger than {limit:,} bytes", cure="split it")
+        raise TooLargeError(f"{what} are larger than {limit:,} bytes", cure="split it")
     try:
         if is_remote(where):
             from mmlm import remote

@@ -21,7 +21,7 @@ def work(source: Path, out: Path, options: dict[str, Any], watch: Watch) -> dict
         made = scan(scanning(curate), data=source, out=out / "manifest")
     plain = scan(scanning(), data=source, out=out / "plain")
     with watch.lap("step"):
-        find_drops(lambda: read_rows(plain.path), curate, lambda uri: b"", out / "step")
+        find_drops(lambda: read_rows(plain.path), curate, lambda uri, most: b"", out / "step")
     kept = [
         hashlib.sha256(part["text"].encode()).hexdigest()[:16]
         for row in read_rows(made.path)

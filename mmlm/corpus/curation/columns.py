@@ -16,6 +16,8 @@ T = TypeVar("T")
 U = TypeVar("U")
 ALONE = 64
 """Batches up to which starting processes costs more than it saves."""
+AHEAD_BYTES = 32 << 20
+"""Bytes of batches that are in memory at a time."""
 
 
 class GrowingArray:
@@ -40,22 +42,35 @@ class GrowingArray:
         return found.reshape(-1, self.width) if self.width > 1 else found
 
 
-def in_order(function: Callable[[T], U], batches: Iterable[T], workers: int) -> Iterator[U]:
-    """`function` of every batch, in order; by `workers` processes where there are more than ALONE batches.
+def in_order(
+    function: Callable[[T], U], batches: Iterable[T], workers: int, weight: Callable[[T], int] = lambda batch: 0
+) -> Iterator[U]:
+    """`function` of every batch, in order; by `workers` processes where there are more than ALONE batches, or more than
+    AHEAD_BYTES by `weight`.
 
     `function` must be a function of a module (or a partial of one), and pure: the results do not depend on `workers`.
+    At most AHEAD_BYTES of batches, or one, wait at a time.
     """
     stream = iter(batches)
-    head = list(islice(stream, ALONE + 1)) if workers > 1 else []
-    if len(head) <= ALONE:
+    head: list[T] = []
+    held = 0
+    while workers > 1 and len(head) <= ALONE and held <= AHEAD_BYTES and (more := list(islice(stream, 1))):
+        head += more
+        held += weight(more[0])
+    if len(head) <= ALONE and held <= AHEAD_BYTES:
         yield from map(function, chain(head, stream))
         return
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method)) as pool:
-        waiting: deque[Future[U]] = deque()
+        waiting: deque[tuple[int, Future[U]]] = deque()
+        held = 0
         for batch in chain(head, stream):
-            waiting.append(pool.submit(function, batch))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
+            size = weight(batch)
+            while waiting and (len(waiting) > 4 * workers or held + size > AHEAD_BYTES):
+                gone, future = waiting.popleft()
+                held -= gone
+                yield future.result()
+            waiting.append((size, pool.submit(function, batch)))
+            held += size
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[1].result()

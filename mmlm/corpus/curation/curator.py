@@ -59,7 +59,9 @@ class Curator:
     def compare(self, rows: Callable[[], Iterator[dict[str, Any]]], data: Path | str, folder: Path) -> None:
         """Run the steps that look at all records."""
         if self.config.set_steps:
-            self.drops = find_drops(rows, self.config, lambda uri: read_uri(uri, data), folder, cores(), self.wordings)
+            self.drops = find_drops(
+                rows, self.config, lambda uri, most: read_uri(uri, data, most), folder, cores(), self.wordings
+            )
 
     def left(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for row in rows:

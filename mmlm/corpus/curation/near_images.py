@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from mmlm.corpus.curation.columns import GrowingArray, in_order
+from mmlm.corpus.curation.columns import AHEAD_BYTES, GrowingArray, in_order
 from mmlm.corpus.curation.config import NearImagesConfig
 
 MAX_PIXELS = 64_000_000
@@ -33,10 +33,17 @@ TELLING = 12
 """So many of the 63 coefficients must be larger than LEAST."""
 BATCH = 64
 
+BATCH_BYTES = 2 << 20
+"""Bytes of files from which on a batch is full."""
+
+T = TypeVar("T")
+U = TypeVar("U")
 Look = tuple[int, np.ndarray]
 """A perceptual hash and (192,) uint8: red, green and blue of 8 × 8 cells."""
-Pictures = list[bytes | Look | None]
-"""Of one record: the bytes of each picture, or what was seen of it already; None where it cannot be read."""
+Place = tuple[int, int, int]
+"""Of a picture: number of its record, number of that record's pictures, place among them."""
+Picture = tuple[Place, bytes | Look | None]
+"""A picture's file, or what was seen of it already; None where it cannot be read."""
 
 
 def look(data: bytes) -> Look | None:
@@ -50,7 +57,8 @@ def look(data: bytes) -> Look | None:
             if picture.format == "JPEG":  # decodes at an eighth, a quarter or half size where that is large enough
                 picture.draft("RGB", (4 * SIDE, 4 * SIDE))
             picture.load()
-            small = _on_white(ImageOps.exif_transpose(picture)).resize((SIDE, SIDE), Image.Resampling.BOX)
+            ImageOps.exif_transpose(picture, in_place=True)
+            small = _on_white(picture).resize((SIDE, SIDE), Image.Resampling.BOX)
     except MemoryError:
         raise
     except Exception:  # decoders meet hostile bytes in more ways than they name; the next stages tell people why
@@ -77,7 +85,7 @@ def _on_white(picture: Any) -> Any:
         paper = Image.new("RGBA", rgba.size, "white")
         paper.alpha_composite(rgba)
         picture = paper
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def perceptual_hash(grey: np.ndarray) -> int | None:
@@ -119,16 +127,16 @@ class PictureIndex:
 
     @classmethod
     def build(
-        cls, pictures: Iterator[tuple[int, Pictures]], config: NearImagesConfig, folder: Path, workers: int = 1
+        cls, pictures: Iterator[Picture], config: NearImagesConfig, folder: Path, workers: int = 1
     ) -> PictureIndex:
-        """Of (number of the record, its pictures)."""
+        """Of the pictures of records in order; some dozens of megabytes of their files are in memory at a time."""
         row = GrowingArray(folder / "row", np.int64)
         size = GrowingArray(folder / "size", np.int64)
         place = GrowingArray(folder / "place", np.int64)
         hashes = GrowingArray(folder / "hash", np.uint64)
         cells = GrowingArray(folder / "cells", np.uint8, 3 * CELLS * CELLS)
-        for batch in in_order(_look_at_all, _batches(pictures), workers):
-            for number, of, at, (hashed, colours) in batch:
+        for batch in in_order(_look_at_all, _batches(pictures), workers, _bytes_of):
+            for (number, of, at), (hashed, colours) in batch:
                 row.append(np.array([number]))
                 size.append(np.array([of]))
                 place.append(np.array([at]))
@@ -184,44 +192,51 @@ def _complete(row: np.ndarray, size: np.ndarray, place: np.ndarray) -> np.ndarra
     return first[(row[last] == row[first]) & (place[last] == size[first] - 1)]
 
 
-Batch = list[tuple[int, Pictures]]
+Batch = list[Picture]
 
 
-def _batches(pictures: Iterator[tuple[int, Pictures]]) -> Iterator[Batch]:
+def _batches(pictures: Iterator[Picture]) -> Iterator[Batch]:
     held: Batch = []
-    size = 0
-    for number, files in pictures:
-        held.append((number, files))
-        size += sum(len(f) for f in files if isinstance(f, bytes)) + 1
-        if len(held) >= BATCH or size > 16 << 20:
+    for picture in pictures:
+        held.append(picture)
+        if len(held) >= BATCH or _bytes_of(held) > BATCH_BYTES:
             yield held
-            held, size = [], 0
+            held = []
     if held:
         yield held
 
 
-def _look_at_all(batch: Batch) -> list[tuple[int, int, int, Look]]:
-    """(record, number of its pictures, place among them, look) of every picture that has one."""
+def _bytes_of(batch: Batch) -> int:
+    return sum(len(data) for _, data in batch if isinstance(data, bytes))
+
+
+def _look_at_all(batch: Batch) -> list[tuple[Place, Look]]:
+    """Every picture of the batch that has a hash."""
     looks: dict[bytes, Look | None] = {}
     found = []
-    for number, files in batch:
-        for place, data in enumerate(files):
-            if isinstance(data, bytes) and data not in looks:
-                looks[data] = look(data)
-            if seen := looks[data] if isinstance(data, bytes) else data:
-                found.append((number, len(files), place, seen))
+    for place, data in batch:
+        if isinstance(data, bytes) and data not in looks:
+            looks[data] = look(data)
+        if seen := looks[data] if isinstance(data, bytes) else data:
+            found.append((place, seen))
     return found
 
 
-def read_ahead(items: Iterator[tuple[int, Any]], fetch: Any, threads: int) -> Iterator[tuple[int, Any]]:
-    """(number, fetch(item)) in order, some fetched ahead by threads."""
+def read_ahead(items: Iterable[T], fetch: Callable[[T], U], threads: int, weight: Callable[[T], int]) -> Iterator[U]:
+    """fetch(item) in order, some fetched ahead by threads; few where the items themselves weigh much.
+
+    At most 2 * threads + 1 results and AHEAD_BYTES of items (or one item) are in memory, and what is being fetched.
+    """
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[tuple[int, Any]] = deque()
-        for number, item in items:
-            waiting.append((number, pool.submit(fetch, item)))
-            if len(waiting) > 2 * threads:
-                at, future = waiting.popleft()
-                yield at, future.result()
+        waiting: deque[tuple[int, Future[U]]] = deque()
+        held = 0
+        for item in items:
+            size = weight(item)
+            while waiting and (len(waiting) > 2 * threads or held + size > AHEAD_BYTES):
+                gone, future = waiting.popleft()
+                held -= gone
+                yield future.result()
+            waiting.append((size, pool.submit(fetch, item)))
+            held += size
         while waiting:
-            at, future = waiting.popleft()
-            yield at, future.result()
+            yield waiting.popleft()[1].result()

@@ -3,8 +3,9 @@
 Each step sees what the step before it left. Which record stays never depends on the order in which anything was read:
 rows are sorted by id, and of records that are alike the owner stays, a test record before a val record before a train
 record, then the one with the smallest id.
-Memory: some 200 bytes a record whatever its size, one entry for each dropped one, and 20 bytes for each held-out word
-when shared runs are looked for. Signatures, shingles and colours of pictures are on disk, below `folder`, and mapped.
+Memory: some 200 bytes a record whatever its size, one entry for each dropped one, 20 bytes for each held-out word when
+shared runs are looked for, and of pictures the largest one, decoded, beside some dozens of megabytes. Signatures,
+shingles and colours of pictures are on disk, below `folder`, and mapped.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ from mmlm.corpus.curation.config import CurateConfig, NearImagesConfig, NearText
 from mmlm.corpus.curation.contamination import shared_runs
 from mmlm.corpus.curation.events import Event, Figures
 from mmlm.corpus.curation.linking import known_to, losers, sets_of
-from mmlm.corpus.curation.near_images import PictureIndex, Pictures, look, read_ahead
+from mmlm.corpus.curation.near_images import Look, Picture, PictureIndex, Place, look, read_ahead
 from mmlm.corpus.curation.near_text import TextIndex
 from mmlm.corpus.records import SPLITS
-from mmlm.errors import DataError
+from mmlm.errors import DataError, TooLargeError
+from mmlm.storage import MAX_FILE_BYTES
 
 Rows = Callable[[], Iterator[dict[str, Any]]]
-Read = Callable[[str], bytes]
+Read = Callable[[str, int], bytes]
+"""(uri, most bytes) → what lies there. Raises TooLargeError where it is more."""
 TRAIN = SPLITS.index("train")
 _MEDIA = ("image", "audio", "video")
 _READERS = 4
@@ -55,7 +58,7 @@ def find_drops(
 ) -> Drops:
     """What the set steps of `config` drop.
 
-    `rows()` gives rows of SCHEMA sorted by id, with their final split; it is called once a step and more. `read(uri)`
+    `rows()` gives rows of SCHEMA sorted by id, with their final split; it is called once a step and more. `read(uri, most)`
     gives the bytes of a picture; what it raises as OSError or DataError leaves the picture out of the comparison.
     `folder` is made, filled and removed again. The result does not depend on `workers`. `wordings` are the questions
     that the config itself puts to every record: two pictures are copies although they were asked in two languages.
@@ -77,7 +80,8 @@ class _Work:
         self, rows: Rows, config: CurateConfig, read: Read, folder: Path, workers: int, wordings: frozenset[str]
     ) -> None:
         self.wordings = wordings
-        self.one_at_a_time = threading.Lock()
+        self.alone = ThreadPoolExecutor(1)
+        """Looks at large pictures, one at a time: freed in other threads, their memory would not come back."""
         self.rows, self.config, self.read, self.folder, self.workers = rows, config, read, folder, workers
         self.lost: dict[int, tuple[str, str, int | None]] = {}
         """record → (step, reason, the record on whose account)"""
@@ -255,31 +259,36 @@ class _Work:
 
     def _pictures(self, config: NearImagesConfig) -> PictureIndex:
         if "pictures" not in self.indexes:  # made once for whatever distance
-            files = read_ahead(self._uris(), self._files, _READERS)
+            files = read_ahead(self._places(), self._picture, _READERS, lambda item: len(item[1]["data"] or b""))
             self.indexes["pictures"] = PictureIndex.build(files, config, self.folder / "pictures", self.workers)
         found = self.indexes["pictures"]
         assert isinstance(found, PictureIndex)
         return found.of(config)
 
-    def _uris(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    def _places(self) -> Iterator[tuple[Place, dict[str, Any]]]:
         for number, row in enumerate(self.rows()):
-            pictures = [p for p in row["parts"] if p["kind"] == "image"]
-            if pictures and self.alive[number] and number not in self.fresh:
-                yield number, pictures
+            if self.alive[number] and number not in self.fresh:
+                parts = [p for p in row["parts"] if p["kind"] == "image"]
+                yield from (((number, len(parts), at), part) for at, part in enumerate(parts))
 
-    def _files(self, parts: list[dict[str, Any]]) -> Pictures:
-        found: Pictures = []
-        for part in parts:
-            try:
-                data = part["data"] if part["uri"] is None else self.read(part["uri"])
-            except (OSError, DataError):
-                data = None
-            if data and len(data) > LARGE:  # looked at here: waiting for its turn, it would fill the memory
-                with self.one_at_a_time:
-                    found.append(look(data))
-            else:
-                found.append(data)
-        return found
+    def _picture(self, item: tuple[Place, dict[str, Any]]) -> Picture:
+        """A picture's file; one of more than LARGE bytes is looked at right here, and no two of them at a time."""
+        place, part = item
+        try:
+            data = part["data"] if part["uri"] is None else self.read(part["uri"], LARGE)
+            if not data or len(data) <= LARGE:
+                return place, data or None
+        except TooLargeError:
+            pass
+        except (OSError, DataError):
+            return place, None
+        return place, self.alone.submit(self._large, part).result()
+
+    def _large(self, part: dict[str, Any]) -> Look | None:
+        try:
+            return look(part["data"] if part["uri"] is None else self.read(part["uri"], MAX_FILE_BYTES))
+        except (OSError, DataError):
+            return None
 
 
 def text_of(row: dict[str, Any]) -> str:

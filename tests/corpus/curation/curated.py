@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter
 from mmlm.corpus.curation.config import CurateConfig
 from mmlm.corpus.curation.set_steps import Drops, find_drops
 from mmlm.corpus.records import Part, Record, Target, to_row
+from mmlm.errors import TooLargeError
 
 ORDER = {"test": 0, "val": 1, "train": 2}
 HAN = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说产种面而方后多定"
@@ -36,9 +37,11 @@ def drops(
     """What the set steps drop; the rows are sorted here, as a scan does it."""
     ordered = sorted(rows, key=lambda r: r["id"])
 
-    def read(uri: str) -> bytes:
+    def read(uri: str, most: int) -> bytes:
         if uri not in (files or {}):
             raise FileNotFoundError(uri)
+        if len((files or {})[uri]) > most:
+            raise TooLargeError(uri)
         return (files or {})[uri]
 
     config = CurateConfig.model_validate(steps)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -188,3 +190,38 @@ def test_very_many_equal_texts_and_pictures_take_no_longer_than_others(tmp_path:
     rows += [row(f"p{k:05d}", pictures=["a.png"]) for k in range(300)]
     found = drops(rows, tmp_path, files, near_text={}, near_images={}, contamination={})
     assert len(found.events) == 5_999 + 299 + 6_000  # t: train has the words of s00000, which is in test
+
+
+MEMORY = """
+import resource, struct, sys
+from pathlib import Path
+from mmlm.corpus.curation.config import CurateConfig
+from mmlm.corpus.curation.set_steps import find_drops
+from mmlm.storage import read_uri
+from tests.corpus.curation.curated import row
+
+folder = Path(sys.argv[1])
+
+def bmp(name, width, height):
+    with open(folder / name, "wb") as file:
+        file.write(b"BM" + struct.pack("<IHHI", 54, 0, 0, 54))
+        file.write(struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0))
+        file.truncate(54 + 3 * width * height)  # black, and no block of the disk
+    return name
+
+rows = [row(f"large{k:02d}", pictures=[bmp(f"large{k}.bmp", 5000, 4000)]) for k in range(12)]
+rows += [row("many", pictures=[bmp(f"small{k}.bmp", 1000, 1200) for k in range(120)])]
+rows += [row(f"x{k:02d}", pictures=[f"small{k}.bmp"]) for k in range(60)]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read = lambda uri, most: read_uri(uri, folder, most)
+find_drops(lambda: iter(rows), CurateConfig.model_validate({"near_images": {}}), read, folder / "work")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+def test_memory_is_bounded_whatever_the_size_of_pictures_and_records(tmp_path: Path) -> None:
+    """Twelve pictures of 60 MB, and a record of 120 of 3.6 MB each: 145 MB measured for both together."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert int(done.stdout) < 250
