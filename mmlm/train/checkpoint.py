@@ -1,8 +1,8 @@
 """Checkpoints to resume from: whole float32 tensors by name, so any number of ranks and any ZeRO stage can go on.
 
-`checkpoints/step-00000250/` holds weight, exp_avg and exp_avg_sq as safetensors and `state.json` (step, hashes, loss of
-the probe batch). It is written under a temporary name and renamed, so one that is there is whole; its hashes are
-checked all the same before it is used.
+`checkpoints/step-00000250/` holds weights and optimizer states, a kind a safetensors file, and `state.json` (step,
+hashes, counters, loss of the probe batch). It is written under a temporary name and renamed, so one that is there is
+whole; its hashes are checked all the same before it is used.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from safetensors.torch import load_file
 from mmlm.storage import fsync_folder, sha256_file, write_json
 from mmlm.train.weights import write_tensors
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
-
 
 @dataclass(frozen=True)
 class Saved:
@@ -29,9 +27,18 @@ class Saved:
     probe: float
     """Loss of the fixed probe batch."""
     tensors: dict[str, dict[str, torch.Tensor]]
+    """By kind (weight, exp_avg, …) and name."""
+    scalars: dict[str, float]
 
 
-def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], probe: float, keep: int) -> None:
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    scalars: dict[str, float],
+    probe: float,
+    keep: int,
+) -> None:
     """Write the checkpoint of `step` whole or not at all, then drop all but the newest `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
@@ -39,11 +46,11 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], p
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     hashes = {}
-    for kind in KINDS:
+    for kind, named in tensors.items():
         path = temporary / f"{kind}.safetensors"
-        write_tensors(tensors[kind], path)
+        write_tensors(named, path)
         hashes[path.name] = sha256_file(path)
-    write_json(temporary / "state.json", {"step": step, "probe": probe, "sha256": hashes})
+    write_json(temporary / "state.json", {"step": step, "probe": probe, "scalars": scalars, "sha256": hashes})
     fsync_folder(temporary)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
@@ -60,8 +67,8 @@ def newest(folder: Path) -> Saved | None:
             for name, wanted in state["sha256"].items():
                 if sha256_file(path / name) != wanted:
                     raise ValueError(f"{name} does not match its hash")
-            tensors = {kind: load_file(path / f"{kind}.safetensors") for kind in KINDS}
-            return Saved(int(state["step"]), float(state["probe"]), tensors)
+            tensors = {Path(name).stem: load_file(path / name) for name in state["sha256"]}
+            return Saved(int(state["step"]), float(state["probe"]), tensors, state["scalars"])
         except (OSError, ValueError, KeyError) as error:
             print(f"train: {path.name} is damaged ({error}); trying the one before", file=sys.stderr)
     return None

@@ -2,29 +2,77 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from mmlm.config import Config
 from mmlm.data.config import DataConfig
 from mmlm.model.config import ModelConfig
 
 
-class OptimizerConfig(Config):
-    """AdamW (Loshchilov & Hutter 2019). Weight decay applies to matrices only, never to norms, biases, embeddings."""
+def _tag(default: str) -> Discriminator:
+    """Tells the choices of a union apart by their `kind`; without one it is `default`."""
 
-    kind: Literal["adamw"] = "adamw"
+    def kind(value: Any) -> Any:
+        return value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", None)
+
+    return Discriminator(kind)
+
+
+class _Optimizer(Config):
     lr: float = Field(3e-3, gt=0)
     """Peak learning rate."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
     weight_decay: float = Field(0.1, ge=0)
+    """Decoupled; of the matrices of linear maps only, never of norms, biases and embeddings."""
     clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 turns clipping off."""
 
 
-class ScheduleConfig(Config):
+class AdamWConfig(_Optimizer):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    kind: Literal["adamw"] = "adamw"
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+
+
+class LionConfig(_Optimizer):
+    """Lion (Chen et al. 2023, algorithm 2): the sign of a momentum, and half the memory of AdamW."""
+
+    kind: Literal["lion"] = "lion"
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate; 3 to 10 times smaller than AdamW's."""
+    weight_decay: float = Field(1.0, ge=0)
+    """Decoupled, of matrices only; as many times larger as the rate is smaller."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1)
+
+
+class MuonConfig(_Optimizer):
+    """Muon (Jordan et al. 2024) for hidden matrices, AdamW for all else. An update of Muon is scaled to the root mean
+    square of one of AdamW's (Liu et al. 2025, eq. 4), so both share one rate and one weight decay."""
+
+    kind: Literal["muon"] = "muon"
+    modules: tuple[str, ...] = ("blocks",)
+    """Modules (or patterns) below which the matrices of linear maps are Muon's."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Of Muon's average of gradients, applied in Nesterov's way."""
+    iterations: int = Field(5, ge=1, le=10)
+    """Newton-Schulz iterations."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Of AdamW."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Of AdamW."""
+
+
+OptimizerConfig = Annotated[
+    Annotated[AdamWConfig, Tag("adamw")] | Annotated[LionConfig, Tag("lion")] | Annotated[MuonConfig, Tag("muon")],
+    _tag("adamw"),
+]
+
+
+class CosineConfig(Config):
     """Linear warm-up, then a cosine down to `floor`."""
 
     kind: Literal["cosine"] = "cosine"
@@ -34,9 +82,74 @@ class ScheduleConfig(Config):
     """Share of the peak rate at the last step."""
 
 
+class WsdConfig(Config):
+    """Warm-up, stable, decay (Hu et al. 2024): the peak rate is kept until the last steps, then it falls to `floor`."""
+
+    kind: Literal["wsd"] = "wsd"
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the rate rises."""
+    decay: float = Field(0.2, gt=0, le=1)
+    """Share of the steps in which it falls, as 1 - sqrt (Hagele et al. 2024)."""
+    floor: float = Field(0.0, ge=0, le=1)
+    """Share of the peak rate at the last step."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} together must not exceed 1")
+        return self
+
+
+ScheduleConfig = Annotated[Annotated[CosineConfig, Tag("cosine")] | Annotated[WsdConfig, Tag("wsd")], _tag("cosine")]
+
+
 class ZeroConfig(Config):
-    stage: Literal[1, 2, 3] = 2
-    """What is spread over the ranks: 1 optimizer states, 2 and gradients, 3 and parameters (Rajbhandari et al. 2020)."""
+    stage: Literal[0, 1, 2, 3] = 2
+    """What is spread over the ranks: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters
+    (Rajbhandari et al. 2020)."""
+    offload_optimizer: bool = False
+    """Optimizer states live in, and are updated in, the host's memory (Ren et al. 2021)."""
+    offload_parameters: bool = False
+    """Parameters that are not in use live in the host's memory; needs stage 3."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer needs stage 1, 2 or 3, found 0")
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError(f"offload_parameters needs stage 3, found {self.stage}")
+        return self
+
+
+class ScalingConfig(Config):
+    """Dynamic loss scaling of fp16 (Micikevicius et al. 2018): halved when a gradient overflows, and that step skipped."""
+
+    initial_power: int = Field(16, ge=0, le=32)
+    """The scale starts at 2 to this power."""
+    window: int = Field(1000, ge=1)
+    """Steps without overflow after which the scale is doubled."""
+    minimum: float = Field(1.0, gt=0)
+    """Training stops when a gradient still overflows at this scale."""
+
+
+class FreezeConfig(Config):
+    """Parameters that stay as they are in some steps: no gradient, no weight decay, no moment moves."""
+
+    modules: tuple[str, ...]
+    """Modules (`image`), or patterns of modules or parameters (`blocks.[01]`, `*.norm.weight`)."""
+    start: int = Field(0, ge=0)
+    """First step, from 0, in which they are frozen."""
+    end: int | None = Field(None, ge=1)
+    """First step in which they are not any more; none: frozen to the last step."""
+
+
+class EmaConfig(Config):
+    """An exponential moving average of the weights, in float32 (Polyak & Juditsky 1992)."""
+
+    decay: float = Field(0.999, gt=0, lt=1)
+    """Share of the old average that each step keeps; (1 + step) / (10 + step) while that is smaller."""
+    use: bool = True
+    """The average, not the last weights, is validated and becomes the model."""
 
 
 class LossConfig(Config):
@@ -55,13 +168,20 @@ class LoopConfig(Config):
     """Optimizer steps."""
     seed: int = Field(0, ge=0)
     """Of initialisation, order, dropout of modalities and augmentation."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of weights, activations and gradients; the optimizer always works on float32 weights."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches into which each rank's share of a step is cut; more take less memory, the loss stays the same."""
     data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = AdamWConfig()
+    lr_factors: dict[str, float] = {}
+    """Module or pattern → factor of its learning rate; the first that fits counts."""
+    freeze: list[FreezeConfig] = []
+    schedule: ScheduleConfig = CosineConfig()
+    ema: EmaConfig | None = None
+    """An average of the weights beside them; none: only the weights."""
     zero: ZeroConfig = ZeroConfig()
+    scaling: ScalingConfig = ScalingConfig()
     loss: LossConfig = LossConfig()
     save_every: int = Field(250, ge=1)
     """Steps between checkpoints to resume from."""

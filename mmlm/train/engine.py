@@ -6,14 +6,22 @@ On a CPU two of its just-in-time builds are avoided (30 and 41 s): the shared-me
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from mmlm.errors import DataError
+from mmlm.train import zero
 from mmlm.train.config import LoopConfig
+from mmlm.train.groups import frozen, parameter_groups
+from mmlm.train.optimizer import Optimizer
+from mmlm.train.shares import Share
 from mmlm.world import World
 
 
@@ -49,60 +57,74 @@ def start(world: World) -> torch.device:
 
 
 def deepspeed_config(config: LoopConfig, world: World) -> dict[str, Any]:
-    """DeepSpeed's own config, a pure function of ours and the number of ranks."""
-    adam = {
-        "lr": config.optimizer.lr,
-        "betas": [config.optimizer.beta1, config.optimizer.beta2],
-        "eps": 1e-8,
-        "weight_decay": config.optimizer.weight_decay,
-        "torch_adam": True,
-        "adam_w_mode": True,
-    }
-    return {
-        "train_micro_batch_size_per_gpu": max(1, config.data.batch // (world.size * config.accumulate)),
-        "gradient_accumulation_steps": config.accumulate,
-        "optimizer": {"type": "AdamW", "params": adam},
-        "zero_optimization": {
-            "stage": config.zero.stage,
+    """DeepSpeed's own config, a pure function of ours and the number of ranks. The optimizer is ours (optimizer.py)."""
+    spread: dict[str, Any] = {"stage": config.zero.stage}
+    if config.zero.stage:
+        spread |= {
             "overlap_comm": False,
             "contiguous_gradients": True,
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
-            "stage3_param_persistence_threshold": 0,
+        }
+    if config.zero.stage == 3:
+        spread["stage3_param_persistence_threshold"] = 0
+    if config.zero.offload_optimizer:
+        spread["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if config.zero.offload_parameters:
+        spread["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": max(1, config.data.batch // (world.size * config.accumulate)),
+        "gradient_accumulation_steps": config.accumulate,
+        "zero_optimization": spread,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
+        "fp16": {
+            "enabled": config.precision == "fp16",
+            "loss_scale": 0,  # dynamic
+            "initial_scale_power": config.scaling.initial_power,
+            "loss_scale_window": config.scaling.window,
+            "min_loss_scale": config.scaling.minimum,
+            "hysteresis": 1,
         },
-        "bf16": {"enabled": config.precision == "bf16"},
-        "gradient_clipping": config.optimizer.clip,
+        # stage 0 in float32 is clipped by us: DeepSpeed does not tell the norm there
+        "gradient_clipping": 0.0 if _plain(config) else config.optimizer.clip,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices of linear maps decay; embeddings, norms and biases do not."""
-    decayed = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    groups = [
-        {"params": [p for p in model.parameters() if p in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if p not in decayed], "weight_decay": 0.0},
-    ]
-    return [g for g in groups if g["params"]]
+def _plain(config: LoopConfig) -> bool:
+    """Whether DeepSpeed lets our optimizer work on the model's own parameters."""
+    return config.zero.stage == 0 and config.precision == "fp32"
 
 
 class DeepSpeedEngine:
-    """A model under ZeRO with its AdamW. `model` is what objectives call."""
+    """A model under ZeRO with its optimizer. `model` is what objectives call.
+
+    A step is `config.accumulate` calls of `backward`, then `update` or `discard`.
+    """
 
     def __init__(self, model: torch.nn.Module, config: LoopConfig, world: World) -> None:
         import deepspeed
 
-        self.world = world
-        self.names = {p: n for n, p in model.named_parameters()}
+        self.config, self.world = config, world
+        self.taken = self.updates = self.skipped = 0
+        names = {id(p): n for n, p in model.named_parameters()}
+        self.rules = Optimizer(parameter_groups(model, config), config)
+        self._freeze()
+        for group in self.rules.param_groups:
+            if group["spans"]:
+                for parameter in group["params"]:
+                    parameter.register_hook(functools.partial(_frozen_gradient, group))
         with _quiet():
             self.model, self.optimizer, _, _ = deepspeed.initialize(
-                model=model,
-                model_parameters=parameter_groups(model, config.optimizer.weight_decay),
-                config=deepspeed_config(config, world),
+                model=model, optimizer=self.rules, config=deepspeed_config(config, world)
             )
         self.module: torch.nn.Module = self.model.module
-        self._create_adam_state()
+        self.shares = zero.shares(self.optimizer, self.rules, names, world)
+        for share in self.shares:
+            self.rules.prepare(share)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one micro-batch's part of the loss; `config.accumulate` calls make a step.
@@ -115,73 +137,116 @@ class DeepSpeedEngine:
             self.model.step()  # only counts the micro-batch
 
     def update(self, lr: float) -> float:
-        """One optimizer step at rate `lr` with what was added. Returns the gradient norm before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.model.step()
-        norm = self.model.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        """One optimizer step at rate `lr` with what was added. Returns the gradient norm before clipping; when it is
+        not a finite number, nothing was changed on any rank. Raises DataError when fp16 cannot be scaled any lower."""
+        for group in self.rules.param_groups:
+            group["lr"] = lr * group["factor"]
+        return self._step(hold=False)
+
+    def discard(self) -> None:
+        """Forget what was added, and go on to the next step."""
+        self._step(hold=True)
+
+    def _step(self, hold: bool) -> float:
+        self.rules.hold, self.rules.updates = hold, self.updates
+        scale = zero.loss_scale(self.optimizer)
+        norm = self._clip() if _plain(self.config) else 0.0
+        self.rules.hold |= not math.isfinite(norm)
+        try:
+            self.model.step()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise DataError(
+                f"gradients overflow fp16 even at the loss scale {scale:g}",
+                cure="lower optimizer.lr or scaling.minimum, or give precision bf16 or fp32",
+            ) from None
+        if not _plain(self.config):
+            norm = float(self.model.get_global_grad_norm() or 0.0)
+            norm /= scale if self.config.zero.stage == 0 else 1.0  # there it is that of the scaled gradients
+        done = math.isfinite(norm) and not hold
+        self.taken, self.updates, self.skipped = self.taken + 1, self.updates + done, self.skipped + (not done)
+        self._freeze()
+        return norm
+
+    def _clip(self) -> float:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.optimizer.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.config.optimizer.clip, norm)
+        return float(norm)
+
+    def _freeze(self) -> None:
+        for group in self.rules.param_groups:
+            group["frozen"] = frozen(group["spans"], self.taken)
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Full float32 tensors by kind (weight, exp_avg, exp_avg_sq) and parameter name. Every rank must call it."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        state: dict[str, dict[str, torch.Tensor]] = {"weight": {}, "exp_avg": {}, "exp_avg_sq": {}}
-        for name, parameter in self.module.named_parameters():
-            state["weight"][name] = safe_get_full_fp32_param(parameter).detach().float().cpu().clone()
-            for kind in ("exp_avg", "exp_avg_sq"):
-                state[kind][name] = safe_get_full_optimizer_state(parameter, kind).detach().float().cpu().clone()
+        """Whole float32 tensors by kind (weight, exp_avg, …) and parameter name, on the host of rank 0; empty on the
+        others. Every rank must call it."""
+        state: dict[str, dict[str, torch.Tensor]] = {}
+        for share in self.shares:
+            for kind in ("weight", *self.rules.kinds(share.group)):
+                for number, whole in share.wholes(self._flat(share, kind)):
+                    if self.world.is_main:
+                        state.setdefault(kind, {})[share.runs[number].name] = whole.float().cpu().clone()
         return state
 
-    def load(self, state: dict[str, dict[str, torch.Tensor]], step: int) -> None:
-        """Set what `state` gave, saved after `step` steps, on any number of ranks and at any ZeRO stage."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    def scalars(self) -> dict[str, float]:
+        """What else a checkpoint needs: counters and the loss scale. The same on every rank."""
+        counts = {"taken": self.taken, "updates": self.updates, "skipped": self.skipped}
+        for share in self.shares:
+            counts[f"updates.{share.group['name']}"] = int(self.rules.state[share.tensor]["step"])
+        return {**counts, **zero.scaler_state(self.optimizer)}
 
-        for name, parameter in self.module.named_parameters():
-            safe_set_full_fp32_param(parameter, state["weight"][name])
-            for kind in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(parameter, state[kind][name], kind)
-        self._set_adam_step(step)
-        self._refresh()
+    def load(self, state: dict[str, dict[str, torch.Tensor]], scalars: dict[str, float]) -> None:
+        """Set what `state` and `scalars` gave, on any number of ranks and at any ZeRO stage."""
+        for share in self.shares:
+            for kind in ("weight", *self.rules.kinds(share.group)):
+                flat = self._flat(share, kind)
+                for number, run in enumerate(share.runs):
+                    share.put(flat.data, number, state[kind][run.name])
+            self.rules.state[share.tensor]["step"].fill_(scalars[f"updates.{share.group['name']}"])
+        self.taken, self.updates, self.skipped = (int(scalars[k]) for k in ("taken", "updates", "skipped"))
+        zero.set_scaler_state(self.optimizer, scalars)
+        self._freeze()
+        zero.refresh(self.optimizer)
 
-    def _create_adam_state(self) -> None:
-        """Give AdamW its state before the first step, and let DeepSpeed link it to the parameters.
+    def result(self) -> dict[str, torch.Tensor]:
+        """The weights that become the model, as `state` gives them: the average when the config says so."""
+        kind = "ema" if self.config.ema and self.config.ema.use else "weight"
+        weights: dict[str, torch.Tensor] = {}
+        for share in self.shares:
+            for number, whole in share.wholes(self._flat(share, kind)):
+                if self.world.is_main:
+                    weights[share.runs[number].name] = whole.float().cpu().clone()
+        return weights
 
-        Left alone it links after the step of the first parameter group, when the others have no state yet, so that
-        reading or setting theirs fails (0.19.8, ZeRO 1 and 2); and a resumed run must set state before any step.
-        """
-        for flat in self._flat_parameters():
-            state = self.optimizer.optimizer.state[flat]
-            if not state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
-        if hasattr(self.optimizer, "_hp_optimizer_states_linked"):
-            self.optimizer._hp_optimizer_states_linked = False
-            self.optimizer._lazy_init_hp_params_optimizer_state()
-        self._set_adam_step(0)
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model computes with what `result` gives, in evaluation mode."""
+        swap = bool(self.config.ema and self.config.ema.use)
+        kept = [share.tensor.detach().clone() for share in self.shares] if swap else []
+        if swap:
+            self._set([self.rules.state[share.tensor]["ema"] for share in self.shares])
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train()
+            if swap:
+                self._set(kept)
 
-    def _flat_parameters(self) -> list[torch.Tensor]:
-        """The float32 partitions that this rank's AdamW works on."""
-        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-            if hasattr(self.optimizer, name):
-                return list(getattr(self.optimizer, name))
-        raise TypeError(f"unknown ZeRO optimizer {type(self.optimizer).__name__}")
+    def _set(self, weights: list[torch.Tensor]) -> None:
+        for share, weight in zip(self.shares, weights, strict=True):
+            share.tensor.data.copy_(weight)
+        zero.refresh(self.optimizer)
 
-    def _set_adam_step(self, step: int) -> None:
-        for flat in self._flat_parameters():
-            self.optimizer.optimizer.state[flat]["step"] = torch.tensor(float(step))
+    def _flat(self, share: Share, kind: str) -> torch.Tensor:
+        return share.tensor.detach() if kind == "weight" else self.rules.state[share.tensor][kind]
 
-    def _refresh(self) -> None:
-        """Let the low-precision weights that the forward pass reads follow the float32 ones that were just set."""
-        if hasattr(self.optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
-            flat = zip(
-                self.optimizer.fp16_partitioned_groups_flat, self.optimizer.fp32_partitioned_groups_flat, strict=True
-            )
-            for number, (low, full) in enumerate(flat):
-                low.data.copy_(full.data)
-                self.optimizer._unflatten_partitioned_parameters(number)
-        else:
-            self.optimizer.update_lp_params()
+
+def _frozen_gradient(group: dict[str, Any], gradient: torch.Tensor) -> torch.Tensor | None:
+    return torch.zeros_like(gradient) if group["frozen"] else None
 
 
 @contextlib.contextmanager

@@ -19,18 +19,10 @@ from mmlm.data.loader import Loader
 from mmlm.errors import ArtifactError, DataError, Interrupted, LaunchError, MmlmError, explain_os_error
 from mmlm.progress import Progress
 from mmlm.train import checkpoint, engine, weights
-from mmlm.train.config import LoopConfig, ScheduleConfig
+from mmlm.train.config import LoopConfig
 from mmlm.train.objectives import Objective, Term, loss_of
+from mmlm.train.schedule import learning_rate
 from mmlm.world import World
-
-
-def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """Rate of optimizer step `step` of `steps`, counted from 0."""
-    warm = max(1, int(steps * schedule.warmup))
-    if step < warm:
-        return peak * (step + 1) / warm
-    share = (step - warm) / max(1, steps - warm)
-    return peak * (schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 class Stop:
@@ -76,7 +68,7 @@ def fit(
                 sums += torch.stack([terms[n].sum.detach().float() for n in objective.names])
             lr = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
             norm = trainer.update(lr)
-            if not math.isfinite(norm):
+            if not math.isfinite(norm) and config.precision != "fp16":  # fp16 lowers its loss scale and goes on
                 raise DataError(
                     f"{name}: the gradient of step {step + 1} is not a finite number",
                     cure=f"lower optimizer.lr, or give precision fp32; the last good checkpoint is in {out}/checkpoints",
@@ -118,11 +110,9 @@ def _means(
 
 def probe_loss(trainer: engine.DeepSpeedEngine, objective: Objective, loader: Loader, device: torch.device) -> float:
     """Loss of the probe batch; every rank computes the same one."""
-    trainer.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), trainer.evaluating():
         batch = loader.probe().to(device)
         loss = loss_of(objective(trainer.model, batch), objective.counts(batch))
-    trainer.model.train()
     return float(loss)
 
 
@@ -131,8 +121,8 @@ def _save(
     out: Path, step: int, config: LoopConfig, world: World,
 ) -> None:  # fmt: skip
     probe = probe_loss(trainer, objective, loader, device)
-    tensors = trainer.state()
-    _on_main(lambda: checkpoint.save(out / "checkpoints", step, tensors, probe, config.keep), world)
+    tensors, scalars = trainer.state(), trainer.scalars()
+    _on_main(lambda: checkpoint.save(out / "checkpoints", step, tensors, scalars, probe, config.keep), world)
 
 
 def _on_main(write: Callable[[], None], world: World) -> None:
@@ -155,7 +145,7 @@ def _resume(
     saved = checkpoint.newest(out / "checkpoints")
     if saved is None:
         return 0
-    trainer.load(saved.tensors, saved.step)
+    trainer.load(saved.tensors, saved.scalars)
     probe = probe_loss(trainer, objective, loader, device)
     if not math.isclose(probe, saved.probe, rel_tol=2e-2, abs_tol=1e-3):
         raise ArtifactError(
@@ -169,7 +159,7 @@ def _resume(
 def _write_model(
     trainer: engine.DeepSpeedEngine, model: torch.nn.Module, config: LoopConfig, shards: Path, out: Path, world: World
 ) -> None:
-    tensors = trainer.state()["weight"]
+    tensors = trainer.result()
     _on_main(lambda: weights.save_model(out, tensors, model.config, shards), world)  # type: ignore[arg-type]
 
 

@@ -21,9 +21,9 @@ from mmlm.features import spec as feature_spec
 from mmlm.launch.local import ranks
 from mmlm.tracking import NullTracker
 from mmlm.train import checkpoint, weights
-from mmlm.train.config import ScheduleConfig, TrainConfig
-from mmlm.train.loop import learning_rate
+from mmlm.train.config import CosineConfig, TrainConfig
 from mmlm.train.objectives import Answering
+from mmlm.train.schedule import learning_rate
 from mmlm.train.train import train
 from mmlm.world import World
 
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_feature_spec_is_refused(two_ranks: Artifact, ke
 
 
 def test_schedule_rises_then_falls_to_its_floor():
-    rates = [learning_rate(s, 100, 1.0, ScheduleConfig(warmup=0.1, floor=0.05)) for s in range(100)]
+    rates = [learning_rate(s, 100, 1.0, CosineConfig(warmup=0.1, floor=0.05)) for s in range(100)]
     assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
     assert rates[-1] == pytest.approx(0.05, abs=0.002)

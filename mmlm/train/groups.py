@@ -1,0 +1,89 @@
+"""Which parameters are updated alike: by rule, weight decay, rate and freezing."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from mmlm.errors import ConfigError
+from mmlm.train.config import FreezeConfig, LoopConfig, MuonConfig
+
+Span = tuple[int, int | None]
+"""Steps [first, last) in which a group is frozen; None: to the end."""
+
+
+class Treatment(NamedTuple):
+    """What parameters of one group have in common."""
+
+    rule: str
+    """`adamw`, `lion` or `muon`."""
+    decays: bool
+    factor: float
+    """Of the learning rate."""
+    spans: tuple[Span, ...]
+
+    @property
+    def name(self) -> str:
+        """Distinct, and the same in every run of a config: it names the group's counters in a checkpoint."""
+        frozen = "".join(f"-{first}:{'' if last is None else last}" for first, last in self.spans)
+        return f"{self.rule}{'-decay' if self.decays else ''}-x{self.factor:g}{frozen}"
+
+
+def parameter_groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any]]:
+    """Groups for the optimizer. Matrices of linear maps decay; embeddings, norms and biases do not.
+
+    Raises ConfigError when a pattern of `lr_factors`, `freeze` or `optimizer.modules` fits no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    _check(names, config)
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    groups: dict[Treatment, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        decays = id(parameter) in matrices
+        treatment = Treatment(_rule(name, decays, config), decays, _factor(name, config), _spans(name, config.freeze))
+        if treatment not in groups:
+            decay = config.optimizer.weight_decay if decays else 0.0
+            groups[treatment] = {"params": [], **treatment._asdict(), "name": treatment.name, "weight_decay": decay}
+        groups[treatment]["params"].append(parameter)
+    return list(groups.values())
+
+
+def frozen(spans: tuple[Span, ...], step: int) -> bool:
+    return any(first <= step and (last is None or step < last) for first, last in spans)
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether `pattern` is the parameter `name`, or a module that holds it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def _rule(name: str, is_matrix: bool, config: LoopConfig) -> str:
+    optimizer = config.optimizer
+    if isinstance(optimizer, MuonConfig):
+        return "muon" if is_matrix and any(fits(p, name) for p in optimizer.modules) else "adamw"
+    return optimizer.kind
+
+
+def _factor(name: str, config: LoopConfig) -> float:
+    return next((factor for pattern, factor in config.lr_factors.items() if fits(pattern, name)), 1.0)
+
+
+def _spans(name: str, freezes: list[FreezeConfig]) -> tuple[Span, ...]:
+    return tuple((f.start, f.end) for f in freezes if any(fits(pattern, name) for pattern in f.modules))
+
+
+def _check(names: list[str], config: LoopConfig) -> None:
+    patterns = {"lr_factors": list(config.lr_factors), "freeze": [p for f in config.freeze for p in f.modules]}
+    if isinstance(config.optimizer, MuonConfig):
+        patterns["optimizer.modules"] = list(config.optimizer.modules)
+    for key, given in patterns.items():
+        for pattern in given:
+            if not any(fits(pattern, name) for name in names):
+                modules = sorted({name.split(".")[0] for name in names})
+                raise ConfigError(
+                    f"`{key}` names {pattern!r}, which fits no parameter of the model",
+                    wanted=f"modules, parameters or patterns of them; the modules are {', '.join(modules)}",
+                    cure="`mmlm inspect` on a trained model lists its parameters",
+                )
