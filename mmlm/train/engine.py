@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mmlm.errors import DataError
+from mmlm.errors import ConfigError, DataError
 from mmlm.train import zero
 from mmlm.train.config import LoopConfig
 from mmlm.train.groups import frozen, parameter_groups
@@ -94,6 +94,17 @@ def deepspeed_config(config: LoopConfig, world: World) -> dict[str, Any]:
     }
 
 
+def _check(config: LoopConfig) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            "precision fp16 on a processor that does not compute in it",
+            wanted="a GPU, or a CPU with AVX-512 FP16",
+            cure="give precision bf16 or fp32",
+        )
+
+
 def _plain(config: LoopConfig) -> bool:
     """Whether DeepSpeed lets our optimizer work on the model's own parameters."""
     return config.zero.stage == 0 and config.precision == "fp32"
@@ -108,6 +119,7 @@ class DeepSpeedEngine:
     def __init__(self, model: torch.nn.Module, config: LoopConfig, world: World) -> None:
         import deepspeed
 
+        _check(config)
         self.config, self.world = config, world
         self.taken = self.updates = self.skipped = 0
         names = {id(p): n for n, p in model.named_parameters()}

@@ -31,7 +31,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": config.optimizer.lr, "frozen": False})
         self.settings, self.ema = config.optimizer, config.ema
         self.low_precision = config.precision != "fp32"
-        self.hold = False
+        self.hold = True  # DeepSpeed takes a step when it is built (stage 0)
         self.updates = 0
         self.shares: dict[Tensor, Share] = {}
 
