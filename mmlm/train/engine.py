@@ -142,9 +142,11 @@ class DeepSpeedEngine:
         """Add the gradient of one micro-batch's part of the loss; `config.accumulate` calls make a step.
 
         DeepSpeed averages gradients over ranks, so the part, already divided by global counts, is multiplied by their
-        number here; its division by the number of micro-batches is turned off for the same reason.
+        number here; its division by the number of micro-batches is turned off for the same reason. At stage 0 its
+        backward forgets the loss scale of fp16, by which its step divides all the same (0.19.8).
         """
-        self.model.backward(loss * self.world.size, scale_wrt_gas=False)
+        scale = zero.loss_scale(self.optimizer) if self.config.zero.stage == 0 else 1.0
+        self.model.backward(loss * (self.world.size * scale), scale_wrt_gas=False)
         if not self.model.is_gradient_accumulation_boundary():
             self.model.step()  # only counts the micro-batch
 

@@ -71,7 +71,10 @@ def reference(config: TrainConfig, steps: int = STEPS) -> dict[str, Any]:
     model = build(config)
     decayed = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     others = [p for p in model.parameters() if all(p is not d for d in decayed)]
-    groups = [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.optimizer.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     losses, gradients = [], []
     for step in range(steps):
@@ -124,9 +127,7 @@ class Run:
     def batches(self, step: int) -> list[Batch]:
         mine = np.array_split(np.arange(RECORDS), self.world.size)[self.world.rank]
         all_records = records(step)
-        return [
-            collate([all_records[i] for i in cut], SPEC) for cut in np.array_split(mine, self.config.accumulate)
-        ]
+        return [collate([all_records[i] for i in cut], SPEC) for cut in np.array_split(mine, self.config.accumulate)]
 
     def close(self) -> None:
         self.trainer.model.destroy()
