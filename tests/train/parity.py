@@ -36,7 +36,7 @@ BASE: dict[str, Any] = {
     "data": {"batch": RECORDS},
     "optimizer": {"lr": 3e-3, "clip": 1.0},
 }
-GIVEN = [
+GIVEN: list[list[tuple[str, ...]]] = [
     [("image", "audio", "fields")] * 8,
     [("image", "audio")] * 4 + [("image",)] * 4,
     [("image", "audio", "context")] * 4 + [("audio",)] * 4,
