@@ -2,32 +2,70 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 from mmlm.data.collate import Batch, as_batch, collate
 from mmlm.data.config import DataConfig
 from mmlm.data.making import Maker, Share
 from mmlm.data.plan import by_of, find_plan, needs_plan
+from mmlm.data.pool import Pool
 from mmlm.data.reader import ShardReader
 from mmlm.errors import ConfigError, DataError
-from mmlm.world import World
+from mmlm.world import World, cores
 
 CACHE_BYTES = 512 << 20
-"""Decoded samples kept in memory by each rank, bytes, unless MMLM_DATA_CACHE_BYTES says otherwise."""
+"""Decoded samples kept in memory by each rank, all its workers together, unless MMLM_DATA_CACHE_BYTES says otherwise."""
+MOST_WORKERS = 8
+"""Workers of a rank with a GPU, unless MMLM_DATA_WORKERS says otherwise; without one a rank makes its batches itself."""
+Made = tuple[dict[str, np.ndarray], list[str], list[str]]
+"""(arrays, ids, notes) of a batch."""
 
 
 class Loader:
-    """Training batches from the train split of a ShardSet. `steps`: of the whole training, which phases are shares of."""
+    """Training batches from the train split of a ShardSet. `steps`: of the whole training, which phases are shares of.
 
-    def __init__(self, shards: Path | str, config: DataConfig, seed: int, world: World, steps: int = 1) -> None:
-        self.reader = ShardReader(shards, ("train",), CACHE_BYTES)
-        self.config, self.seed, self.world = config, seed, world
+    Where the work is done changes no batch: `workers` processes make them ahead, or none; `pin` puts them into
+    page-locked memory, for a GPU.
+    """
+
+    def __init__(
+        self,
+        shards: Path | str,
+        config: DataConfig,
+        seed: int,
+        world: World,
+        steps: int = 1,
+        *,
+        workers: int | None = None,
+        pin: bool = False,
+    ) -> None:
+        self.workers = (
+            _number("MMLM_DATA_WORKERS", _default_workers(world) if pin else 0) if workers is None else workers
+        )
+        self.pin = pin
+        cache_bytes = _number("MMLM_DATA_CACHE_BYTES", CACHE_BYTES) // max(1, self.workers)
+        self.reader = ShardReader(shards, ("train",), cache_bytes)
+        self.config, self.seed, self.world, self.steps = config, seed, world, steps
         if not len(self.reader):
             raise DataError(f"{shards} has no training samples", cure="look at its quarantine.parquet, or add data")
         by = by_of(config.mixture)
         self.plan = find_plan(self.reader, config.pack, by) if needs_plan(self.reader, config.pack, by) else None
         self.maker = Maker(self.reader, self.plan, config, seed, steps)
+        self._told = {
+            "shards": str(shards), "config": config.model_dump(mode="json"), "seed": seed, "steps": steps,
+            "cache_bytes": cache_bytes,
+        }  # fmt: skip
+        self._pool: Pool | None = None
+        self._asked: deque[tuple[int, int, int]] = deque()
+        """(step, piece, pieces) of what the pool was asked for."""
+        self._thread = ThreadPoolExecutor(1, "pin") if pin else None
+        self._next: tuple[tuple[int, int], Future[list[Batch]]] | None = None
         self._require(1)
         if world.is_main:
             for line in self.describe(steps):
@@ -48,11 +86,53 @@ class Loader:
     def batches(self, step: int, pieces: int = 1) -> list[Batch]:
         """The same, cut into `pieces` micro-batches. Raises ConfigError when one would be empty."""
         self._require(pieces)
+        if not self._thread:
+            return self._batches(step, pieces)
+        ready, self._next = self._next, None
+        if ready and ready[0] != (step, pieces):
+            ready[1].result()
+            ready = None
+        batches = ready[1].result() if ready else self._thread.submit(self._batches, step, pieces).result()
+        if step + 1 < self.steps:  # pinned beside the computation of this step
+            self._next = ((step + 1, pieces), self._thread.submit(self._batches, step + 1, pieces))
+        return batches
+
+    def _batches(self, step: int, pieces: int) -> list[Batch]:
+        made = [self._make(step, piece, pieces) for piece in range(pieces)]
+        for _, _, notes in made:
+            for note in notes:
+                print(f"data: {note}", file=sys.stderr, flush=True)
+        batches = [as_batch(arrays, ids) for arrays, ids, _ in made]
+        return [batch.pin() for batch in batches] if self.pin else batches
+
+    def _make(self, step: int, piece: int, pieces: int) -> Made:
         rank, ranks = self.world.rank, self.world.size
-        made = [self.maker.make(step, Share(rank, ranks, piece, pieces)) for piece in range(pieces)]
-        while self.maker.notes:
-            print(f"data: {self.maker.notes.pop(0)}", file=sys.stderr, flush=True)
-        return [as_batch(*one) for one in made]
+        if not self.workers:
+            arrays, ids = self.maker.make(step, Share(rank, ranks, piece, pieces))
+            notes, self.maker.notes = self.maker.notes, []
+            return arrays, ids, notes
+        self._pool = self._pool or Pool(self._told, self.workers)
+        if self._asked and self._asked[0] != (step, piece, pieces):
+            self._pool.drop()
+            self._asked.clear()
+        following = self._asked[-1] if self._asked else None
+        while self._pool.room > 0 or not self._asked:
+            following = _after(following) if following else (step, piece, pieces)
+            if self._asked and following[0] >= max(self.steps, step + 1):
+                break
+            self._pool.ask(following[0], Share(rank, ranks, *following[1:]))
+            self._asked.append(following)
+        self._asked.popleft()
+        return self._pool.take()
+
+    def close(self) -> None:
+        """End the workers. They also end with the loader, and with this process, however it ends."""
+        if self._next:
+            self._next[1].cancel()
+        if self._thread:
+            self._thread.shutdown()
+        if self._pool:
+            self._pool.close()
 
     def probe(self, size: int = 32) -> Batch:
         """A fixed batch, the same at every call and every world size, for proving that a resumed model is the saved one."""
@@ -84,3 +164,21 @@ class Loader:
                 f"{size:,} sequences {count / max(size, 1):.2f} times"
             )
         return lines
+
+
+def _after(asked: tuple[int, int, int]) -> tuple[int, int, int]:
+    step, piece, pieces = asked
+    return (step, piece + 1, pieces) if piece + 1 < pieces else (step + 1, 0, pieces)
+
+
+def _default_workers(world: World) -> int:
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    return max(1, min(MOST_WORKERS, cores() // max(1, local) - 1))
+
+
+def _number(name: str, default: int) -> int:
+    """A whole number out of the environment. Raises ConfigError when it is none."""
+    told = os.environ.get(name, "")
+    if told and not told.isdigit():
+        raise ConfigError(f"{name} is {told!r}", wanted="a whole number")
+    return int(told or default)
