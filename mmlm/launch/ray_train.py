@@ -2,8 +2,9 @@
 
 Each worker finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment, and torch.distributed
 already initialised by Ray's torch backend: the target must ask `dist.is_initialized()` first. It runs outside the main
-thread, so it cannot set signal handlers. After a loss the target is called anew on all ranks and continues from its own
-checkpoints, which therefore lie on storage that every node sees, as `log` does.
+thread, so it cannot set signal handlers. After a loss the target is called anew and continues from its own checkpoints,
+which therefore lie on storage that every node sees, as `log` does: on as many ranks as before when there is room for
+them, else on fewer, and on more again when a node comes back.
 """
 
 from __future__ import annotations
@@ -74,11 +75,18 @@ class RayRanks:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        from mmlm.launch.ray_backend import AddressedTorch
+
         each = {"CPU": 1.0, "GPU": 1.0} if self.gpu else {"CPU": 1.0}
         TorchTrainer(
             run_rank,
             train_loop_config={"target": target, "args": args, "log": str(log)},
-            scaling_config=ScalingConfig(num_workers=self.ranks, use_gpu=self.gpu, resources_per_worker=each),
+            torch_config=AddressedTorch(),
+            scaling_config=ScalingConfig(
+                num_workers=self.ranks if self.ranks == 1 else (1, self.ranks),  # type: ignore[arg-type]  # V1's stubs
+                use_gpu=self.gpu,
+                resources_per_worker=each,
+            ),
             run_config=RunConfig(
                 name=f"ranks-{uuid.uuid4().hex[:8]}",  # a name used before would take up that run's state
                 storage_path=str(log / "ray"),
