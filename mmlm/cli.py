@@ -169,6 +169,37 @@ def _people(commands: Any) -> None:
     new.add_argument("--data", required=True, metavar="PATH", help="a folder, CSV, JSON, JSONL or Parquet file")
     new.add_argument("--name", help="the story's name (default: the folder's)")
 
+    tune = _command(
+        commands, "tune", "search for better settings of the training, bad trials stopped early (Ray Tune)", _tune
+    )
+    _story_flags(tune)
+    tune.add_argument(
+        "--search", action="append", default=[], metavar="KEY=SPACE", help="such as train.optimizer.lr=log(1e-4,1e-2), "
+        "uniform(…), int(…) or train.model.width=[64,128]; or write tune.yaml into the story",
+    )  # fmt: skip
+    tune.add_argument("--trials", type=int, metavar="N", help="settings that are tried (default: 16)")
+    tune.add_argument("--parallel", type=int, metavar="N", help="trials side by side (default: one a GPU, or a core)")
+    tune.add_argument(
+        "--metric", metavar="NAME", help="of metrics.jsonl (default: val/loss if the story validates, else loss)"
+    )
+    tune.add_argument("--mode", choices=["min", "max"], help="which way is better (default: min)")
+    tune.add_argument("--replace", action="store_true", help="set aside what another search left there")
+    tune.add_argument("--json", action="store_true", help="print the trials as JSON")
+
+    plan = _command(commands, "plan", "say what a training would take, on one device or many, before it starts", _plan)
+    plan.add_argument("story", metavar="STORY|CONFIG", help="a story, or a train.yaml")
+    plan.add_argument(
+        "--out", type=Path, metavar="DIR", help="where the story's shards lie, if made (default: runs/STORY)"
+    )
+    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.model.width=2048")
+    plan.add_argument("--gpus", metavar="N,N", help="numbers of devices (default: 1,2,4,8; on a CPU up to its cores)")
+    plan.add_argument(
+        "--gpu", metavar="NAME", help="h100, a100-80 …, or cpu: this machine, measured (default: what is here)"
+    )
+    plan.add_argument("--zero", metavar="N,N", help="ZeRO stages (default: all)")
+    plan.add_argument("--price", type=float, metavar="MONEY", help="of one device for an hour")
+    plan.add_argument("--json", action="store_true")
+
     predict = _command(commands, "predict", "answer one question by flags, or many by --input", _predict)
     predict.add_argument("--model", required=True, metavar="URI", help="models:/NAME@champion, or a folder")
     predict.add_argument("--text", help="the question")
@@ -316,6 +347,42 @@ def _new(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     for line in scaffold.write_story(arguments.story, Path(arguments.data), arguments.name):
         print(line)
+    return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    if _elsewhere(arguments):
+        return _submit(arguments, "tune")
+    from mmlm import story as stories
+    from mmlm import tuning
+
+    story, places = _prepare(arguments)
+    config = tuning.read(
+        story.folder, arguments.search, trials=arguments.trials, metric=arguments.metric, mode=arguments.mode
+    )
+    where = tuning.Where.choose(
+        places.out, places.tracker.uri, arguments.parallel, arguments.ranks, inside_ray=arguments.inside_ray
+    )
+    shards = stories.noun(places, "shard")
+    make = functools.partial(tuning.tune, config, story.train, shards, where, places.tracker)
+    with places.tracker:
+        made = stories.settle(make) if arguments.replace else make()
+    found = json.loads((made.path / "results.json").read_text())
+    print(json.dumps(found, ensure_ascii=False, indent=1) if arguments.json else tuning.words(found, places.out))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from mmlm import plans
+    from mmlm.train import devices
+    from mmlm.world import cores
+
+    what, device = plans.subject(arguments.story, arguments.set, arguments.out), devices.find(arguments.gpu)
+    usual = [n for n in (1, 2, 4, 8) if not device.is_cpu or n <= cores()]
+    counts = plans.numbers(arguments.gpus, "--gpus") if arguments.gpus else usual
+    rows = plans.table(what, device, counts, plans.stages_of(arguments.zero))
+    told = plans.found(what, device, rows, arguments.price)
+    print(json.dumps(told, ensure_ascii=False, indent=1) if arguments.json else plans.words(told))
     return 0
 
 

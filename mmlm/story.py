@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -134,7 +135,10 @@ def find(name: str) -> Path:
 
 
 def load(name: str, overrides: list[str] | None = None) -> Story:
-    """The story `name` (built-in, or a folder), with `verb.key=value` overrides. All problems of a file at once."""
+    """The story `name` (built-in, or a folder), with `verb.key=value` overrides. All problems of a file at once.
+
+    An override `@FILE` stands for all that a YAML file of the form `verb: {key: value}` says.
+    """
     folder = find(name)
     raw: dict[str, Any] = {}
     for part in ("story", *VERBS):
@@ -144,7 +148,7 @@ def load(name: str, overrides: list[str] | None = None) -> Story:
             raise ConfigError(
                 f"{folder} has no {part}.yaml", cure=f"copy one from a built-in story: {library() / 'demo'}"
             )
-    for override in overrides or []:
+    for override in _spelled_out(overrides or []):
         key, value = split_override(override)
         verb = key.split(".")[0]
         if verb not in VERBS or "." not in key:
@@ -167,6 +171,25 @@ def load(name: str, overrides: list[str] | None = None) -> Story:
     if problems:
         raise ConfigError(f"{folder.name}: " + " · ".join(problems), cure=f"the comments in {library()} name every key")
     return Story(about.name, folder, about, **configs)
+
+
+def _spelled_out(overrides: list[str]) -> Iterator[str]:
+    for override in overrides:
+        if not override.startswith("@"):
+            yield override
+            continue
+        found = read_yaml(Path(override[1:]))
+        if not isinstance(found, dict):
+            raise ConfigError(f"--set {override} holds {type(found).__name__}", wanted="stages with their keys")
+        yield from (f"{key}={json.dumps(value)}" for key, value in _leaves(found, ""))
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def data_folder(story: Story, given: Path | str | None, out: Path) -> Path | str:

@@ -19,8 +19,8 @@ from mmlm.errors import ConfigError
 from mmlm.story import Story
 
 C = TypeVar("C", bound=Config)
-FLAGS = ("workers", "ranks", "retry", "mirror", "time_limit", "hang")
-SWITCHES = ("replace", "require_promotion", "ledger", "resume")
+FLAGS = ("workers", "ranks", "retry", "mirror", "time_limit", "hang", "trials", "parallel", "metric", "mode")
+SWITCHES = ("replace", "require_promotion", "ledger", "resume", "json")
 
 
 def submit(arguments: argparse.Namespace, verb: str) -> int:
@@ -112,6 +112,8 @@ def _command(arguments: argparse.Namespace, verb: str, place: str, out: str, dat
         command += ["--data", data]
     for override in arguments.set:
         command += ["--set", override]
+    for space in getattr(arguments, "search", []):
+        command += ["--search", space]
     for flag in FLAGS:
         if getattr(arguments, flag, None):
             command += ["--" + flag.replace("_", "-"), str(getattr(arguments, flag))]

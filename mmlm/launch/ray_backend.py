@@ -19,12 +19,12 @@ SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 class AddressedTorch(TorchConfig):
     @property
-    def backend_cls(self) -> Any:
+    def backend_cls(self) -> Any:  # type: ignore[override]
         return _AddressedBackend
 
 
 class _AddressedBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:  # type: ignore[override]
         worker_group.execute(choose_interface)
         super().on_start(worker_group, backend_config)
 

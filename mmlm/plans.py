@@ -1,0 +1,233 @@
+"""`mmlm plan`: what a story's training would take, on one device or many, before anything starts.
+
+The shard set of `--out` gives the real lengths; without one, every sequence is taken to be full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from mmlm import artifacts
+from mmlm import story as stories
+from mmlm.config import apply_override, parse, read_yaml, split_override
+from mmlm.errors import ConfigError
+from mmlm.features import spec as feature_spec
+from mmlm.features.spec import FeatureSpec
+from mmlm.shards.config import ShardConfig
+from mmlm.train.config import TrainConfig, ZeroConfig
+from mmlm.train.devices import NODE_LINK, Device
+from mmlm.train.planning import Forecast, Measured, Workload, forecast
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned: the settings, and what is known of the data."""
+
+    name: str
+    config: TrainConfig
+    spec: FeatureSpec
+    shards: Path | None
+    """The finished shard set, if there is one."""
+
+
+def subject(name: str, overrides: list[str], out: Path | None) -> Subject:
+    """A story by name or folder, or a lone train.yaml (with the shard.yaml beside it)."""
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        raw = {"train": read_yaml(path) or {}, "shard": {}}
+        beside = path.with_name("shard.yaml")
+        if beside.is_file():
+            raw["shard"] = read_yaml(beside) or {}
+        for override in overrides:
+            key, value = split_override(override)
+            apply_override(raw, key, value)
+        shard, train = parse(ShardConfig, raw["shard"], str(beside)), parse(TrainConfig, raw["train"], name)
+        title = path.parent.resolve().name
+    else:
+        story = stories.load(name, overrides)
+        shard, train, title = story.shard, story.train, story.name
+    shards = (out or Path("runs") / title) / stories.NOUNS["shard"]
+    if (shards / artifacts.NAME).is_file():
+        return Subject(title, train, feature_spec.load(shards), shards)
+    features = shard.features
+    size = features.tokenizer.vocab_size
+    if features.tokenizer.file:
+        from mmlm.features.text import Tokenizer
+
+        size = Tokenizer.load(Path(features.tokenizer.file).parent).vocab_size
+    spec = FeatureSpec(
+        vocab_size=size, tokenizer_digest="planned", max_len=features.max_len, image=features.image,
+        audio=features.audio, tasks=[],
+    )  # fmt: skip
+    return Subject(title, train, spec, None)
+
+
+def work_of(what: Subject) -> Workload:
+    """The mean of the first real batches, or full sequences of which every text position is a target."""
+    from mmlm.data.loader import Loader
+    from mmlm.model.flops import Shape
+    from mmlm.train import probe
+    from mmlm.world import World
+
+    config = what.config
+    if what.shards:
+        return probe.workload(Loader(what.shards, config.data, config.seed, World(1, 2), config.steps), config)
+    rows, length = config.data.batch, getattr(config.data.pack, "length", None) or what.spec.max_len
+    patches = what.spec.image.tokens if what.spec.image else 0
+    audio = what.spec.audio
+    mels = -(-audio.max_frames // audio.frames_per_token) if audio else 0
+    targets = max(1, length - patches - mels)
+    shape = Shape((length,) * rows, rows * targets, rows, rows * patches, rows * mels)
+    return Workload(shape, rows, length, f"no shards yet: every sequence holds {length} positions, all text answered")
+
+
+def table(what: Subject, device: Device, counts: Sequence[int], stages: Sequence[int]) -> list[Forecast]:
+    """One forecast for each ZeRO stage and number of devices. Raises ConfigError when the batch is too small for all."""
+    work = work_of(what)
+    measured: dict[int, Measured | None] = {}
+    rows = []
+    for ranks in counts:
+        if what.config.data.batch < ranks * what.config.accumulate:
+            continue
+        if device.is_cpu and what.shards:
+            from mmlm.train import probe
+
+            measured[ranks] = probe.measure(what.config, what.spec, what.shards, ranks)
+        for stage in stages:
+            zero = what.config.zero.model_copy(update=_possible(stage))
+            config = what.config.model_copy(update={"zero": zero})
+            rows.append(forecast(config, config.model, what.spec, work, device, ranks, measured.get(ranks)))
+    if not rows:
+        raise ConfigError(
+            f"a batch of {what.config.data.batch} on {min(counts)} devices, in {what.config.accumulate} pieces each",
+            wanted="at least one sequence for each",
+        )
+    return rows
+
+
+def _possible(stage: int) -> dict[str, Any]:
+    """The settings of a stage: what it cannot offload stays."""
+    off: dict[str, Any] = {"stage": stage}
+    if stage == 0 and "offload_optimizer" in ZeroConfig.model_fields:
+        off["offload_optimizer"] = False
+    if stage < 3 and "offload_parameters" in ZeroConfig.model_fields:
+        off["offload_parameters"] = False
+    return off
+
+
+def stages_of(given: str | None) -> list[int]:
+    """`0,2,3` → numbers; by default every stage that the engine has."""
+    known = [int(n) for n in get_args(ZeroConfig.model_fields["stage"].annotation)]
+    wanted = numbers(given, "--zero") if given else known
+    if unknown := set(wanted) - set(known):
+        raise ConfigError(f"--zero {min(unknown)}", wanted=f"one of {known}")
+    return wanted
+
+
+def numbers(text: str, flag: str) -> list[int]:
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 0:
+        raise ConfigError(f"{flag} {text}", wanted="numbers such as 1,2,4")
+    return found
+
+
+def assumptions(what: Subject, device: Device, work: Workload, measured: bool) -> list[str]:
+    """What the figures rest on, for people."""
+    lines = [
+        f"a step: {work.rows:,} sequences of {work.length:,} positions, {work.shape.tokens:,} real ones; {work.source}"
+    ]
+    if device.is_cpu:
+        lines.append(f"this machine: {device.measured}")
+        lines.append(
+            "seconds: the real model was tried on a real micro-batch"
+            if measured
+            else f"seconds: products at {device.efficiency:.0%} of that rate; shards, once made, let the real model be tried"
+        )
+        return lines
+    lines.append(
+        f"{device.name}: {device.peak / 1e12:,.0f} TFLOP/s bf16, {device.memory / 1e9:.0f} GB at "
+        f"{device.bandwidth / 1e12:.2f} TB/s, {device.link / 1e9:.0f} GB/s to a neighbour, {NODE_LINK / 1e9:.0f} GB/s "
+        f"between nodes of {device.per_node} (data sheets)"
+    )
+    lines.append(
+        f"products reach {device.efficiency:.0%} of the peak, nothing overlaps, kernels start in "
+        f"{device.launch * 1e6:.0f} µs, fused attention (assumed: no such device was at hand)"
+    )
+    return lines
+
+
+def best(rows: Sequence[Forecast]) -> Forecast | None:
+    """Of those that fit, the fewest device hours; of equals, the lower stage."""
+    fitting = [row for row in rows if row.fits]
+    return min(fitting, key=lambda r: (round(r.hours * r.ranks, 6), r.stage, r.ranks)) if fitting else None
+
+
+def found(what: Subject, device: Device, rows: Sequence[Forecast], price: float | None) -> dict[str, Any]:
+    """All of it, for JSON."""
+    work, chosen = work_of(what), best(rows)
+    measured = device.is_cpu and what.shards is not None
+    return {
+        "story": what.name,
+        "device": device.name,
+        "parameters": rows[0].parameters,
+        "steps": rows[0].steps,
+        "tokens_per_step": rows[0].tokens,
+        "flops_per_step": rows[0].flops,
+        "assumptions": assumptions(what, device, work, measured),
+        "rows": [row.row(price) for row in rows],
+        "best": [chosen.ranks, chosen.stage] if chosen else None,
+    }
+
+
+def words(told: dict[str, Any]) -> str:
+    """The table, for a terminal."""
+    lines = [
+        f"{told['story']}: {told['parameters']:,} parameters, {told['steps']:,} steps of {told['tokens_per_step']:,} tokens"
+    ]
+    head = [
+        "devices",
+        "zero",
+        "a rank",
+        "of it states",
+        "activations",
+        "host",
+        "a step",
+        "tokens/s",
+        "MFU",
+        "hours",
+        "cost",
+    ]
+    body = []
+    for row in told["rows"]:
+        memory = row["memory"]
+        states = sum(memory[k] for k in ("weights", "gradients", "buffers", "optimizer", "average"))
+        mark = "" if row["fits"] else "  does not fit"
+        if told["best"] == [row["ranks"], row["stage"]]:
+            mark = "  least device time"
+        body.append([
+            str(row["ranks"]), str(row["stage"]), size(row["bytes"]), size(states), size(memory["activations"]),
+            size(row["host_bytes"]), duration(row["step_seconds"]), f"{row['tokens_per_second']:,.0f}",
+            f"{row['mfu']:.1%}", f"{row['hours']:.3g}", "-" if row["cost"] is None else f"{row['cost']:,.2f}{mark}",
+        ])  # fmt: skip
+        if row["cost"] is None:
+            body[-1][-1] = f"-{mark}"
+    widths = [max(len(line[i].partition("  ")[0]) for line in [head, *body]) for i in range(len(head))]
+    for line in [head, *body]:
+        cells = [cell.rjust(width) if "  " not in cell else cell for cell, width in zip(line, widths, strict=True)]
+        cells[-1] = line[-1].partition("  ")[0].rjust(widths[-1]) + "".join(line[-1].partition("  ")[1:])
+        lines.append("  " + "  ".join(cells))
+    return "\n".join([*lines, *told["assumptions"]])
+
+
+def size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

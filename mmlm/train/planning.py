@@ -1,0 +1,275 @@
+"""What a training will take, before it starts: parameters, memory of each rank, seconds of each step.
+
+Memory is a sum of named parts. N ranks, P parameters, b bytes of the working precision (2, or 4 for fp32):
+
+| part | stage 0 | 1 | 2 | 3 |
+|---|---|---|---|---|
+| weights | bP | bP | bP | bP/N and what is gathered |
+| gradients | bP | bP | bP/N | bP/N |
+| master weights and optimizer states (AdamW: 12, Lion: 8 bytes) | 12P | 12P/N | 12P/N | 12P/N |
+| float32 gradients of the update | 4P | 4P/N | 4P/N | 4P/N |
+
+(Rajbhandari et al. 2020, section 3, and DeepSpeed 0.19's buffers.) Activations are counted tensor by tensor from the
+model's own code; tests/train/test_planning.py holds them against what autograd really keeps, and the sum against the
+resident memory of real ranks.
+
+Time of a step = arithmetic at the rate that the device reaches + what moves through memory + what moves between ranks
+(nothing overlaps here, as in our engine) + the update. On a CPU the first two are measured (mmlm/train/probe.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from mmlm.features.spec import FeatureSpec
+from mmlm.model.config import ModelConfig
+from mmlm.model.flops import Shape, training_flops
+from mmlm.train import weights
+from mmlm.train.config import LoopConfig
+from mmlm.train.devices import NODE_LINK, Device
+
+BUCKET = 50_000_000
+"""Elements of DeepSpeed's reduction and gathering buffers, as in train/engine.py."""
+LIVE = 1_000_000_000
+"""Parameters that stage 3 keeps gathered before it lets go of the first (DeepSpeed's default)."""
+BASE = 560 << 20
+"""Resident bytes of a rank on a CPU with torch, deepspeed and pyarrow imported; measured, torch 2.13."""
+CONTEXT = 1.2e9
+"""Bytes of a GPU that its runtime, nccl and the allocator's holes take; an assumption."""
+KERNELS = 60
+"""Kernels of a block in forward and backward, uncompiled; five times as many for all that is no block."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One optimizer step over all ranks: its real positions, and those that tensors hold with their padding."""
+
+    shape: Shape
+    rows: int
+    """Sequences."""
+    length: int
+    """Positions of a sequence with its padding, T."""
+    source: str
+    """Where these figures are from, for people."""
+
+    def share(self, parts: int) -> Workload:
+        """The largest of `parts` equal parts: what one rank's micro-batch holds."""
+        rows = math.ceil(self.rows / parts)
+        f = rows / self.rows
+        lengths = self.shape.lengths[: max(1, round(len(self.shape.lengths) * f))]
+        scale = self.shape.tokens * f / max(sum(lengths), 1)
+        shape = Shape(
+            lengths=tuple(max(1, round(n * scale)) for n in lengths),
+            targets=math.ceil(self.shape.targets * f),
+            answers=math.ceil(self.shape.answers * f),
+            patches=math.ceil(self.shape.patches * f),
+            mels=math.ceil(self.shape.mels * f),
+        )
+        return Workload(shape, rows, self.length, self.source)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one choice of device, ranks and ZeRO stage would take."""
+
+    device: str
+    ranks: int
+    stage: int
+    parameters: int
+    memory: dict[str, float]
+    """Bytes of the device by part, at the fullest moment of one rank; on a CPU of its process."""
+    host: dict[str, float]
+    """Bytes of the host's memory by part, for all ranks of one node."""
+    seconds: dict[str, float]
+    """Of one step, by part."""
+    tokens: int
+    """Real positions of a step."""
+    flops: int
+    """Of a step, all ranks, recomputation not counted."""
+    peak: float
+    fits: bool
+    steps: int
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def host_bytes(self) -> float:
+        return sum(self.host.values())
+
+    @property
+    def step(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def hours(self) -> float:
+        return self.step * self.steps / 3600
+
+    @property
+    def mfu(self) -> float:
+        return self.flops / self.step / (self.peak * (self.ranks if self.device != "cpu" else 1))
+
+    def row(self, price: float | None) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {
+            "bytes": self.bytes, "host_bytes": self.host_bytes, "step_seconds": self.step, "hours": self.hours,
+            "tokens_per_second": self.tokens / self.step, "mfu": self.mfu,
+            "cost": price * self.hours * self.ranks if price is not None else None,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a probe on this CPU found for one rank's micro-batch; see mmlm/train/probe.py."""
+
+    forward_backward: float
+    """Seconds of a micro-batch."""
+    update: float
+    """Seconds of the update of P/N parameters."""
+    data: float
+    """Seconds to make a micro-batch."""
+    notes: list[str] = field(default_factory=list)
+
+
+def count(config: ModelConfig, spec: FeatureSpec) -> int:
+    """Parameters of the model, which is built without memory."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in weights.build(config, spec).parameters())
+
+
+def forecast(
+    config: LoopConfig, model: ModelConfig, spec: FeatureSpec, work: Workload, device: Device, ranks: int,
+    measured: Measured | None = None,
+) -> Forecast:  # fmt: skip
+    """The forecast of one choice; the stage, offloading and precision are those of `config`."""
+    P = count(model, spec)
+    mine = work.share(ranks * config.accumulate)
+    memory, host = memory_of(config, model, spec, mine, device, ranks, P)
+    seconds = seconds_of(config, model, spec, mine, device, ranks, P, measured)
+    on_node = min(ranks, device.per_node)
+    fits = sum(memory.values()) * (on_node if device.is_cpu else 1) <= device.memory * 0.95
+    return Forecast(
+        device=device.name, ranks=ranks, stage=config.zero.stage, parameters=P, memory=memory, host=host,
+        seconds=seconds, tokens=work.shape.tokens, flops=training_flops(model, spec, work.shape), peak=device.peak,
+        fits=fits, steps=config.steps,
+    )  # fmt: skip
+
+
+def low_bytes(config: LoopConfig) -> int:
+    """Bytes of a number in the working precision."""
+    return 4 if config.precision == "fp32" else 2
+
+
+def moments(config: LoopConfig) -> int:
+    """Bytes of optimizer state a parameter, beside its float32 master."""
+    return 4 if config.optimizer.kind == "lion" else 8
+
+
+def memory_of(
+    config: LoopConfig, model: ModelConfig, spec: FeatureSpec, mine: Workload, device: Device, ranks: int, P: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(bytes of one rank's device, bytes of the host for the ranks of one node), by part."""
+    stage, b, on_node = config.zero.stage, low_bytes(config), min(ranks, device.per_node)
+    part = P / ranks if stage >= 1 else P
+    state = (4 + moments(config)) * part
+    offloaded = getattr(config.zero, "offload_optimizer", False)
+    offloaded_weights = getattr(config.zero, "offload_parameters", False)
+    memory = {
+        "weights": b * P if stage < 3 else (0 if offloaded_weights else b * P / ranks) + b * min(P, LIVE),
+        "gradients": b * P if stage < 2 else b * P / ranks,
+        "buffers": 0.0 if stage == 0 else b * min(P, BUCKET) * (1 if device.is_cpu else 2),
+        "optimizer": 0.0 if offloaded else state + 4 * part,
+        "average": 4 * part if getattr(config, "ema", None) else 0.0,
+        "activations": activation_bytes(config, model, spec, mine, device),
+    }
+    # every rank takes part in gathering a checkpoint, and holds it in the host's memory
+    saved = (4 + moments(config)) * P
+    host = {"offloaded": (state + 4 * part if offloaded else 0.0) + (b * P / ranks if offloaded_weights else 0.0)}
+    if device.is_cpu:
+        now = memory["gradients"] + memory["buffers"] + memory["activations"]
+        memory["checkpoint"] = max(0.0, saved - now)
+        memory["process"] = float(BASE)
+        host = {}
+        on_node = min(ranks, device.per_node)
+        return memory, {"ranks": on_node * sum(memory.values())}
+    host |= {"checkpoint": float(saved), "process": 3.0e9}  # a rank with CUDA's libraries loaded; an assumption
+    memory["runtime"] = CONTEXT
+    return memory, {key: value * on_node for key, value in host.items()}
+
+
+def activation_bytes(
+    config: LoopConfig, model: ModelConfig, spec: FeatureSpec, mine: Workload, device: Device
+) -> float:
+    """Bytes that autograd keeps of one micro-batch, and the heads' logits, which come on top at the end."""
+    b, positions = low_bytes(config), mine.rows * mine.length
+    logits = mine.shape.targets * spec.vocab_size * (b + 4 + 4 + 4)  # low precision, float32, its log-softmax, gradient
+    ends = positions * (
+        norm_bytes(model, b, device) + model.width * b
+    )  # the last norm, and embeddings with filled slots
+    return layer_bytes(config, model, mine, device) * model.layers + logits + ends
+
+
+def layer_bytes(config: LoopConfig, model: ModelConfig, mine: Workload, device: Device) -> float:
+    """Bytes that autograd keeps of one block for a micro-batch."""
+    b, D, positions = low_bytes(config), model.width, mine.rows * mine.length
+    by_hand = device.is_cpu and b == 2  # products instead of a fused kernel, see model/attention.py
+    # q, k, v and what the output map reads; the fused kernel keeps the rotated q and k beside all three, and its output
+    attention = 4 * D if by_hand else 7 * D
+    kept = positions * (2 * norm_bytes(model, b, device) + (attention + 4 * model.feed_forward) * b)
+    if by_hand:  # the float32 softmax, and its copy
+        kept += mine.rows * model.heads * mine.length**2 * (4 + b)
+    return float(kept)
+
+
+def norm_bytes(model: ModelConfig, b: int, device: Device) -> int:
+    """Bytes of a position that one norm keeps: what went in and what came out; on a CPU both in float32, and what came
+    out once more as the next map reads it."""
+    return model.width * (4 + 4 + b if device.is_cpu else 2 * b)
+
+
+def seconds_of(
+    config: LoopConfig, model: ModelConfig, spec: FeatureSpec, mine: Workload, device: Device, ranks: int, P: int,
+    measured: Measured | None,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of one step by part."""
+    b, pieces = low_bytes(config), config.accumulate
+    part = P / ranks if config.zero.stage >= 1 else P
+    if measured:
+        return {
+            "forward_backward": measured.forward_backward * pieces,
+            "update": measured.update,
+            "data": measured.data * pieces,
+            "between_ranks": between_ranks(config, device, ranks, P),
+        }
+    peak = device.peak / (1 if b == 2 else 2) * device.efficiency
+    bandwidth = device.bandwidth
+    if device.is_cpu:  # the ranks share the machine
+        peak, bandwidth = peak / ranks, bandwidth / ranks
+    arithmetic = training_flops(model, spec, mine.shape) / peak
+    # what is kept is written once and read once, and gradients of it are written and read as well
+    moved = 4 * activation_bytes(config, model, spec, mine, device) / bandwidth
+    started = KERNELS * (model.layers + 5) * device.launch
+    update = (4 * (4 + moments(config)) * part / 2 + 2 * b * P) / bandwidth
+    return {
+        "forward_backward": max(arithmetic + moved, started) * pieces,
+        "update": update,
+        "data": 0.0,  # made beside the step
+        "between_ranks": between_ranks(config, device, ranks, P),
+    }
+
+
+def between_ranks(config: LoopConfig, device: Device, ranks: int, P: int) -> float:
+    """Seconds that gradients and weights are on their way, by rings of N ranks (Rajbhandari et al. 2020, section 7)."""
+    if ranks == 1:
+        return 0.0
+    link = device.link if ranks <= device.per_node else min(device.link, NODE_LINK)
+    whole = low_bytes(config) * P * (ranks - 1) / ranks
+    pieces = config.accumulate
+    # 0 and 1 reduce once a step, 2 with every micro-batch, 3 gathers the weights twice for each as well
+    times = {0: 2, 1: 2, 2: 1 + pieces, 3: 3 * pieces}[config.zero.stage]
+    return times * whole / link

@@ -1,0 +1,127 @@
+"""The search: what is tried is a pure function of its settings; ASHA on a real local Ray stops, reports and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmlm import tuning
+from mmlm.artifacts import Artifact
+from mmlm.cli import main
+from mmlm.config import parse
+from mmlm.errors import ConfigError
+from mmlm.launch import ray_tune
+from mmlm.tuning import TuneConfig
+
+SPACES = {"train.optimizer.lr": "log(1e-4,1e-2)", "train.model.layers": "int(1,3)", "train.model.width": [64, 128]}
+
+
+def test_trials_are_the_same_each_time_and_all_different() -> None:
+    config = TuneConfig(search=SPACES, trials=40)
+    drawn = tuning.settings_of(config)
+    assert drawn == tuning.settings_of(config)
+    assert drawn[:10] == tuning.settings_of(config.model_copy(update={"trials": 10}))
+    assert all(a != b for n, a in enumerate(drawn) for b in drawn[:n])
+    rates = [s["train.optimizer.lr"] for s in drawn]
+    assert 1e-4 <= min(rates) < 3e-4 and 3e-3 < max(rates) <= 1e-2  # even in the logarithm
+    assert {s["train.model.layers"] for s in drawn} == {1, 2, 3}
+    assert {s["train.model.width"] for s in drawn} == {64, 128}
+
+
+def test_a_grid_has_as_many_trials_as_it_has_points() -> None:
+    config = TuneConfig(search={"train.model.width": [64, 128], "train.seed": [1, 2]}, trials=50)
+    assert len(tuning.settings_of(config)) == 4
+
+
+@pytest.mark.parametrize("space", ["log(0,1)", "log(2,1)", "uniform(1)", "gauss(0,1)", "int(a,b)", []])
+def test_a_space_that_is_none_is_refused(space: Any) -> None:
+    with pytest.raises(ConfigError, match=r"wanted log|empty list"):
+        parse(TuneConfig, {"search": {"train.optimizer.lr": space}}, "tune")
+    with pytest.raises(ValueError):
+        tuning.draw(space, random.Random(0))
+
+
+def test_flags_stand_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "tune.yaml").write_text("search:\n  train.seed: [1, 2]\ntrials: 3\nmetric: val/loss\n")
+    assert tuning.read(tmp_path, [], trials=None).trials == 3
+    read = tuning.read(tmp_path, ["train.optimizer.lr=[3e-4, 1]", "train.seed=int(1,9)"], trials=5, metric=None)
+    assert (read.trials, read.metric) == (5, "val/loss")
+    assert read.search == {"train.optimizer.lr": [3e-4, 1], "train.seed": "int(1,9)"}
+    with pytest.raises(ConfigError, match="nothing to search"):
+        tuning.read(tmp_path / "elsewhere", [])
+    with pytest.raises(ConfigError, match="settings of training"):
+        tuning.read(tmp_path, ["shard.seed=[1]"])
+
+
+def test_rows_that_are_half_written_wait(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert ray_tune.values(path, "loss") == []
+    path.write_text('{"step": 1, "metrics": {"loss": 2}}\n{"step": 0, "metrics": {"loss": 1}}\n{"step": 2, "metr')
+    assert ray_tune.values(path, "loss") == [(1, 2.0)]
+    assert ray_tune.values(path, "val/loss") == []
+
+
+def test_best_settings_are_an_override(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = {"trial": 3, "value": 0.5, "step": 9, "settings": {"train.optimizer.lr": 0.002, "train.model.width": 64}}
+    path = tmp_path / "best.yaml"
+    path.write_text(tuning._override(best, "loss"))
+    assert yaml.safe_load(path.read_text()) == {"train": {"optimizer": {"lr": 0.002}, "model": {"width": 64}}}
+    assert main(["train", "demo", "--on", "slurm", "--print", "--set", f"@{path}"]) == 0
+    path.write_text("train: {modle: {width: 64}}")
+    assert main(["train", "demo", "--on", "slurm", "--print", "--set", f"@{path}"]) == 2
+    assert "did you mean `model`" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_search_stops_bad_trials_reports_failed_ones_and_goes_on(
+    keypad_shards: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    from mmlm import artifacts
+    from tests.faults.stage import MARK, marked
+
+    monkeypatch.setenv(MARK, "a-search")
+    out, uri = tmp_path / "out", f"sqlite:///{tmp_path}/mlflow.db"
+    shutil.copytree(keypad_shards.path, out / "shards")
+    sets = ["steps=80", "log_every=4", "data.batch=16", "model.width=32", "model.layers=1", "precision=fp32"]
+    command = ["tune", "demo", "--out", str(out), "--tracking-uri", uri, "--trials", "6", "--parallel", "2", "--json"]
+    command += [word for change in sets for word in ("--set", f"train.{change}")]
+    command += ["--search", "train.optimizer.lr=[1e-7, 3e-3, 1e30]", "--search", "train.model.heads=[2, 3]"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    trials = {(t["settings"]["train.optimizer.lr"], t["settings"]["train.model.heads"]): t for t in found["trials"]}
+    assert trials[3e-3, 2]["state"] == "finished" and trials[3e-3, 2]["step"] == 80
+    assert found["best"] == trials[3e-3, 2]["trial"]
+    assert "even multiple of heads" in trials[3e-3, 3]["error"]  # settings that are none
+    assert trials[1e30, 2]["state"] == "failed" and "not a finite number" in trials[1e30, 2]["error"]
+    assert trials[1e-7, 2]["state"] in ("stopped", "finished")  # which depends on who came to a rung first
+    assert not [pid for pid in marked("a-search") if pid != os.getpid()]  # no process is left
+
+    client = mlflow.MlflowClient(uri)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    names = {run.info.run_name: run for run in runs}
+    child = names[f"trial-{found['best']:03d}"]
+    assert child.data.tags["mlflow.parentRunId"] == names["tune"].info.run_id
+    assert child.data.params["optimizer.lr"] == "0.003"
+
+    # taken away and run again: what was trained is not trained again
+    (out / "search" / "artifact.json").unlink()
+    (out / "search" / artifacts.WORK).write_text(json.dumps({"fingerprint": _fingerprint(runs), "run_id": None}))
+    model = out / "search" / "trials" / f"{found['best']:03d}" / "model" / "artifact.json"
+    before = model.stat().st_mtime_ns
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["best"] == found["best"]
+    assert model.stat().st_mtime_ns == before
+
+
+def _fingerprint(runs: Any) -> str:
+    return next(str(run.data.tags["fingerprint"]) for run in runs if run.info.run_name == "tune")
