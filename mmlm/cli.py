@@ -42,7 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     adopt_slurm()
     Progress.quiet = getattr(arguments, "quiet", False)
     if os.environ.get("RANK") is None:
-        signal.signal(signal.SIGTERM, _stop)
+        for number in (
+            signal.SIGTERM,
+            signal.SIGUSR1,
+        ):  # the second: a scheduler's notice, as Slurm's --signal sends it
+            signal.signal(number, _stop)
         return _guarded(arguments)
     from mmlm.launch.leader import lead  # torchrun or Slurm made this process one rank of several
 
@@ -161,6 +165,31 @@ def _story_flags(command: Any) -> None:
     )
     command.add_argument("--stop-on-interrupt", action="store_true", help="with --on ray: Ctrl-C also stops the job")
     command.add_argument("--inside-ray", action="store_true", help=argparse.SUPPRESS)
+    _training_flags(command)
+
+
+def _training_flags(command: Any) -> None:
+    """Where and how long training runs; none of it changes what comes out."""
+    command.add_argument(
+        "--time-limit", metavar="TIME", default=os.environ.get("MMLM_TIME_LIMIT"),
+        help="training saves and exits with 4 before this is over: 3:59:00, 45m, 4h",
+    )  # fmt: skip
+    command.add_argument("--hang", metavar="TIME", help="a training step that takes longer is a hang (default: 30m)")
+    command.add_argument("--ledger", action="store_true", help="write the ids of every step's records into ledger/")
+    command.add_argument("--resume", action="store_true", help="training must find a checkpoint to go on from")
+
+
+def _training_environment(arguments: argparse.Namespace) -> None:
+    """The flags above, as the environment that the training stages read."""
+    from mmlm.train.control import seconds_of
+
+    if arguments.time_limit:
+        os.environ["MMLM_DEADLINE"] = str(time.time() + seconds_of(arguments.time_limit))
+    if arguments.hang:
+        os.environ["MMLM_HANG_SECONDS"] = str(seconds_of(arguments.hang))
+    for flag in ("ledger", "resume"):
+        if getattr(arguments, flag):
+            os.environ[f"MMLM_{flag.upper()}"] = "1"
 
 
 def _people(commands: Any) -> None:
@@ -238,6 +267,7 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from mmlm.launch import local
     from mmlm.tracking import Tracker
 
+    _training_environment(arguments)
     story = stories.load(arguments.story, arguments.set)
     out = (arguments.out or Path("runs") / story.name).resolve()
     out.mkdir(parents=True, exist_ok=True)

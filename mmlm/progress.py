@@ -66,3 +66,10 @@ class Progress:
         else:
             self.stream.write(self.line() + "\n")
         self.stream.flush()
+
+
+def tell(text: str) -> None:
+    """One line for the user, also from a rank whose own stderr is a log file (it gets the line, too)."""
+    for stream in {id(s): s for s in (sys.stderr, Progress.terminal_stream or sys.stderr)}.values():
+        stream.write(("\r\x1b[2K" if stream.isatty() else "") + text + "\n")
+        stream.flush()

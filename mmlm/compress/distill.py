@@ -37,13 +37,16 @@ def distill(
     return run_ranks(work, config, "mmlm.compress.distill:on_rank", arguments, launch, tracker, verb)
 
 
-def on_rank(config: dict[str, Any], shards: str, teacher: str | None, out: str) -> None:
+def on_rank(
+    config: dict[str, Any], shards: str, teacher: str | None, out: str, where: dict[str, Any] | None = None
+) -> None:
     """What each rank runs."""
     import torch
 
     from mmlm import world as worlds
     from mmlm.config import parse
     from mmlm.train import engine, weights
+    from mmlm.train.control import Where
     from mmlm.train.loop import fit
     from mmlm.train.objectives import Answering, Distilling, Objective
 
@@ -59,6 +62,7 @@ def on_rank(config: dict[str, Any], shards: str, teacher: str | None, out: str) 
         if settings.precision == "bf16":
             leader = leader.bfloat16()
         objective = Distilling(settings.loss, spec, leader, settings.temperature, settings.task)
-    counts = fit(student, objective, settings, Path(shards), Path(out), "distill" if teacher else "scratch")
+    name = "distill" if teacher else "scratch"
+    counts = fit(student, objective, settings, Path(shards), Path(out), name, Where(**(where or {})))
     write_counts(Path(out), counts, student)
     engine.stop()

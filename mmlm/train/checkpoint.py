@@ -1,74 +1,164 @@
 """Checkpoints to resume from: whole float32 tensors by name, so any number of ranks and any ZeRO stage can go on.
 
-`checkpoints/step-00000250/` holds weights and optimizer states, a kind a safetensors file, and `state.json` (step,
-hashes, counters, loss of the probe batch). It is written under a temporary name and renamed, so one that is there is
-whole; its hashes are checked all the same before it is used.
+`checkpoints/step-00000250/` holds one safetensors file per kind that the engine gives (weight, exp_avg, exp_avg_sq,
+…) and `state.json`: step, hashes, loss of the probe batch, digests of the data, counters. It is written under a
+hidden name and renamed, so one that is there is whole; its hashes are checked all the same before it is used. What is
+to go is renamed to a hidden name first, so that a kill in the middle leaves no half one under a good name. Hidden
+leftovers (`.*.tmp`) are swept by the next save.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from mmlm.progress import tell
+from mmlm.shards.faultpoints import point
 from mmlm.storage import fsync_folder, sha256_file, write_json
 from mmlm.train.weights import write_tensors
+
+STATE = "state.json"
+POINT = "checkpoint"
+"""Passed before the first file of a save and after every change that it makes on disk (see `shards/faultpoints.py`)."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which checkpoints stay after a save."""
+
+    keep: int = 2
+    """The newest so many."""
+    every: int = 0
+    """Those of steps that are multiples of this; 0: none."""
+    best: int = 0
+    """The so many with the best score (a lower one is better)."""
+
+    def stay(self, scores: Mapping[int, float | None]) -> set[int]:
+        """The steps that stay, of those given with their scores."""
+        steps = sorted(scores)
+        scored = sorted((score, step) for step, score in scores.items() if score is not None)
+        return {
+            *steps[-self.keep :],
+            *(step for step in steps if self.every and step % self.every == 0),
+            *(step for _, step in scored[: self.best]),
+        }
 
 
 @dataclass(frozen=True)
 class Saved:
     step: int
-    """Optimizer steps that were taken."""
+    """Steps that were done, taken or skipped."""
     probe: float
     """Loss of the fixed probe batch."""
-    tensors: dict[str, dict[str, torch.Tensor]]
-    """By kind (weight, exp_avg, …) and name."""
-    scalars: dict[str, float]
+    state: dict[str, Any]
+    """`state.json`."""
+    path: Path
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """kind → parameter name → whole float32 tensor."""
+        names = sorted(name for name in self.state["sha256"] if name.endswith(".safetensors"))
+        return {name.removesuffix(".safetensors"): load_file(self.path / name) for name in names}
 
 
 def save(
-    folder: Path,
-    step: int,
-    tensors: dict[str, dict[str, torch.Tensor]],
-    scalars: dict[str, float],
-    probe: float,
-    keep: int,
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any], policy: Policy
 ) -> None:
-    """Write the checkpoint of `step` whole or not at all, then drop all but the newest `keep`."""
+    """Write the checkpoint of `step` whole or not at all, then drop those that `policy` does not keep.
+
+    One that is there for this step already is left alone: it was whole when it got its name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    hashes = {}
-    for kind, named in tensors.items():
-        path = temporary / f"{kind}.safetensors"
-        write_tensors(named, path)
-        hashes[path.name] = sha256_file(path)
-    write_json(temporary / "state.json", {"step": step, "probe": probe, "scalars": scalars, "sha256": hashes})
-    fsync_folder(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    fsync_folder(folder)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    sweep(folder)
+    final = folder / name_of(step)
+    if not final.exists():
+        temporary = folder / f".{final.name}.tmp"
+        point(POINT)
+        temporary.mkdir()
+        hashes = {}
+        for kind, named in tensors.items():
+            path = temporary / f"{kind}.safetensors"
+            hashes[path.name] = write_tensors(dict(named), path)
+            point(POINT)
+        write_json(temporary / STATE, {**state, "step": step, "sha256": hashes})
+        point(POINT)
+        fsync_folder(temporary)
+        temporary.rename(final)
+        point(POINT)
+        fsync_folder(folder)
+    stay = policy.stay(scores(folder))
+    for old in sorted(steps(folder) - stay):
+        drop(folder, old)
 
 
-def newest(folder: Path) -> Saved | None:
-    """The newest intact checkpoint, or None. A damaged one is passed over, and said so."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def steps(folder: Path) -> set[int]:
+    """The steps whose checkpoints are there."""
+    return {int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdigit()}
+
+
+def scores(folder: Path) -> dict[int, float | None]:
+    """step → score of its checkpoint, None where there is none."""
+    found: dict[int, float | None] = {}
+    for step in steps(folder):
         try:
-            state = json.loads((path / "state.json").read_text())
-            for name, wanted in state["sha256"].items():
+            found[step] = json.loads((folder / name_of(step) / STATE).read_text()).get("score")
+        except (OSError, ValueError):
+            found[step] = None
+    return found
+
+
+def best(folder: Path) -> Saved | None:
+    """The checkpoint with the best (lowest) score."""
+    scored = [(score, step) for step, score in scores(folder).items() if score is not None]
+    return read(folder, min(scored)[1]) if scored else None
+
+
+def drop(folder: Path, step: int) -> None:
+    """Remove one checkpoint; killed in the middle, it is gone all the same."""
+    gone = folder / f".{name_of(step)}.gone.tmp"
+    (folder / name_of(step)).rename(gone)
+    point(POINT)
+    shutil.rmtree(gone)
+    point(POINT)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed saves and removals left."""
+    for leftover in folder.glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read(folder: Path, step: int) -> Saved:
+    """The checkpoint of `step`, its hashes not looked at. Raises OSError, ValueError, KeyError when it is damaged."""
+    path = folder / name_of(step)
+    state = json.loads((path / STATE).read_text())
+    return Saved(int(state["step"]), float(state["probe"]), state, path)
+
+
+def newest(folder: Path, say: Callable[[str], None] = tell) -> Saved | None:
+    """The newest intact checkpoint, or None. A damaged one is told of and set aside as `damaged-step-…`."""
+    for step in sorted(steps(folder), reverse=True):
+        path = folder / name_of(step)
+        try:
+            saved = read(folder, step)
+            for name, wanted in saved.state["sha256"].items():
                 if sha256_file(path / name) != wanted:
                     raise ValueError(f"{name} does not match its hash")
-            tensors = {Path(name).stem: load_file(path / name) for name in state["sha256"]}
-            return Saved(int(state["step"]), float(state["probe"]), tensors, state["scalars"])
-        except (OSError, ValueError, KeyError) as error:
-            print(f"train: {path.name} is damaged ({error}); trying the one before", file=sys.stderr)
+            return saved
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            aside = folder / f"damaged-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            say(f"the checkpoint {path.name} is damaged ({why}): set aside as {aside.name}, taking the one before it")
     return None

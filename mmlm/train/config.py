@@ -161,6 +161,44 @@ class LossConfig(Config):
     """Cross-entropy of the class head, per labelled record."""
 
 
+class SpikesConfig(Config):
+    """A step whose loss is not finite, or leaps, is skipped; many of them roll the training back."""
+
+    deviations: float = Field(10.0, ge=0)
+    """A loss this many standard deviations above the running mean is a leap; 0: only what is not finite is skipped."""
+    rise: float = Field(1.0, ge=0)
+    """And by at least this much (nats), so that noise near a loss of 0 is none."""
+    warmup: int = Field(20, ge=1)
+    """Steps whose losses are seen before the first leap can be called so."""
+    rollback_after: int = Field(5, ge=1)
+    """Bad steps within `window` that roll the training back to the last checkpoint before them."""
+    window: int = Field(50, ge=1)
+    """Steps within which bad ones are counted."""
+    give_up_after: int = Field(3, ge=0)
+    """Roll-backs after which the training stops with an error."""
+
+
+class ValidationConfig(Config):
+    """The validation split, looked at while training with what its records give."""
+
+    every: int = Field(0, ge=0)
+    """Steps between two looks; 0: none."""
+    records: int = Field(512, ge=1)
+    """Of the split, the same at every look."""
+    metric: Literal["loss", "label_accuracy"] = "loss"
+    """By which the best checkpoint is chosen and training stops early."""
+    patience: int = Field(0, ge=0)
+    """Looks without a better value after which training ends; 0: it never ends early."""
+    export: Literal["last", "best"] = "last"
+    """Which weights become the model: those of the last step, or of the best look."""
+
+    @model_validator(mode="after")
+    def _something_to_choose_by(self) -> ValidationConfig:
+        if not self.every and (self.patience or self.export == "best"):
+            raise ValueError("patience and export=best need `every`: without a look there is nothing to choose by")
+        return self
+
+
 class LoopConfig(Config):
     """What every objective shares."""
 
@@ -186,7 +224,13 @@ class LoopConfig(Config):
     save_every: int = Field(250, ge=1)
     """Steps between checkpoints to resume from."""
     keep: int = Field(2, ge=1)
-    """Checkpoints kept while training."""
+    """Newest checkpoints kept while training."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints of steps that are multiples of this stay, too; 0: none."""
+    keep_best: int = Field(0, ge=0)
+    """And so many with the best value of `validation.metric`."""
+    spikes: SpikesConfig = SpikesConfig()
+    validation: ValidationConfig = ValidationConfig()
     log_every: int = Field(10, ge=1)
     """Steps between rows of `metrics.jsonl`."""
 

@@ -13,6 +13,7 @@ from mmlm.artifacts import Artifact
 from mmlm.errors import ArtifactError
 from mmlm.features import spec as feature_spec
 from mmlm.train.config import LoopConfig, TrainConfig
+from mmlm.train.control import Where
 
 RECIPE = 1
 """Bumped when the same config and shards would give another model."""
@@ -42,8 +43,12 @@ def run_ranks(
     tracker: Any,
     verb: str,
 ) -> Artifact:
-    """Run a training function on all ranks under one tracked run, and finish the noun. Shared by train and distill."""
+    """Run a training function on all ranks under one tracked run, and finish the noun. Shared by train and distill.
+
+    How long and how watched it runs is read here, from the environment (`control.Where`), and told to every rank.
+    """
     check_metrics_room(work.path)
+    arguments = {**arguments, "where": Where.from_environment().plain()}
     with tracker.run(verb, config, work) as run:
         launch(target, arguments, log=work.path / "logs")
         counts = json.loads((work.path / "counts.json").read_text())
@@ -60,7 +65,7 @@ def check_metrics_room(folder: Path) -> None:
         raise ArtifactError(f"cannot write to {folder}", cure="choose another --out or change its rights")
 
 
-def on_rank(config: dict[str, Any], shards: str, out: str) -> None:
+def on_rank(config: dict[str, Any], shards: str, out: str, where: dict[str, Any] | None = None) -> None:
     """What each rank runs."""
     import torch
 
@@ -76,7 +81,8 @@ def on_rank(config: dict[str, Any], shards: str, out: str) -> None:
     torch.manual_seed(settings.seed)
     spec = feature_spec.load(Path(shards))
     model = weights.build(settings.model, spec)
-    counts = fit(model, Answering(settings.loss, spec), settings, Path(shards), Path(out), "train")
+    objective = Answering(settings.loss, spec)
+    counts = fit(model, objective, settings, Path(shards), Path(out), "train", Where(**(where or {})))
     write_counts(Path(out), counts, model)
     engine.stop()
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 
 from mmlm.config import parse
 from mmlm.data.collate import field_rows
@@ -24,6 +25,9 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FILES = (WEIGHTS, CONFIG, feature_spec.FILE, "tokenizer.json")
 """What a model needs to answer."""
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
+          torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
+"""Names of dtypes in the header of a safetensors file."""
 
 
 def build(config: ModelConfig, spec: FeatureSpec) -> FusedTransformer:
@@ -38,10 +42,29 @@ def save_model(folder: Path, tensors: dict[str, torch.Tensor], config: ModelConf
         shutil.copyfile(shards / name, folder / name)
 
 
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A safetensors file that appears whole or not at all. A full disk is an OSError, which safetensors' own writer hides."""
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
+    """A safetensors file that appears whole or not at all; returns its sha256.
+
+    Written here, tensor by tensor, hashed as it goes: safetensors' own writer first makes all bytes in memory, and
+    hides a full disk, which is an OSError here. Layout: 8 bytes length, a JSON header, the raw tensors.
+    """
+    header: dict[str, dict[str, object]] = {}
+    end = 0
+    for name, tensor in sorted(tensors.items()):
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
     with atomic_write(path) as f:
-        f.write(to_bytes(tensors))
+        for data in (len(text).to_bytes(8, "little"), text):
+            digest.update(data)
+            f.write(data)
+        for _, tensor in sorted(tensors.items()):
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(raw)
+            f.write(raw)
+    return digest.hexdigest()
 
 
 def load_config(folder: Path) -> ModelConfig:

@@ -1,0 +1,112 @@
+"""Where and how long a training runs (`Where`), and the wish to stop it early (`Stop`)."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mmlm.errors import ConfigError
+
+START_SECONDS = 15.0
+"""Kept free before a time limit beside step and save: ranks leave, the last figures are sent."""
+FIRST_SAVE = 20.0
+"""Assumed length of a save, seconds, until one was measured."""
+LOOK_EVERY = 1.0
+"""Seconds between two looks for the stop file."""
+_DURATION = re.compile(r"(?:(?P<d>\d+)-)?(?:(?:(?P<h>\d+):)?(?P<m>\d+):)?(?P<s>\d+(?:\.\d+)?)$")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds_of(text: str) -> float:
+    """Seconds of a duration: `3:59:00`, `1-12:00:00`, `59:30`, `90` (seconds), `90s`, `45m`, `4h`, `2d`."""
+    text = text.strip().lower()
+    if text[-1:] in _UNITS and re.fullmatch(r"\d+(\.\d+)?", text[:-1]):
+        return float(text[:-1]) * _UNITS[text[-1]]
+    found = _DURATION.fullmatch(text)
+    if not found:
+        raise ConfigError(f"the time limit {text!r}", wanted="a duration such as 3:59:00, 1-12:00:00, 45m or 4h")
+    parts = {unit: float(value or 0) for unit, value in found.groupdict().items()}
+    return sum(parts[unit] * factor for unit, factor in _UNITS.items())
+
+
+@dataclass(frozen=True)
+class Where:
+    """Arguments of a run that change nothing of what comes out; they travel to the ranks beside the config."""
+
+    deadline: float | None = None
+    """When this process must have ended, seconds since 1970."""
+    hang_seconds: float = 1800.0
+    """A step that takes longer than this is a hang; 0 turns the watchdog off."""
+    ledger: bool = False
+    """Write the ids of every step's records into `ledger/`."""
+    stop_file: str | None = None
+    """When this file appears, stop: the notice of a spot machine, or of a person."""
+    resume: bool = False
+    """It is an error when there is no checkpoint to go on from."""
+
+    @classmethod
+    def from_environment(cls) -> Where:
+        """What the command's flags, the user's environment and Slurm say (`SLURM_JOB_END_TIME`)."""
+        env = os.environ
+        ends = [float(env[name]) for name in ("MMLM_DEADLINE", "SLURM_JOB_END_TIME") if env.get(name)]
+        return cls(
+            deadline=min(ends) if ends else None,
+            hang_seconds=float(env.get("MMLM_HANG_SECONDS") or cls.hang_seconds),
+            ledger=env.get("MMLM_LEDGER", "") not in ("", "0"),
+            stop_file=env.get("MMLM_STOP_FILE") or None,
+            resume=env.get("MMLM_RESUME", "") not in ("", "0"),
+        )
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Stop:
+    """Whether this rank was asked to end: by SIGTERM, SIGINT or SIGUSR1, by a time limit, or by a file.
+
+    Handlers are set while it is entered, and put back afterwards; only the main thread may have them.
+    """
+
+    def __init__(self, where: Where) -> None:
+        self.where, self.reason = where, ""
+        self._looked = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            try:
+                self._before[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: whoever owns the process forwards the wish differently
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.reason = self.reason or signal.Signals(number).name
+
+    @property
+    def why(self) -> str:
+        """` (SIGTERM)`, or nothing where another rank was asked."""
+        return f" ({self.reason})" if self.reason else ""
+
+    def wanted(self, step_seconds: float, save_seconds: float) -> bool:
+        """Asked before a step: whether to save now, since after one more step it might be too late."""
+        now = time.time()
+        if not self.reason and self.where.deadline is not None:
+            needed = step_seconds + 1.5 * (save_seconds or FIRST_SAVE) + START_SECONDS
+            if now + needed > self.where.deadline:
+                self.reason = "its time is over"
+        if not self.reason and self.where.stop_file and now - self._looked > LOOK_EVERY:
+            self._looked = now
+            if Path(self.where.stop_file).exists():
+                self.reason = f"{self.where.stop_file} is there"
+        return bool(self.reason)

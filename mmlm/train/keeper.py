@@ -1,0 +1,156 @@
+"""Keeper: checkpoints of a running training, on all ranks. Every rank calls every method at the same step.
+
+The engine's state is gathered while all wait; rank 0 then hashes and writes it in a thread while training goes on. The
+thread takes part in nothing collective, so a slow or full disk cannot hang the other ranks: what went wrong is told to
+all of them at the next save, or at once when this one has to be safe on the disk before going on (`wait`).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmlm.errors import ArtifactError, LaunchError, MmlmError, explain_os_error
+from mmlm.progress import tell
+from mmlm.train import checkpoint, engine
+from mmlm.train.checkpoint import Policy, Saved
+from mmlm.train.config import LoopConfig
+from mmlm.world import World
+
+FOLDER = "checkpoints"
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 5e-3}
+"""Relative difference of the probe's loss that another number of ranks or threads may make."""
+
+
+class Keeper:
+    """Saves and restores `trainer`. `probe` gives the loss of the fixed probe batch; `data` is the loader's state."""
+
+    def __init__(
+        self, out: Path, config: LoopConfig, world: World, trainer: engine.DeepSpeedEngine,
+        probe: Callable[[], float], data: Mapping[str, Any], device: torch.device,
+    ) -> None:  # fmt: skip
+        self.folder, self.config, self.world, self.device = out / FOLDER, config, world, device
+        self.trainer, self.probe, self.data = trainer, probe, dict(data)
+        best = config.keep_best or int(config.validation.export == "best")
+        self.policy = Policy(config.keep, config.keep_every, best)
+        self.seconds = 0.0
+        """The longest save so far, from the wish to the last byte."""
+        self._thread: threading.Thread | None = None
+        self._problem: MmlmError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether rank 0 could not write what it was last given."""
+        return self._problem is not None
+
+    def save(self, step: int, state: Mapping[str, Any], *, wait: bool) -> None:
+        """Save after `step` steps. Raises LaunchError on every rank when this save (with `wait`) or the last failed."""
+        started = time.monotonic()
+        self._settle()
+        probe = self.probe()
+        row = {
+            **state, "probe": probe, "scalars": self.trainer.scalars(), "data": self.data, "ranks": self.world.size,
+            "save_seconds": self.seconds,
+        }  # fmt: skip
+        tensors = self.trainer.state()
+        if self.world.is_main:
+            self._thread = threading.Thread(target=self._write, args=(step, tensors, row, started), name="mmlm-save")
+            self._thread.start()
+        if wait:
+            self._settle()
+
+    def _write(self, step: int, tensors: Any, row: Mapping[str, Any], started: float) -> None:
+        try:
+            checkpoint.save(self.folder, step, tensors, row, self.policy)
+        except OSError as error:
+            self._problem = explain_os_error(error) or LaunchError(f"cannot write the checkpoint ({error})")
+        except Exception as error:  # a thread's traceback would go unseen
+            self._problem = LaunchError(f"cannot write the checkpoint ({type(error).__name__}: {error})")
+        self.seconds = max(self.seconds, time.monotonic() - started)
+
+    def _settle(self) -> None:
+        """Wait for what is being written; when it failed, every rank raises the same LaunchError."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        problem, self._problem = self._problem, None
+        raise_everywhere(problem)
+
+    def finish(self) -> None:
+        """Everything given is on the disk, or LaunchError."""
+        self._settle()
+
+    def newest(self) -> Saved | None:
+        """The newest intact checkpoint, looked for and checked by rank 0, which tells of damaged ones."""
+        found = checkpoint.newest(self.folder, lambda text: tell(f"train: {text}")) if self.world.is_main else None
+        step = engine.broadcast(found.step if found else None)
+        return found if step is None or found else checkpoint.read(self.folder, step)
+
+    def restore(self, saved: Saved) -> None:
+        """Load `saved` and prove it: the same data, and the probe batch has the loss that it had.
+
+        Raises ArtifactError with both numbers, or both digests, when it is not the same.
+        """
+        self._require_same_data(saved)
+        self.trainer.load(saved.tensors(), saved.state.get("scalars", {}))
+        self.seconds = max(self.seconds, float(saved.state.get("save_seconds", 0.0)))
+        probe = self.probe()
+        same = math.isclose(probe, saved.probe, rel_tol=TOLERANCE[self.config.precision], abs_tol=1e-3)
+        if sum(engine.total([float(not same)], self.device)):
+            raise ArtifactError(
+                f"the resumed model's loss on the probe batch is {probe:.6f}",
+                wanted=f"{saved.probe:.6f}, as when step {saved.step} was saved",
+                cure=f"remove the folder {self.folder} to start over, and report this",
+            )
+
+    def _require_same_data(self, saved: Saved) -> None:
+        for name, there in saved.state.get("data", {}).items():
+            here = self.data.get(name)
+            if here != there:
+                raise ArtifactError(
+                    f"the data of the checkpoint {saved.path.name} have the {name} {there}",
+                    wanted=f"{here}, as the data here",
+                    cure=f"train on the data that it was begun with, or remove {self.folder} to start over",
+                )
+
+    def steps(self) -> list[int]:
+        """Steps whose checkpoints are there, once what is being written is there, too."""
+        self._settle()
+        return engine.broadcast(sorted(checkpoint.steps(self.folder)))
+
+    def back_to(self, step: int) -> Saved:
+        """Restore the checkpoint of `step` and remove those after it: they lead to where training must not go again."""
+        saved = checkpoint.read(self.folder, step)
+        self.restore(saved)
+
+        def drop() -> None:
+            for later in checkpoint.steps(self.folder):
+                if later > step:
+                    checkpoint.drop(self.folder, later)
+
+        on_main(drop, self.world)
+        return saved
+
+
+def on_main(write: Callable[[], None], world: World) -> None:
+    """Let rank 0 write while the others wait; when it cannot (a full disk), every rank raises the same LaunchError."""
+    problem: MmlmError | None = None
+    if world.is_main:
+        try:
+            write()
+        except OSError as error:
+            problem = explain_os_error(error) or LaunchError(f"cannot write ({error})")
+    raise_everywhere(problem)
+
+
+def raise_everywhere(problem: MmlmError | None) -> None:
+    """Raise rank 0's `problem`, if it has one, on every rank."""
+    told = engine.broadcast((problem.found, problem.cure) if problem else None)
+    if told:
+        raise LaunchError(told[0], cure=told[1])

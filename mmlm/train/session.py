@@ -1,0 +1,187 @@
+"""Session: everything of a training that is not arithmetic, held together for the loop; the same calls on every rank."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mmlm.data.collate import Batch
+from mmlm.data.loader import Loader
+from mmlm.errors import ArtifactError
+from mmlm.progress import Progress, tell
+from mmlm.train import checkpoint, engine, weights
+from mmlm.train.config import LoopConfig
+from mmlm.train.control import Stop, Where
+from mmlm.train.guard import Guard
+from mmlm.train.keeper import Keeper, on_main
+from mmlm.train.ledger import Ledger
+from mmlm.train.objectives import Objective, loss_of
+from mmlm.train.telemetry import Telemetry
+from mmlm.train.validation import Validation
+from mmlm.world import World
+
+
+class Session:
+    """Checkpoints, guard, validation, ledger and telemetry of one attempt."""
+
+    def __init__(
+        self, trainer: engine.DeepSpeedEngine, objective: Objective, loader: Loader, config: LoopConfig, shards: Path,
+        out: Path, name: str, where: Where, world: World, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.trainer, self.objective, self.loader, self.config = trainer, objective, loader, config
+        self.shards, self.out, self.name, self.where, self.world, self.device = shards, out, name, where, world, device
+        self.keeper = Keeper(out, config, world, trainer, self.probe, loader.state(), device)
+        self.guard = Guard(config.spikes, out, world.is_main, name)
+        self.validation = Validation(shards, config, world, device)
+        self.ledger = Ledger(out, world.rank, where.ledger)
+        model: Any = trainer.module
+        self.telemetry = Telemetry(out, world, device, config.precision, model.config, loader.reader.spec)
+        self._attempts = 0
+        self._seen: dict[str, float] = {}
+        """The last row of validation, for the next row of the log."""
+
+    # beginning, going back, ending
+
+    def resume(self) -> int:
+        """Go on from the newest intact checkpoint, proved on the probe batch. Returns the step to do next, from 0."""
+        saved = self.keeper.newest()
+        if saved is None and self.where.resume:
+            raise ArtifactError(
+                f"{self.keeper.folder} holds no intact checkpoint", wanted="one to go on from (--resume)",
+                cure="leave --resume away to begin anew",
+            )  # fmt: skip
+        self.guard.take(engine.broadcast(self.guard.kept() if self.world.is_main else None))
+        if saved:
+            self.keeper.restore(saved)
+            self._load(saved.state)
+            if self.world.is_main:
+                tell(
+                    f"{self.name}: going on from step {saved.step}, proved on the probe batch (loss {saved.probe:.4f})"
+                )
+        return self._begin(saved.step if saved else 0)
+
+    def roll_back(self) -> int:
+        """Back to the checkpoint before the bad steps, whose data are not seen again. Returns the step to do next."""
+        to = self.guard.roll_back(self.keeper.steps())
+        saved = self.keeper.back_to(to)
+        kept, rollbacks = self.guard.skipped, self.guard.rollbacks
+        self._load(saved.state)
+        self.guard.bad = []
+        if self.world.is_main:
+            tell(f"{self.name}: rolled back to step {to} ({rollbacks} so far); {len(kept)} steps are skipped in all")
+        return self._begin(to)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if "guard" in state:
+            self.guard.load(state["guard"])
+        if "validation" in state:
+            self.validation.load(state["validation"])
+
+    def _begin(self, step: int) -> int:
+        self.telemetry.rewind(step)
+        self._attempts = engine.broadcast(self.ledger.count() + 1)
+        self.ledger.begin(self._attempts, step, self.world.size)
+        return step
+
+    def finish(self, step: int) -> dict[str, float]:
+        """Write the model. Returns the stage's figures."""
+        self.keeper.finish()
+        tensors, export = self._exported(step)
+        config: Any = self.trainer.module.config
+        on_main(lambda: weights.save_model(self.out, tensors, config, self.shards), self.world)
+        counts: dict[str, float] = {"steps": step, "ranks": self.world.size, "zero_stage": self.config.zero.stage}
+        if self.guard.skipped:
+            counts |= {"skipped": len(self.guard.skipped), "rollbacks": self.guard.rollbacks}
+        return {**counts, "exported_step": export} if self.config.validation.every else counts
+
+    def _exported(self, done: int) -> tuple[dict[str, torch.Tensor], int]:
+        """The weights that become the model, and the step that they are of."""
+        tensors = self.trainer.result()
+        found = checkpoint.best(self.keeper.folder) if self.config.validation.export == "best" else None
+        if found is None:
+            return tensors, done
+        kind = "ema" if self.config.ema and self.config.ema.use else "weight"
+        return found.tensors()[kind], found.step
+
+    # in every step
+
+    def passes_over(self, step: int, batches: list[Batch]) -> bool:
+        """Whether `step` was skipped before, by an earlier attempt or a roll-back, and is again."""
+        reason = self.guard.skipped.get(step, "")
+        if reason:
+            self.ledger.write(step, _ids(batches), reason)
+        return bool(reason)
+
+    def wants_to_stop(self, stop: Stop) -> bool:
+        return stop.wanted(2 * self.telemetry.longest, self.keeper.seconds) or self.keeper.failed
+
+    def note(self, step: int, batches: list[Batch], figures: dict[str, float], bad: str) -> None:
+        """What became of `step`: taken, or skipped for `bad` or for a gradient that is no number."""
+        norm = figures["gradient_norm"]
+        scaling = self.config.precision == "fp16"  # an overflow only makes the scale smaller
+        if not bad and not scaling and not math.isfinite(norm):
+            bad = f"the gradient's norm is {norm}"
+        self.ledger.write(step, _ids(batches), bad)
+        if bad:
+            ids = _gather(_ids(batches), self.world)
+            figures = {key: value if math.isfinite(value) else str(value) for key, value in figures.items()}  # type: ignore[misc]
+            self.guard.skip(step, bad, {**figures, "ids": ids, "mean": self.guard.mean})
+            if self.world.is_main:
+                tell(f"{self.name}: step {step + 1} is skipped: {bad}; see {self.guard.folder}")
+
+    def log(self, step: int, figures: dict[str, float], progress: Progress) -> None:
+        """A row of `metrics.jsonl` where one is due."""
+        if step % self.config.log_every and step != self.config.steps:
+            return
+        extra = {"skipped": float(len(self.guard.skipped))} if self.guard.skipped else {}
+        figures = {key: value for key, value in figures.items() if math.isfinite(value)}
+        row = self.telemetry.row(step, {**figures, **extra})
+        if self.world.is_main:
+            note = f"loss {figures.get('loss', math.nan):.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+            progress.set(step, f"{note}, MFU {row['mfu']:.0%}")
+
+    def validate(self, step: int) -> None:
+        """Look at the validation split where it is due."""
+        self.validation.improved = False
+        if self.validation.due(step):
+            with self.telemetry.clock.phase("validation"):
+                self._seen = self.validation.run(self.trainer, step)
+            self.telemetry.write(step, self._seen)
+
+    def save(self, step: int, *, due: bool, wait: bool) -> None:
+        """A checkpoint where one is due: every so often, when the validation was better than ever, or when asked."""
+        best = self.validation.improved and self.keeper.policy.best > 0
+        if not (due or best or step % self.config.save_every == 0):
+            return
+        looked = self.validation.due(step)
+        state = {
+            "guard": self.guard.state(),
+            "validation": self.validation.state(),
+            "score": self.validation.score(self._seen) if looked else None,
+        }
+        with self.telemetry.clock.phase("save"):
+            self.keeper.save(step, state, wait=wait)
+
+    def probe(self) -> float:
+        """Loss of the fixed probe batch; every rank computes the same one."""
+        with torch.no_grad(), self.trainer.evaluating():
+            batch = self.loader.probe().to(self.device)
+            loss = loss_of(self.objective(self.trainer.model, batch), self.objective.counts(batch))
+        return float(loss)
+
+
+def _ids(batches: list[Batch]) -> list[str]:
+    return [name for batch in batches for name in batch.ids]
+
+
+def _gather(ids: list[str], world: World) -> list[str]:
+    """The ids of all ranks, in their order."""
+    if world.size == 1:
+        return ids
+    all_ids: list[list[str]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(all_ids, ids)
+    return [name for some in all_ids for name in some]

@@ -1,0 +1,112 @@
+"""Validation: the held-out split while training, with what its records give; early stop; which checkpoint is best.
+
+The records are cut into chunks once, whatever the number of ranks; a chunk is worked on by one rank, and its sums are
+added up in order of the chunks, so that every number of ranks gives the same value from the same weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmlm.data.collate import IGNORE, collate
+from mmlm.data.loader import CACHE_BYTES
+from mmlm.data.reader import ShardReader
+from mmlm.errors import DataError
+from mmlm.train import engine
+from mmlm.train.config import LoopConfig
+from mmlm.train.objectives import Answering, own_classes
+from mmlm.world import World
+
+CHUNK = 32
+"""Records of one forward pass."""
+
+
+class Validation:
+    """`due(step)`, `run(trainer)`; remembers the best value and for how long there was no better one."""
+
+    def __init__(self, shards: Path, config: LoopConfig, world: World, device: torch.device) -> None:
+        self.config, self.world, self.device = config.validation, world, device
+        self.best: float | None = None
+        """The lowest score: the loss, or 1 - accuracy."""
+        self.best_step, self.stale = 0, 0
+        self.improved = False
+        """Whether the last look was better than all before."""
+        if self.config.every:
+            self._open(shards, config)
+
+    def _open(self, shards: Path, config: LoopConfig) -> None:
+        self.reader = ShardReader(shards, ("val",), CACHE_BYTES)
+        if not len(self.reader):
+            raise DataError(
+                f"{shards} has no records for validation",
+                cure="give scan.yaml a `split` with `val`, or validation.every=0",
+            )
+        self.objective = Answering(config.loss, self.reader.spec)
+        order = np.random.default_rng((0, 7)).permutation(len(self.reader))
+        chosen = np.sort(order[: self.config.records])
+        self.chunks = [chosen[at : at + CHUNK] for at in range(0, len(chosen), CHUNK)]
+
+    @property
+    def over(self) -> bool:
+        """Whether training should stop early."""
+        return bool(self.config.patience) and self.stale >= self.config.patience
+
+    def due(self, step: int) -> bool:
+        """Whether to look after `step` steps."""
+        return self.config.every > 0 and step % self.config.every == 0
+
+    def run(self, trainer: engine.DeepSpeedEngine, step: int) -> dict[str, float]:
+        """Loss and accuracy of the class head after `step` steps, by their names in `metrics.jsonl`."""
+        names = [*self.objective.names, "right"]
+        sums = np.zeros((len(self.chunks), 2 * len(names)))
+        rounds = -(-len(self.chunks) // self.world.size)
+        with torch.no_grad(), trainer.evaluating():
+            for number in range(self.world.rank, rounds * self.world.size, self.world.size):
+                # under ZeRO-3 all ranks pass all layers together: who has no chunk left works one for nothing
+                real = number < len(self.chunks)
+                found = self._chunk(trainer.model, self.chunks[number if real else 0])
+                if real:
+                    sums[number] = [part for name in names for part in found[name]]
+        totals = np.array(engine.total(sums.ravel().tolist(), self.device)).reshape(sums.shape).sum(0)
+        means = {name: totals[2 * n] / max(totals[2 * n + 1], 1.0) for n, name in enumerate(names)}
+        weights = self.objective.config.model_dump()
+        values = {f"val/loss_{name}": float(means[name]) for name in self.objective.names}
+        values = {"val/loss": sum(weights[n] * means[n] for n in self.objective.names), **values}
+        values["val/label_accuracy"] = float(means["right"])
+        self._note(values, step)
+        return {**values, "val/best": float(self.best or 0.0)}
+
+    def _chunk(self, model: torch.nn.Module, numbers: np.ndarray) -> dict[str, tuple[float, float]]:
+        """name → (sum, count)."""
+        batch = collate([self.reader[int(n)] for n in numbers], self.reader.spec).to(self.device)
+        output = model(batch)
+        counts = self.objective.counts(batch)
+        found = {n: (float(t.sum), counts[n]) for n, t in self.objective.terms(output, batch).items()}
+        logits_RC = own_classes(output.label_RC.float(), batch.task_R, self.objective.allowed)
+        labelled = batch.label_R != IGNORE
+        right = (logits_RC.argmax(-1) == batch.label_R) & labelled
+        return {**found, "right": (float(right.sum()), float(labelled.sum()))}
+
+    def _note(self, values: dict[str, float], step: int) -> None:
+        score = self.score(values)
+        self.improved = self.best is None or score < self.best
+        if self.improved:
+            self.best, self.best_step, self.stale = score, step, 0
+        else:
+            self.stale += 1
+
+    def score(self, values: dict[str, float]) -> float:
+        """The metric as something to make small."""
+        value = values[f"val/{self.config.metric}"]
+        return value if self.config.metric == "loss" else 1.0 - value
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"best": self.best, "best_step": self.best_step, "stale": self.stale}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.best, self.best_step, self.stale = state["best"], state["best_step"], state["stale"]
