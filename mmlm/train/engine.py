@@ -161,6 +161,11 @@ class DeepSpeedEngine:
         """Forget what was added, and go on to the next step."""
         self._step(hold=True)
 
+    def pass_over(self) -> None:
+        """A step that is not even tried, by any rank: only the schedules go on."""
+        self.taken, self.skipped = self.taken + 1, self.skipped + 1
+        self._freeze()
+
     def _step(self, hold: bool) -> float:
         self.rules.hold, self.rules.updates = hold, self.updates
         scale = zero.loss_scale(self.optimizer)

@@ -114,6 +114,7 @@ class Session:
         reason = self.guard.skipped.get(step, "")
         if reason:
             self.ledger.write(step, _ids(batches), reason)
+            self.trainer.pass_over()
         return bool(reason)
 
     def wants_to_stop(self, stop: Stop) -> bool:
