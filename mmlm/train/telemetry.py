@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -66,6 +65,7 @@ class Telemetry:
         self.clock = Clock()
         self.longest = 0.0
         """Seconds of the longest step, saves and validation left out."""
+        self._cpu = time.process_time()
         self._steps = 0
         self._tokens = self._positions = self._records = self._flops = 0.0
         self._each: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -104,8 +104,12 @@ class Telemetry:
     def row(self, step: int, values: dict[str, float]) -> dict[str, float]:
         """Write the figures since the last row beside `values`. Returns all of them."""
         seconds, spent = self.clock.reset()
-        mine = [self._tokens, self._positions, self._records, self._flops, float(rss_bytes()), self._cuda_bytes()]
-        tokens, positions, records, flops, rss, cuda, *given = engine.total([*mine, *self._by_given()], self.device)
+        cpu, self._cpu = time.process_time() - self._cpu, time.process_time()
+        memory = [*resident_bytes(), self._cuda_bytes()]
+        mine = [self._tokens, self._positions, self._records, self._flops, cpu, *memory]
+        tokens, positions, records, flops, cpu, rss, own, cuda, *given = engine.total(
+            [*mine, *self._by_given()], self.device
+        )
         training = max(seconds - spent.get("validation", 0.0), 1e-9)
         figures = {
             **values,
@@ -122,7 +126,9 @@ class Telemetry:
             "data_wait": spent.get("data", 0.0) / training,
             "outside": 1 - spent.get("compute", 0.0) / training,
             "step_seconds": training / max(self._steps, 1),
+            "cpu_seconds": cpu,
             "memory_rss_bytes": rss,
+            "memory_own_bytes": own,
         }
         if cuda:
             figures["memory_cuda_bytes"] = cuda
@@ -164,13 +170,12 @@ def given_of_targets(batch: Batch) -> torch.Tensor:
     return kinds[record_BT[batch.target_BT != IGNORE]]
 
 
-def rss_bytes() -> int:
-    """Resident memory of this process; 0 where there is no /proc."""
-    try:
-        with open("/proc/self/statm") as f:
-            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+def resident_bytes() -> tuple[float, float]:
+    """Resident memory of this process, and what of it is its own: no pages of mapped files. 0 where there is no /proc."""
+    found = {}
+    with contextlib.suppress(OSError), open("/proc/self/status") as f:
+        found = {line.split(":")[0]: float(line.split()[1]) * 1024 for line in f if line.startswith(("VmRSS", "Rss"))}
+    return found.get("VmRSS", 0.0), found.get("RssAnon", 0.0) + found.get("RssShmem", 0.0)
 
 
 def _step_of(line: str) -> int:

@@ -1,0 +1,153 @@
+"""Checkpoints on the disk: what stays, what a kill at every file boundary leaves, what damage does. No ranks needed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmlm.shards.faultpoints import VARIABLE
+from mmlm.storage import sha256_file
+from mmlm.train import checkpoint
+from mmlm.train.checkpoint import Policy
+from mmlm.train.weights import write_tensors
+from tests.faults.stage import Hold, wait_for
+
+TENSORS = {
+    kind: {name: torch.arange(n * 8, dtype=torch.float32) + n for n, name in enumerate(("a.weight", "b.norm"))}
+    for kind in ("weight", "exp_avg")
+}
+KEEP = Policy()
+BOUNDARIES = 1 + len(TENSORS) + 2
+"""Of a save that drops nothing: before the first file, after each of them, after state.json, after the rename."""
+
+
+def save(folder: Path, step: int, policy: Policy = KEEP, **state: Any) -> None:
+    moved = {kind: {name: t + step for name, t in named.items()} for kind, named in TENSORS.items()}
+    checkpoint.save(folder, step, moved, {"probe": step / 7, **state}, policy)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_written_is_read_and_hashed_as_it_goes(tmp_path: Path):
+    tensors = {
+        "half": torch.randn(3, 5).bfloat16(),
+        "one": torch.tensor(2.0),
+        "none": torch.zeros(0, 4),
+        "turned": torch.randn(4, 6).t(),
+        "count": torch.tensor([1, 2]),
+    }
+    digest = write_tensors(tensors, tmp_path / "t.safetensors")
+    assert digest == sha256_file(tmp_path / "t.safetensors")
+    read = load_file(tmp_path / "t.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor), name
+
+
+def test_the_newest_the_best_and_some_for_good_stay(tmp_path: Path):
+    policy = Policy(keep=2, every=40, best=1)
+    for step in range(10, 110, 10):
+        save(tmp_path, step, policy, score=abs(step - 30) + 0.5)
+    assert sorted(checkpoint.steps(tmp_path)) == [30, 40, 80, 90, 100]
+    best = checkpoint.best(tmp_path)
+    assert best is not None and best.step == 30
+    save(tmp_path, 110, Policy(keep=1))
+    assert names(tmp_path) == ["step-00000110"]
+
+
+@pytest.mark.parametrize("boundary", range(1, BOUNDARIES + 1))
+def test_a_save_killed_at_a_file_boundary_never_shadows_a_good_one(tmp_path: Path, boundary: int):
+    folder = tmp_path / "checkpoints"
+    save(folder, 1)
+    kill_at(boundary, folder, tmp_path / "hold", step=2)
+    saved = checkpoint.newest(folder)
+    assert saved is not None
+    assert saved.step == (2 if boundary == BOUNDARIES else 1)
+    assert torch.equal(saved.tensors()["exp_avg"]["a.weight"], TENSORS["exp_avg"]["a.weight"] + saved.step)
+    save(folder, 3)
+    assert names(folder) == [checkpoint.name_of(saved.step), "step-00000003"]
+
+
+def test_dropping_old_ones_can_be_killed_anywhere(tmp_path: Path):
+    for boundary in (BOUNDARIES + 1, BOUNDARIES + 2, BOUNDARIES + 3, BOUNDARIES + 4):
+        folder = tmp_path / f"{boundary}" / "checkpoints"
+        save(folder, 1)
+        save(folder, 2)
+        kill_at(boundary, folder, tmp_path / f"{boundary}" / "hold", step=3, keep=1)
+        saved = checkpoint.newest(folder, lambda text: pytest.fail(text))
+        assert saved is not None and saved.step == 3
+        save(folder, 4, Policy(keep=1))
+        assert names(folder) == ["step-00000004"]
+
+
+def test_these_are_all_boundaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hold = Hold(tmp_path / "hold", checkpoint.POINT, nth=99)
+    monkeypatch.setenv(VARIABLE, hold.environment[VARIABLE])
+    folder = tmp_path / "checkpoints"
+    save(folder, 1)
+    assert hold.arrivals() == BOUNDARIES
+    save(folder, 2)
+    save(folder, 3, Policy(keep=1))
+    assert hold.arrivals() == 3 * BOUNDARIES + 4  # two for each that was dropped
+
+
+def kill_at(boundary: int, folder: Path, hold_folder: Path, step: int, keep: int = 3) -> None:
+    """SIGKILL a process that saves when it comes to the `boundary`-th of its file boundaries."""
+    hold = Hold(hold_folder, checkpoint.POINT, nth=boundary)
+    child = multiprocessing.get_context("fork").Process(
+        target=_save_held, args=(hold.environment[VARIABLE], folder, step, keep)
+    )
+    child.start()
+    wait_for("the save at its boundary", hold.pid, 30)
+    assert child.pid is not None and hold.pid() == child.pid
+    os.kill(child.pid, signal.SIGKILL)
+    child.join(30)
+    assert child.exitcode == -signal.SIGKILL
+
+
+def _save_held(variable: str, folder: Path, step: int, keep: int) -> None:
+    os.environ[VARIABLE] = variable
+    torch.set_num_threads(1)
+    save(folder, step, Policy(keep=keep))
+
+
+@pytest.mark.parametrize("victim", ["weight.safetensors", "exp_avg.safetensors", "state.json", "missing", "cut"])
+def test_the_one_before_a_damaged_one_is_taken_and_the_user_told(
+    tmp_path: Path, victim: str, capsys: pytest.CaptureFixture[str]
+):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    newest = tmp_path / "step-00000002"
+    if victim == "missing":
+        (newest / "weight.safetensors").unlink()
+    elif victim == "cut":
+        (newest / "state.json").write_text("{")
+    else:
+        data = bytearray((newest / victim).read_bytes())
+        data[-20] ^= 4
+        (newest / victim).write_bytes(data)
+    saved = checkpoint.newest(tmp_path)
+    assert saved is not None and saved.step == 1
+    said = capsys.readouterr().err
+    assert "step-00000002 is damaged" in said and "damaged-step-00000002" in said
+    assert names(tmp_path) == ["damaged-step-00000002", "step-00000001"]
+    save(tmp_path, 2)
+    again = checkpoint.newest(tmp_path)
+    assert again is not None and again.step == 2
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path):
+    save(tmp_path, 5)
+    before = (tmp_path / "step-00000005" / "state.json").stat().st_mtime_ns
+    save(tmp_path, 5)
+    assert (tmp_path / "step-00000005" / "state.json").stat().st_mtime_ns == before

@@ -1,0 +1,73 @@
+"""Time limits, stop files, signals, and where they come from."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from mmlm.errors import ConfigError
+from mmlm.train.control import START_SECONDS, Stop, Where, seconds_of
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("3:59:00", 14340),
+        ("1-12:00:00", 129600),
+        ("59:30", 3570),
+        ("90", 90),
+        ("1.5h", 5400),
+        ("45m", 2700),
+        ("2d", 172800),
+    ],
+)
+def test_durations(text: str, seconds: float):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "3:", "4 weeks", "-5", "1:2:3:4"])
+def test_what_is_no_duration_is_refused(text: str):
+    with pytest.raises(ConfigError, match="3:59:00"):
+        seconds_of(text)
+
+
+def test_a_time_limit_leaves_room_for_the_step_and_the_save():
+    left = START_SECONDS + 10
+    with Stop(Where(deadline=time.time() + left)) as stop:
+        assert not stop.wanted(step_seconds=2, save_seconds=4)
+        assert not stop.reason
+        assert stop.wanted(step_seconds=2, save_seconds=6)
+        assert "time is over" in stop.why
+        assert stop.wanted(step_seconds=0, save_seconds=0.1)  # once asked, always asked
+
+
+def test_before_a_save_was_measured_a_long_one_is_assumed():
+    with Stop(Where(deadline=time.time() + START_SECONDS + 20)) as stop:
+        assert stop.wanted(step_seconds=0.1, save_seconds=0.0)
+
+
+def test_the_earlier_of_flag_and_slurm_counts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MMLM_DEADLINE", "2000")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
+    assert Where.from_environment().deadline == 1000
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    assert Where.from_environment().deadline == 2000
+    assert Where(**Where.from_environment().plain()) == Where.from_environment()
+
+
+def test_a_file_and_a_signal_ask_to_stop(tmp_path: Path):
+    before = signal.getsignal(signal.SIGUSR1)
+    with Stop(Where(stop_file=str(tmp_path / "stop"))) as stop:
+        assert not stop.wanted(1, 1)
+        (tmp_path / "stop").touch()
+        stop._looked = 0.0
+        assert stop.wanted(1, 1)
+    with Stop(Where()) as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.wanted(1, 1)
+        assert stop.why == " (SIGUSR1)"
+    assert signal.getsignal(signal.SIGUSR1) is before
