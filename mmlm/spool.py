@@ -66,6 +66,10 @@ class State:
     started: int
     run_id: str | None = None
     metrics: int = 0
+    file: int = 0
+    """Inode of the metrics file that the offset `metrics` is of."""
+    latest: int = 0
+    """Time of the latest point that was sent."""
     rows: int = 0
     dropped: int = 0
     ended: bool = False

@@ -193,28 +193,38 @@ def _forward_metrics(client: Any, state: spool.State) -> None:
     from mlflow.entities import Metric
 
     curves = state.path.parent / spool.METRICS
-    if curves.exists() and (size := curves.stat().st_size) < state.metrics:
-        state.metrics = size  # a resumed training dropped the rows of the steps that it does again
+    again = 0
+    if curves.exists():
+        found = curves.stat()
+        if (found.st_ino != state.file and state.metrics) or found.st_size < state.metrics:
+            # a resumed training wrote the file anew, without the rows of the steps that it does again: offsets mean
+            # nothing any more, but rows that were sent are older than the last one that was
+            state.metrics, again = 0, state.latest
+        state.file = found.st_ino
     batch: list[Any] = []
-    after = state.metrics
+    after, latest = state.metrics, state.latest
 
     def flush() -> None:
         state.dropped += _sent(lambda some: client.log_batch(state.run_id, metrics=some), batch)
-        state.metrics = after
+        state.metrics, state.latest = after, latest
         state.save()
         batch.clear()
 
     for row, position in spool.rows_after(curves, state.metrics):
+        stamp = int(row.get("time") or 0)
+        if stamp < again:
+            after = position
+            continue
         values = row.get("metrics")
         points = [
-            Metric(metric_name(str(k)), float(v), int(row.get("time") or 0), int(row.get("step") or 0))
+            Metric(metric_name(str(k)), float(v), stamp, int(row.get("step") or 0))
             for k, v in (values.items() if isinstance(values, dict) else ())
             if isinstance(v, (int, float))
         ]
         if batch and len(batch) + len(points) > 1000:
             flush()
         batch += points[:1000]
-        after = position
+        after, latest = position, max(latest, stamp)
     if after != state.metrics:
         flush()
 

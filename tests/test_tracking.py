@@ -225,6 +225,26 @@ def test_curves_that_are_cut_back_go_on(store: str, tmp_path: Path, monkeypatch:
     assert sorted(seen) == sorted([(s, 1) for s in range(50)] + [(s, 2) for s in range(40, 60)])
 
 
+def test_curves_written_anew_while_nobody_looked_go_on(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, but by the time that the sender looks again the new file is longer than the old one was."""
+    monkeypatch.setattr(tracking_store, "SEND_EVERY", 0.3)
+    tracker = Tracker.start(store, story="anew", out=tmp_path)
+    with tracker, tracker.run("train", {}, work := begin(tmp_path / "model")) as run:
+        for step in range(50):
+            run.metrics({"loss": 1}, step)
+        time.sleep(0.8)
+        curves = work.path / "metrics.jsonl"
+        new = tmp_path / "new"
+        new.write_text("".join(curves.read_text().splitlines(keepends=True)[:40]))
+        new.replace(curves)
+        for step in range(40, 90):
+            run.metrics({"loss": 2.25, "more": step}, step)
+    seen = [(m.step, m.value) for m in client(store).get_metric_history(run.run_id, "loss")]
+    assert sorted(seen) == sorted([(s, 1) for s in range(50)] + [(s, 2.25) for s in range(40, 90)])
+
+
 def test_one_rejected_value_costs_only_itself(store: str, tmp_path: Path) -> None:
     tracker = Tracker.start(store, story="reject", out=tmp_path)
     with tracker, tracker.run("train", {"same": 1, "other": 2}, begin(tmp_path / "model")) as run:
