@@ -2,7 +2,7 @@
 
 Each rank has its own thread. Ranks wait for each other in every step, so when one hangs all do; each writes the stacks of
 its threads to `logs/rank-N.stacks`, waits for the others to do so, and ends. Where the hang holds the interpreter's
-lock, no thread of Python runs: faulthandler's own timer (written in C) then dumps and ends the process.
+lock, no thread of Python runs: faulthandler's own timer (written in C) dumps and ends the process a little later.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Watchdog:
         self.what, self._beat = what, time.monotonic()
         if self._file is not None and self._beat - self._armed > self.seconds / 10:
             self._armed = self._beat
-            faulthandler.dump_traceback_later(1.2 * self.seconds + GRACE, exit=True, file=self._file)
+            faulthandler.dump_traceback_later(1.2 * self.seconds + 2 * GRACE, exit=True, file=self._file)
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self.seconds / 4)):

@@ -1,0 +1,65 @@
+"""What test ranks run: hangs of two kinds, and a training with poisoned records."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmlm import world as worlds
+from mmlm.config import parse
+from mmlm.data.collate import Batch
+from mmlm.features import spec as feature_spec
+from mmlm.train import engine, weights
+from mmlm.train.config import TrainConfig
+from mmlm.train.control import Stop, Where
+from mmlm.train.loop import fit
+from mmlm.train.objectives import Answering, Term
+from mmlm.train.train import write_counts
+from mmlm.train.watchdog import Watchdog
+
+
+def hang(out: str, seconds: float, locked: bool) -> None:
+    """Rank 0 waits for rank 1, which comes no more: it sleeps, or holds the interpreter's lock while it does."""
+    world = worlds.from_environment()
+    with Stop(Where()), Watchdog(seconds, Path(out) / "logs", world, "train") as dog:
+        for step in range(3):
+            dog.beat(f"step {step + 1}")
+            time.sleep(seconds / 4)
+        _stuck(locked and world.rank == 1)
+
+
+def _stuck(locked: bool) -> None:
+    if locked:
+        ctypes.PyDLL(None).sleep(600)
+    time.sleep(600)
+
+
+class Poisoned(Answering):
+    """Answering, but the loss of a batch that holds one of `ids` is `loss`."""
+
+    ids: frozenset[str] = frozenset()
+    loss = math.nan
+
+    def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
+        terms = super().__call__(model, batch)
+        if self.ids & set(batch.ids):
+            terms["answer"] = terms["answer"]._replace(sum=terms["answer"].sum * self.loss)
+        return terms
+
+
+def train_poisoned(config: dict[str, Any], shards: str, out: str, ids: list[str], loss: float) -> None:
+    settings = parse(TrainConfig, config, "train")
+    engine.start(worlds.from_environment())
+    torch.manual_seed(settings.seed)
+    spec = feature_spec.load(Path(shards))
+    model = weights.build(settings.model, spec)
+    objective = Poisoned(settings.loss, spec)
+    objective.ids, objective.loss = frozenset(ids), loss
+    counts = fit(model, objective, settings, Path(shards), Path(out), "train", Where(ledger=True))
+    write_counts(Path(out), counts, model)
+    engine.stop()
