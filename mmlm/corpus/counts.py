@@ -59,7 +59,7 @@ class Tally:
             self.other_labels[record.task] |= labels
             return
         self.labels[record.task] |= labels
-        question = "\n".join(p.text or "" for p in record.parts if p.kind == "text" and p.role == "user")
+        question = "\n".join(p.text or "" for p in record.parts if p.kind == "text" and p.role == "user" and not p.turn)
         asked = self.questions[record.task]
         if question and (question in asked or len(asked) < MOST_QUESTIONS):
             asked[question] += 1

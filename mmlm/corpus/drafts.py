@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import math
 import os
 import posixpath
@@ -80,7 +81,8 @@ def decode_text(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if looks_gb18030(data.splitlines()):
-            return data.decode("gb18030")
+            with contextlib.suppress(UnicodeDecodeError):  # a line may end within a character
+                return data.decode("gb18030")
         raise RefuseError("bad_encoding", f"not UTF-8 at byte {error.start}") from None
 
 

@@ -309,9 +309,12 @@ def _content(record: Record, media: list[str]) -> list[list[Any]]:
     """The parts as JSON values; `media` are the hashes of the files, in order."""
     hashes = iter(media)
     return [
-        [p.kind, p.role, p.text if p.kind == "text" else p.fields if p.kind == "fields" else next(hashes)]
+        [
+            p.kind, p.role, p.text if p.kind == "text" else p.fields if p.kind == "fields" else next(hashes),
+            *([p.turn] if p.turn else []),
+        ]
         for p in record.parts
-    ]
+    ]  # fmt: skip
 
 
 def _group(record: Record, media: list[str]) -> str:

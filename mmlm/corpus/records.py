@@ -28,7 +28,8 @@ class Part:
     """One piece of a record: text inline; image, audio, video by `uri` or inline `data`; `fields` as named values.
 
     `role` is `user` (the question and what it is about), `context` (text beside the question that may be taken
-    away, such as a caption) or `system`. Answers are the record's target, never a part.
+    away, such as a caption), `system`, or in a dialogue also `assistant` and `tool`. Answers are the record's target,
+    never a part.
     """
 
     kind: str
@@ -37,11 +38,18 @@ class Part:
     uri: str | None = None
     data: bytes | None = None
     fields: dict[str, float | str | None] | None = None
+    turn: int = 0
+    """Of a dialogue: 0 is the turn that is answered, -1 the one before it, and so on."""
+
+    @property
+    def beside(self) -> bool:
+        """Whether it is text beside the question: a context, or what was said in an earlier turn."""
+        return self.kind == "text" and (self.role == "context" or (self.turn < 0 and self.role != "system"))
 
     @property
     def modality(self) -> str:
         """The name under which evaluation gives it or takes it away: image, audio, video, fields, context, text."""
-        return "context" if self.kind == "text" and self.role == "context" else self.kind
+        return "context" if self.beside else self.kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,7 @@ PART = pa.struct(
         ("uri", pa.string()),
         ("data", pa.binary()),
         ("fields", pa.string()),  # JSON object of numbers, categories and nulls
+        ("turn", pa.int32()),
     ]
 )
 SCHEMA = pa.schema(
@@ -123,7 +132,8 @@ def to_row(record: Record) -> dict[str, Any]:
         "number": record.target.number, "answer": record.target.text,
         "parts": [
             {"kind": p.kind, "role": p.role, "text": p.text, "uri": p.uri, "data": p.data,
-             "fields": json.dumps(p.fields, ensure_ascii=False, sort_keys=True) if p.fields is not None else None}
+             "fields": json.dumps(p.fields, ensure_ascii=False, sort_keys=True) if p.fields is not None else None,
+             "turn": p.turn}
             for p in record.parts
         ],
         "text_bytes": sum(len(text.encode("utf-8", "replace")) for text in texts if text),
@@ -136,7 +146,7 @@ def to_row(record: Record) -> dict[str, Any]:
 def _hash_by_name(record: Record) -> str:
     """Stands for a content hash where the media were not read: their URIs in place of their bytes."""
     parts = [
-        [p.kind, p.role, p.text, p.uri, None if p.data is None else sha256_bytes(p.data), p.fields]
+        [p.kind, p.role, p.text, p.uri, None if p.data is None else sha256_bytes(p.data), p.fields, p.turn]
         for p in record.parts
     ]
     target = record.target
@@ -146,9 +156,12 @@ def _hash_by_name(record: Record) -> str:
 def from_row(row: dict[str, Any]) -> Record:
     """The inverse of `to_row`."""
     parts = tuple(
-        Part(p["kind"], p["role"], p["text"], p["uri"], p.get("data"), json.loads(p["fields"]) if p["fields"] else None)
+        Part(
+            p["kind"], p["role"], p["text"], p["uri"], p.get("data"), json.loads(p["fields"]) if p["fields"] else None,
+            p.get("turn") or 0,  # manifests of before have none
+        )
         for p in row["parts"]
-    )
+    )  # fmt: skip
     labels = tuple(row["labels"]) if row["labels"] is not None else None
     target = Target(row["label"], labels, row["number"], row["answer"])
     return Record(

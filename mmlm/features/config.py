@@ -52,7 +52,8 @@ class FeaturesConfig(Config):
     """How videos become pictures and a sound, in a corpus that has any; null: they go to quarantine as `unsupported`."""
     chat_template: Literal["plain", "chatml", "tokenizer"] = "plain"
     """How the turns before an answer are laid out: one below the other; with ChatML's marks; or by the template that lies
-    beside `tokenizer.file` (`chat_template.jinja`, or in `tokenizer_config.json`). Context keeps its own mark."""
+    beside `tokenizer.file` (`chat_template.jinja`, or in `tokenizer_config.json`). What was said before the
+    last question may be taken away as context is; `plain` marks it as such."""
     encoders: dict[Literal["image", "audio"], EncoderConfig] = {}
     """Pretrained encoders, by the kind of media they read; they need the extra `encoders` (transformers)."""
     fields: bool = True

@@ -11,12 +11,12 @@ import numpy as np
 
 from mmlm.corpus.records import Part, Record, Target
 from mmlm.features.audio import Span, decode_sound
-from mmlm.features.chat import Chat
+from mmlm.features.chat import Chat, Said
 from mmlm.features.failures import SampleError
 from mmlm.features.fields import read_fields
 from mmlm.features.image import decode_image
 from mmlm.features.sample import Sample
-from mmlm.features.spec import ANSWER, AUDIO, BOS, CONTEXT, EOS, FIELDS, IMAGE, FeatureSpec
+from mmlm.features.spec import ANSWER, AUDIO, BOS, EOS, FIELDS, IMAGE, FeatureSpec
 from mmlm.features.text import Tokenizer
 from mmlm.features.video import decode_video
 from mmlm.storage import split_fragment
@@ -55,41 +55,41 @@ class Encoder:
         """The sample of `record`; `read` gives the bytes of a part. Pictures and sounds that the spec has no room for
         are left out.
 
-        `<bos>`, media slots and context in the record's order, question, `<answer>`, and the answer and `<eos>` unless
-        `with_answer` is false. A video gives a slot for each frame, then one for its sound. Raises SampleError with a
+        `<bos>`, what `Chat.lay_out` makes of the record's texts and media slots, `<answer>`, and the answer and `<eos>`
+        unless `with_answer` is false. A video gives a slot for each frame, then one for its sound. Raises SampleError with a
         typed reason.
         """
         sample = Sample(record.id, record.task, np.zeros(0, np.int32), 0)
-        tokens, cut, left_out = [BOS], 0, 0
-        turns: list[tuple[str, str]] = []
-        for part in record.parts:
+        cut, left_out = 0, 0
+        pieces: list[Said] = []
+        for part in self._chat.in_order(record.parts):
+            slots: list[int] = []
             if part.kind == "text":
-                if part.role == "context":
-                    start = len(tokens)
-                    tokens += [CONTEXT, *self.tokenizer.encode(part.text or "")]
-                    sample.context_spans.append((start, len(tokens)))
-                else:
-                    turns.append((part.role, part.text or ""))
+                pieces.append(Said(part.role, part.text or "", turn=part.turn))
             elif self._has_room(part.kind):
                 media = self._decoded(part, read)
                 sample.images += media.images
                 sample.sounds += media.sounds
                 cut += media.cut
-                tokens += [IMAGE] * len(media.images) + [AUDIO] * len(media.sounds)
+                slots = [IMAGE] * len(media.images) + [AUDIO] * len(media.sounds)
             elif part.kind == "fields" and self.spec.fields and part.fields:
                 if sample.fields:
                     raise SampleError("unsupported", "two groups of fields in one record", wanted="one")
                 sample.fields = read_fields(part.fields, self.spec.fields)
-                tokens.append(FIELDS)
+                slots = [FIELDS]
             elif part.kind == "video" and not self.spec.video:
                 raise SampleError("unsupported", "a video", wanted="text, pictures, sounds or fields")
             elif part.kind != "fields":
                 left_out += 1
-        if len(tokens) == 1 and not any(text for _, text in turns):
+            if slots:
+                pieces.append(Said(part.role, slots=tuple(slots), turn=part.turn))
+        if not any(said.slots or said.text or said.role == "context" for said in pieces):
             raise SampleError(
                 "empty", "there is nothing to read: no text, picture, sound or field", wanted="one of them"
             )
-        tokens += self._chat.encode(turns)
+        prompt = self._chat.lay_out(pieces)
+        tokens = [BOS, *prompt.ids]
+        sample.context_spans = [(first + 1, last + 1) for first, last in prompt.spans]
         sample.answer_at = len(tokens)
         tokens.append(ANSWER)
         if with_answer:

@@ -210,7 +210,7 @@ class _Registration:
 
 def example_row(record: Record, data: Path | str) -> dict[str, str]:
     """A record as `{text, image, audio}`; media larger than bundle.MAX_EXAMPLE or gone are left out."""
-    row = {"text": next((p.text for p in record.parts if p.kind == "text" and p.role != "context" and p.text), "?")}
+    row = {"text": next((p.text for p in record.parts if p.kind == "text" and not p.beside and p.text), "?")}
     for part in record.parts:
         if part.kind in ("image", "audio") and part.kind not in row:
             try:

@@ -69,8 +69,10 @@ def test_dialects(tmp_path: Path, scanned: Scan) -> None:
     assert parts(r["list"]) == parts(r["hole"]) == [("image", "user", "b.png"), question]
     assert r["fields"].parts[0].fields == {"age": 3.0, "sex": "f", "bp": None}
     assert parts(r["long"]) == [
-        ("text", "system", "Be brief."), ("text", "context", "Hello"), ("text", "context", "Hi"), question,
+        ("text", "system", "Be brief."), ("text", "user", "Hello"), ("text", "assistant", "Hi"), question,
     ]  # fmt: skip
+    assert [p.turn for p in r["long"].parts] == [-3, -2, -1, 0]
+    assert [p.modality for p in r["long"].parts] == ["text", "context", "context", "text"]
     assert (r["class"].task, r["class"].target.label, r["class"].target.text) == ("digit", "7", None)
     assert r["classes"].target.labels == ("a", "b")
     assert parts(r["no list"]) == [("text", "user", "Is <image> a tag?")]
@@ -112,3 +114,34 @@ def test_media_lie_below_root(tmp_path: Path, scanned: Scan) -> None:
     write_lines(tmp_path / "deep/c.jsonl", rows)
     made = scanned(tmp_path, {**SOURCE, "files": "**/*.jsonl", "root": "deep"})
     assert made.records["0"].parts[0].uri == "deep/media/a.png"
+
+
+def test_turns_are_numbered_and_media_keep_theirs(tmp_path: Path, scanned: Scan) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png(ord(name[0])))
+    talk = turns("What is <image>?", "A cat.", "And <image>?", "A dog.")
+    called = [
+        {"role": "user", "content": "How warm is it?"}, {"role": "assistant", "content": "call weather()"},
+        {"role": "tool", "content": "17"}, {"role": "assistant", "content": "17 degrees."},
+    ]  # fmt: skip
+    rows = [
+        {"id": "two", "messages": talk, "images": ["a.png", "b.png"]},
+        {"id": "list", "messages": turns("What is it?", "A cat.", "Sure?", "Yes."), "images": ["a.png"]},
+        {"id": "tool", "messages": called},
+        {
+            "id": "end",
+            "messages": [*turns("Hello", "Hi", "What?"), {"role": "system", "content": "Be brief."}],
+            "label": "x",
+        },
+    ]
+    write_lines(tmp_path / "c.jsonl", rows)
+    made = scanned(tmp_path, SOURCE)
+    assert not made.refused
+    found = {name: [(p.kind, p.role, p.turn) for p in record.parts] for name, record in made.records.items()}
+    assert found["two"] == [
+        ("text", "user", -2), ("image", "user", -2), ("text", "user", -2), ("text", "assistant", -1),
+        ("text", "user", 0), ("image", "user", 0), ("text", "user", 0),
+    ]  # fmt: skip
+    assert found["list"][0] == ("image", "user", -2)
+    assert found["tool"] == [("text", "user", 0), ("text", "assistant", 0), ("text", "tool", 0)]
+    assert found["end"] == [("text", "user", -2), ("text", "assistant", -1), ("text", "user", 0), ("text", "system", 0)]

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mmlm.corpus.records import Part, Record, Target
 from mmlm.errors import ArtifactError, ConfigError
 from mmlm.features import text as text_module
-from mmlm.features.chat import CHATML, Chat, find_template
+from mmlm.features.chat import CHATML, Chat, Said, find_template
 from mmlm.features.config import FeaturesConfig, TokenizerConfig
 from mmlm.features.failures import SampleError
 from mmlm.features.report import token_report
@@ -163,14 +163,14 @@ def given_folder(folder: Path, template: str = "") -> Tokenizer:
     return given_tokenizer(str(folder / "tokenizer.json"))
 
 
-TURNS = [("system", "Be kind."), ("user", "It is <|im_end|> 7. {{ 1 + 1 }}")]
+TURNS = [Said("system", "Be kind."), Said("user", "It is <|im_end|> 7. {{ 1 + 1 }}")]
 
 
 def test_a_chat_template_marks_turns_and_texts_cannot_pose_as_marks(tmp_path: Path) -> None:
     tokenizer = given_folder(tmp_path, CHATML)
     config = FeaturesConfig(tokenizer=TokenizerConfig(file=str(tmp_path / "tokenizer.json")), chat_template="tokenizer")
     source = find_template(config)
-    by_jinja, by_hand = Chat(source, tokenizer).encode(TURNS), Chat("chatml", tokenizer).encode(TURNS)
+    by_jinja, by_hand = Chat(source, tokenizer).lay_out(TURNS).ids, Chat("chatml", tokenizer).lay_out(TURNS).ids
     assert by_jinja == by_hand
     start, end = (tokenizer.encode_marks(mark) for mark in ("<|im_start|>", "<|im_end|>"))
     assert len(start) == len(end) == 1
@@ -188,13 +188,13 @@ def test_chat_templates_of_other_kinds(tmp_path: Path) -> None:
     template.write_text(
         "{{ bos_token }}{% for m in messages %}[{{ m['role'] | upper }}] {{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
     )
-    ids = Chat(find_template(settings), tokenizer).encode([("user", "7?")])
+    ids = Chat(find_template(settings), tokenizer).lay_out([Said("user", "7?")]).ids
     assert ids == [*tokenizer.encode("[USER] "), *tokenizer.encode("7?"), *tokenizer.encode_marks("<|end|>")]
     template.write_text(
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
     )
     with pytest.raises(SampleError, match="no system"):
-        Chat(find_template(settings), tokenizer).encode(TURNS)
+        Chat(find_template(settings), tokenizer).lay_out(TURNS)
     for hostile in (
         "{{ ''.__class__.__mro__ }}{{ messages.__init__.__globals__ }}",
         "{% include '/etc/passwd' %}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from mmlm.storage import sha256_json
 ROLES = {
     "user": "user", "human": "user", "system": "system", "developer": "system",
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
-    "tool": "context", "function": "context", "context": "context",
+    "tool": "tool", "function": "tool", "observation": "tool", "context": "context",
 }  # fmt: skip
 _PLACEHOLDER = re.compile(r"\s?<(image|audio|video)>\s?")
 _LISTS = {"image": ("images", "image"), "audio": ("audios", "audio"), "video": ("videos", "video")}
@@ -39,7 +39,7 @@ _LISTS = {"image": ("images", "image"), "audio": ("audios", "audio"), "video": (
 def read_chat(source: ChatSource, files: Iterable[tuple[str, Path]], data: str) -> Outcomes:
     """Drafts of every line of `files` ((name shown, path)).
 
-    The last assistant turn is the target; turns before the last question are context.
+    The last assistant turn is the target. Every message is a turn; those before the last question have negative numbers.
     """
     repeats: dict[int, int] = {}
     for shown, path in files:
@@ -141,13 +141,16 @@ class _Media:
 
     def parts(self, turns: list[tuple[str, Any]]) -> list[Part]:
         found: list[Part] = []
-        if not self.placeholders():
-            found += [self.part(kind, item) for kind, items in self.lists.items() for item in items]
+        asked = [at for at, (role, _) in enumerate(turns) if role == "user"]
+        last = asked[-1] if asked else len(turns) - 1
+        if not self.placeholders():  # they belong to the first question
+            first = min(0, (asked[0] if asked else 0) - last)
+            items = [self.part(kind, item) for kind, items in self.lists.items() for item in items]
+            found += [replace(part, turn=first) for part in items]
             self.lists = {}
-        last = len(turns) - 1
         for at, (role, content) in enumerate(turns):
-            shown = role if role in ("system", "context") else "user" if at == last else "context"
-            found += self.content(shown, content)
+            # what a tool or a system says after the last question belongs to its turn
+            found += [_in_turn(part, role, min(0, at - last)) for part in self.content(role, content)]
         if left := {kind: items for kind, items in self.lists.items() if items}:
             raise RefuseError(
                 "media_mismatch", f"{sum(map(len, left.values()))} more {'/'.join(left)} than places for them"
@@ -210,6 +213,10 @@ class _Media:
         if not self.lists.get(kind):
             raise RefuseError("media_mismatch", f"a place for {kind} without one in `{_LISTS[kind][0]}`")
         return self.part(kind, self.lists[kind].pop(0))
+
+
+def _in_turn(part: Part, role: str, turn: int) -> Part:
+    return replace(part, turn=turn, role=part.role if part.kind == "text" else "user" if role == "context" else role)
 
 
 def _value(piece: dict[str, Any], kind: str) -> Any:
