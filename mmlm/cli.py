@@ -351,8 +351,8 @@ def _verb(arguments: argparse.Namespace) -> int:
         from mmlm.shards.mirror import mirror
         from mmlm.stores import blank
 
-        counts = mirror(artifact.path, arguments.mirror)
-        print(f"mirror: {blank(arguments.mirror)}  {stories.describe(counts)}")
+        place, counts = mirror(artifact.path, arguments.mirror)
+        print(f"mirror: {blank(place)}  {stories.describe(counts)}")
     return 0
 
 

@@ -311,6 +311,9 @@ class SplitConfig(Config):
     """Another salt is another split."""
     fill: bool = True
     """When the data give a training split but no val or no test at all, take that share from the training groups."""
+    shared_media: int | None = pydantic.Field(100, ge=2)
+    """Groups that have a picture, sound or video in common share a split, unless more groups than this have it (a logo, a
+    placeholder). null: groups alone decide."""
 
     @pydantic.model_validator(mode="after")
     def _leaves_train(self) -> SplitConfig:

@@ -42,12 +42,14 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """A draft after its media were looked at. `headers` are those of its media parts; `dropped` what was left out."""
+    """A draft after its media were looked at. `headers` are those of its media parts, `media` the hashes of their files;
+    `dropped` what was left out."""
 
     record: Record
     where: str
     headers: tuple[Header, ...]
     dropped: tuple[Refusal, ...] = ()
+    media: tuple[str, ...] = ()
 
 
 class MediaReader:
@@ -161,7 +163,7 @@ class MediaReader:
             # before it is cut, so that all pieces share the group
             record = replace(record, group=record.group or _group(record, hashes))
             for piece, header, name in _cut(record, headers, draft.pieces):
-                yield Looked(_hashed(piece, hashes, name), draft.where, tuple(header), tuple(dropped))
+                yield Looked(_hashed(piece, hashes, name), draft.where, tuple(header), tuple(dropped), tuple(hashes))
                 dropped = []  # counted once
         except UnicodeEncodeError:
             name = record.id.encode("utf-8", "backslashreplace").decode()

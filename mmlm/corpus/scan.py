@@ -3,7 +3,8 @@
 Everything found is either kept (a row of `records-*.parquet`, sorted by id), refused (a row of `refused.parquet` with
 a typed reason) or dropped by curation (a row of `curation.parquet`): found = kept + refused + dropped, always. The
 manifest does not depend on the order in which files or lines are listed. Memory: sorted runs go to disk; what grows
-with the corpus is one small entry per group (about 200 bytes) and, for tables without ids, one per row.
+with the corpus is one small entry per group (about 200 bytes), 16 bytes per use of a picture, sound or video and, for
+tables without ids, one entry per row.
 
 A corpus that grew is scanned as a whole, and each record that stands in the earlier manifest as it does now keeps its
 generation there; the others are a new generation. So what comes out is what one scan of everything would give, and
@@ -118,7 +119,7 @@ def _make(config: ScanConfig, data: Path | str, work: Work, earlier: Artifact | 
                     refused.add(refused_row(outcome))
                 else:
                     spool.add({**to_row(outcome.record), "where": outcome.where})
-                    splitter.note(outcome.record.group, outcome.record.split)
+                    splitter.note(outcome.record.group, outcome.record.split, outcome.media)
                     for header in outcome.headers:
                         sizes.add(header)
                     for part in outcome.dropped:
@@ -148,6 +149,8 @@ def _make(config: ScanConfig, data: Path | str, work: Work, earlier: Artifact | 
             counts["removed"] = generations.removed
         if splitter.torn:
             counts["groups_in_two_splits"] = len(splitter.torn)
+        counts |= {"groups_joined_by_media": splitter.joined} if splitter.joined else {}
+        counts |= {"groups_not_joined_by_media": splitter.apart} if splitter.apart else {}
         _require_useful(config, counts, work.path)
     finally:
         for sorter in (spool, refused, dropped, curation.told):

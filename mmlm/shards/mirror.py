@@ -4,6 +4,10 @@ Shards and their indexes go first, in parallel, then the tables, `artifact.json`
 object is put under the condition that there is none of its name (S3 `If-None-Match: *`, Google Cloud Storage
 `ifGenerationMatch=0`, a hard link on a file system). One that is there already must have the same content. A mirroring
 that was killed is taken up by running it again; one that was finished uploads nothing.
+
+A set whose lost samples were retried since has other bytes under some of its old names. It is published beside the one
+that is there, as a whole set of its own below `TO/retry-NUMBER-DIGEST`: who reads the old one goes on reading it, the
+highest number is the newest. On a file system the shards that did not change are links to those that are there.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections import Counter
@@ -20,22 +25,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mmlm import artifacts, remote
+from mmlm.artifacts import Artifact
 from mmlm.errors import ArtifactError, DataError
 from mmlm.progress import Progress
 from mmlm.shards.verify import TABLES, rows_of
 from mmlm.storage import fsync_folder, is_remote, sha256_file
 from mmlm.stores import blank
 
+_RETRY = re.compile(r"retry-([0-9]{1,9})-([0-9a-f]{12})")
 
-def mirror(shards: Path, to: str, workers: int = 8) -> dict[str, int]:
+
+def mirror(shards: Path, to: str, workers: int = 8) -> tuple[str, dict[str, int]]:
     """Publish the finished ShardSet in folder `shards` to `to`: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, or a folder.
 
-    Returns how many `objects` there are, how many were `uploaded` and of how many `bytes`. Raises ArtifactError when the
-    set is not finished or not sound, or when another object lies where one of it belongs; DataError or LaunchError when
-    the store refuses or does not answer.
+    Returns where it lies, and how many `objects` there are, how many were `uploaded` and of how many `bytes`. Raises
+    ArtifactError when the set is not finished or not sound, or when another object lies where one of it belongs;
+    DataError or LaunchError when the store refuses or does not answer.
     """
-    artifacts.read(shards, "shards")
-    target = _target(to)
+    ours = artifacts.read(shards, "shards")
+    first = _target(to)
+    place = _place(first, ours)
+    target = first if place == first.to else _target(place, beside=first)
     known = {}
     for row in rows_of(shards):
         if row["path"]:
@@ -52,7 +62,29 @@ def mirror(shards: Path, to: str, workers: int = 8) -> dict[str, int]:
                     counts["uploaded"] += size is not None
                     counts["bytes"] += size or 0
                     progress.add(1)
-    return dict(counts)
+    return target.to, dict(counts)
+
+
+def _place(target: _Target, ours: Artifact) -> str:
+    """Where the set is to lie: in the place itself, or beside the set that lies there and lost more samples."""
+    if artifacts.NAME not in target.names() or not _retried(target.read(artifacts.NAME), ours):
+        return target.to
+    numbers = {}
+    for name in target.folders():
+        if found := _RETRY.fullmatch(name):
+            numbers[found[2]] = int(found[1])
+    digest = ours.digest[:12]
+    number = numbers.get(digest) or 1 + max(numbers.values(), default=0)
+    return f"{target.to}/retry-{number}-{digest}"
+
+
+def _retried(theirs: bytes, ours: Artifact) -> bool:
+    """Whether ours is the set that is there, made of the same config and inputs, with other samples in it."""
+    try:
+        there = json.loads(theirs)
+        return (there["kind"], there["fingerprint"]) == ("shards", ours.fingerprint) and there["digest"] != ours.digest
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 @contextlib.contextmanager
@@ -91,9 +123,9 @@ def _same_noun(ours: bytes, theirs: bytes) -> bool:
         return False
 
 
-def _target(to: str) -> _Target:
+def _target(to: str, beside: _Target | None = None) -> _Target:
     if not is_remote(to):
-        return _Folder(os.path.abspath(to.removeprefix("file://")))
+        return _Folder(os.path.abspath(to.removeprefix("file://")), beside.to if beside else "")
     if remote.scheme_of(to) == "http":
         raise DataError(f"nothing is published to {blank(to)}", wanted="s3://, gs:// or a folder")
     return _Bucket(to.rstrip("/"))
@@ -107,6 +139,10 @@ class _Target:
 
     def names(self) -> set[str]:
         """What is there."""
+        raise NotImplementedError
+
+    def folders(self) -> set[str]:
+        """The folders that are there."""
         raise NotImplementedError
 
     def put(self, path: Path, sha256: str) -> bool:
@@ -123,6 +159,9 @@ class _Target:
 class _Bucket(_Target):
     def names(self) -> set[str]:
         return {uri.removeprefix(self.to + "/") for uri in remote.below(self.to + "/")}
+
+    def folders(self) -> set[str]:
+        return {name.partition("/")[0] for name in self.names() if "/" in name}
 
     def put(self, path: Path, sha256: str) -> bool:
         return remote.put(f"{self.to}/{path.name}", path, sha256)
@@ -141,15 +180,26 @@ class _Bucket(_Target):
 
 
 class _Folder(_Target):
-    def __init__(self, to: str) -> None:
+    """`beside`: a folder whose files are linked where they are the same."""
+
+    def __init__(self, to: str, beside: str = "") -> None:
         super().__init__(to)
+        self.beside = beside
         Path(to).mkdir(parents=True, exist_ok=True)
 
     def names(self) -> set[str]:
         return set(os.listdir(self.to))
 
+    def folders(self) -> set[str]:
+        return {entry.name for entry in os.scandir(self.to) if entry.is_dir()}
+
     def put(self, path: Path, sha256: str) -> bool:
         final = Path(self.to, path.name)
+        with contextlib.suppress(OSError):
+            if self.beside and sha256_file(Path(self.beside, path.name)) == sha256:
+                os.link(Path(self.beside, path.name), final)
+                fsync_folder(final.parent)
+                return True
         temporary = final.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with path.open("rb") as source, temporary.open("xb") as file:

@@ -24,6 +24,7 @@ def verify_remote(uri: str, workers: int = 4) -> list[str]:
     """
     uri = uri.rstrip("/")
     there = {name.removeprefix(uri + "/") for name in remote.below(uri + "/")}
+    there = {name for name in there if "/" not in name}  # below it lie sets of their own
     with tempfile.TemporaryDirectory() as folder:
         for name in (artifacts.NAME, *TABLES):
             if name in there:

@@ -245,3 +245,22 @@ def test_config_problems_are_told_together() -> None:
     assert "did you mean `image`" in text
     assert "no selector" in text
     assert "target" in text
+
+
+def test_rows_that_share_a_picture_share_a_split(tmp_path: Path, scanned: Scan) -> None:
+    """No group is given, ids differ, and the copies have other names: the content joins them."""
+    rows = []
+    for k in range(40):
+        for copy in range(3):
+            (tmp_path / f"{k}-{copy}.png").write_bytes(png(k))
+            rows.append({"id": f"{copy}-{k}", "picture": f"{k}-{copy}.png", "label": "ab"[k % 2]})
+    write_lines(tmp_path / "t.jsonl", rows)
+    source = {
+        "kind": "table", "files": "t.jsonl", "map": {"id": "id", "image": "picture"}, "ask": [{"task": "x", "label": "label"}],
+    }  # fmt: skip
+    made = scanned(tmp_path, source)
+    splits = [{made.records[f"{copy}-{k}"].split for copy in range(3)} for k in range(40)]
+    assert all(len(s) == 1 for s in splits)
+    assert set.union(*splits) == {"train", "val", "test"}
+    assert made.artifact.counts["groups_joined_by_media"] == 120
+    assert {r.group for r in made.records.values()} == {row["id"] for row in rows}

@@ -65,8 +65,9 @@ def cloud(request: pytest.FixtureRequest) -> Iterator[clouds.Cloud]:
 def content(uri: str) -> dict[str, bytes]:
     """Name → bytes of all objects below `uri`."""
     if uri.startswith("file://"):
-        return {path.name: path.read_bytes() for path in Path(uri.removeprefix("file://")).iterdir()}
-    return {name.rpartition("/")[2]: remote.read(name) for name in remote.below(uri + "/")}
+        return {path.name: path.read_bytes() for path in Path(uri.removeprefix("file://")).iterdir() if path.is_file()}
+    below = [name for name in remote.below(uri + "/") if "/" not in name.removeprefix(uri + "/")]
+    return {name.rpartition("/")[2]: remote.read(name) for name in below}
 
 
 def overwrite(cloud: clouds.Cloud, name: str, data: bytes) -> None:
@@ -79,13 +80,14 @@ def overwrite(cloud: clouds.Cloud, name: str, data: bytes) -> None:
 
 def test_a_mirror_holds_the_set_and_a_rerun_uploads_nothing(cloud: clouds.Cloud, made: Artifact) -> None:
     uri = f"{cloud.root}/a"
-    counts = mirror(made.path, uri)
+    place, counts = mirror(made.path, uri)
+    assert place == uri.removeprefix("file://")
     assert counts["objects"] == counts["uploaded"] == 2 * made.counts["shards"] + 5
     ours = content(f"file://{made.path}")
     theirs = content(uri)
     assert theirs == {name: ours[name] for name in theirs} and len(theirs) == counts["objects"]
     assert problems_of(uri) == []
-    again = mirror(made.path, uri + "/")
+    _, again = mirror(made.path, uri + "/")
     assert (again["uploaded"], again["bytes"]) == (0, 0)
 
 
@@ -117,13 +119,39 @@ def test_another_object_in_the_way_is_never_replaced(cloud: clouds.Cloud, made: 
         mirror(shards, uri)
     assert content(uri)[tar.name] == b"not that"
     overwrite(cloud, f"way/{tar.name}", tar.read_bytes())  # by other means, with no sha256 beside it: it is read
-    assert mirror(shards, uri)["uploaded"] == 0
+    assert mirror(shards, uri)[1]["uploaded"] == 0
     told = json.loads((shards / "artifact.json").read_text())
     (shards / "artifact.json").write_text(json.dumps({**told, "seconds": 99.0, "created": "another day"}))
-    assert mirror(shards, uri)["uploaded"] == 0  # the same content, made again
+    assert mirror(shards, uri)[1]["uploaded"] == 0  # the same content, made again
     (shards / "artifact.json").write_text(json.dumps({**told, "fingerprint": "0" * 64}))
     with pytest.raises(ArtifactError, match=r"another artifact\.json"):
         mirror(shards, uri)
+
+
+def test_after_a_retry_the_set_lies_beside_the_old_one(cloud: clouds.Cloud, tmp_path: Path) -> None:
+    data, uri = tmp_path / "data", f"{cloud.root}/retry"
+    manifest = write_manifest(tmp_path / "manifest", make_records(data, 30))
+    gone = [sorted(data.glob("*.png"))[at] for at in (3, 17)]
+    held = {path: path.read_bytes() for path in gone}
+    config = CONFIG.model_copy(update={"error_budget": 0.5})
+    for path in gone:
+        path.unlink()
+    lost = shard(config, manifest, data=data, out=tmp_path / "shards")
+    assert lost.counts["quarantined"] == 2
+    mirror(lost.path, uri)
+    old, places = content(uri), []
+    for path in gone:  # what comes back, comes back one by one
+        path.write_bytes(held[path])
+        better = shard(config, manifest, data=data, out=tmp_path / "shards", retry="all")
+        place, counts = mirror(better.path, uri)
+        places.append(place if is_remote(place) else f"file://{place}")
+        assert counts["uploaded"] == counts["objects"]
+        assert mirror(better.path, uri) == (place, {**counts, "uploaded": 0, "bytes": 0})
+        assert content(places[-1]) == {name: (better.path / name).read_bytes() for name in content(places[-1])}
+    assert [place.rpartition("/")[2][:8] for place in places] == ["retry-1-", "retry-2-"]
+    assert {name: data for name, data in content(uri).items() if name in old} == old
+    assert [problems_of(place) for place in (uri, *places)] == [[], [], []]
+    assert better.counts["quarantined"] == 0
 
 
 def test_every_kind_of_damage_is_found_and_named(cloud: clouds.Cloud, made: Artifact) -> None:
@@ -176,7 +204,7 @@ def test_a_mirroring_that_broke_off_is_taken_up(
     monkeypatch.undo()
     with pytest.raises(ArtifactError):  # unfinished: nobody takes it for a set
         problems_of(uri)
-    assert mirror(made.path, uri)["uploaded"] == 2 * made.counts["shards"] + 5 - 3
+    assert mirror(made.path, uri)[1]["uploaded"] == 2 * made.counts["shards"] + 5 - 3
     assert problems_of(uri) == []
 
 
@@ -197,7 +225,7 @@ def test_a_killed_mirroring_is_taken_up(made: Artifact, tmp_path: Path) -> None:
         child.wait()
         there = len(remote.below(uri + "/"))
         assert there in (3, 4)
-        assert mirror(made.path, uri)["uploaded"] == 2 * made.counts["shards"] + 5 - there
+        assert mirror(made.path, uri)[1]["uploaded"] == 2 * made.counts["shards"] + 5 - there
         assert problems_of(uri) == []
 
 
