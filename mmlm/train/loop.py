@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -42,8 +43,8 @@ def fit(
         Stop(where) as stop,
         Watchdog(where.hang_seconds, out / "logs", world, name) as watchdog,
         Progress(name, config.steps, "steps") as progress,
+        closing(Loader(shards, config.data, config.seed, world, config.steps, pin=device.type == "cuda")) as loader,
     ):
-        loader = Loader(shards, config.data, config.seed, world, config.steps)
         trainer = engine.DeepSpeedEngine(model.to(device), config, world)
         session = Session(trainer, objective, loader, config, shards, out, name, where, world, device)
         clock = session.telemetry.clock
