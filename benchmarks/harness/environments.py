@@ -28,14 +28,18 @@ class Environment:
 TORCH = ("torch==2.13.0",)
 VISION = "torchvision==0.28.0"
 """The one for that torch: any other would replace it."""
+DECODERS = ("pillow==13.0.0", "simplejpeg==1.9.0", "opencv-python-headless==5.0.0.93")
+"""Pillow, which the documentations of loaders show, and what ours decodes with."""
 PEERS: Mapping[str, Environment] = MappingProxyType(
     {
         "img2dataset": Environment(("img2dataset==1.47.0",)),
         "raydata": Environment(("ray[data]==2.60.0", "pillow==13.0.0", "webdataset==1.0.2")),
         "litdata": Environment(("litdata==0.2.76", "pillow==13.0.0", VISION), TORCH),
         "streaming": Environment(("mosaicml-streaming==0.13.0", VISION), TORCH),
-        "webdataset": Environment(("webdataset==1.0.2", "pillow==13.0.0", "braceexpand==0.1.7"), TORCH),
-        "datasets": Environment(("datasets==5.2.0", "pillow==13.0.0"), TORCH),
+        "webdataset-loading": Environment(("webdataset==1.0.2", *DECODERS), TORCH),
+        "litdata-loading": Environment(("litdata==0.2.76", *DECODERS), TORCH),
+        "streaming-loading": Environment(("mosaicml-streaming==0.13.0", VISION, *DECODERS), TORCH),
+        "datasets-loading": Environment(("datasets==5.2.0", *DECODERS), TORCH),
         "pillow": Environment(("pillow==13.0.0", "webdataset==1.0.2")),
         "pyvips": Environment(("pyvips[binary]==3.2.0",)),
         "lhotse": Environment(

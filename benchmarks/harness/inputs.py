@@ -226,3 +226,71 @@ def several(folder: Path, times: int, out: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(path, target)
     return out
+
+
+PAIR_SIDE = 224
+
+
+def pairs(count: int) -> Path:
+    """`count` JPEGs of 224 × 224 pixels, quality 90, with texts of about 200 tokens: `shards`, a shard set of ours, and
+    `pairs`, the same JPEGs and the same tokens out of it as files, from which each peer makes its own format."""
+
+    def make(folder: Path) -> None:
+        _pair_sources(folder / "raw", count)
+        _shard_pairs(folder)
+        shutil.rmtree(folder / "raw")
+        shutil.rmtree(folder / "manifest")
+
+    return _made(f"pairs-{count}", make)
+
+
+def _pair_sources(folder: Path, count: int) -> None:
+    import simplejpeg
+
+    rng = np.random.default_rng(23)
+    folder.mkdir(parents=True)
+    words = sorted({word for text in _documents(rng, 50) for word in text.split()})
+    with (folder / "pairs.jsonl").open("w") as file:
+        for number in range(count):
+            if number % 8 == 0:
+                scene = _scene(rng, PAIR_SIDE)
+            jpeg = simplejpeg.encode_jpeg(_photograph(rng, scene, number % 8), 90, "RGB", "420")
+            (folder / f"{number:06d}.jpg").write_bytes(jpeg)
+            text = " ".join(words[i] for i in rng.integers(0, len(words), int(rng.integers(40, 60))))
+            file.write(
+                json.dumps({"id": f"{number:06d}", "image": f"{number:06d}.jpg", "text": text, "label": "x"}) + "\n"
+            )
+
+
+def _shard_pairs(folder: Path) -> None:
+    from mmlm.config import parse
+    from mmlm.corpus.config import ScanConfig
+    from mmlm.corpus.scan import scan
+    from mmlm.data.reader import ShardReader
+    from mmlm.shards.config import ShardConfig
+    from mmlm.shards.shard import shard
+
+    ask = {"task": "read", "question": "{text}", "label": "{label}"}
+    table = {
+        "kind": "table",
+        "files": "pairs.jsonl",
+        "map": {"id": "id", "image": "image"},
+        "ask": [ask],
+        "split": "train",
+    }
+    scanning = parse(ScanConfig, {"sources": [table], "split": {"val": 0, "test": 0, "fill": False}}, "pairs")
+    features = {
+        "max_len": 1024,
+        "tokenizer": {"vocab_size": 2048},
+        "image": {"size": PAIR_SIDE, "patch": 16, "channels": 3},
+    }
+    sharding = {
+        "features": features, "shard_records": 512, "image_codec": "jpeg", "image_quality": 90, "ray_from": 10**12,
+    }  # fmt: skip
+    manifest = scan(scanning, data=folder / "raw", out=folder / "manifest", tracker=None)
+    made = shard(parse(ShardConfig, sharding, "pairs"), manifest, data=folder / "raw", out=folder / "shards", workers=1)
+    reader = ShardReader(made.path)
+    (folder / "pairs").mkdir()
+    for number in range(len(reader)):
+        (folder / "pairs" / f"{number:06d}.jpg").write_bytes(reader.members(number)["image0.jpg"])
+        np.save(folder / "pairs" / f"{number:06d}.npy", reader[number].tokens)

@@ -149,8 +149,10 @@ def last_core() -> int:
     return max(os.sched_getaffinity(0))
 
 
-def contest(contestants: Sequence[Contestant], source: Path, warm: Path, runs: int, log: Log) -> dict[str, Standing]:
-    """`runs` rounds on one core; every other round goes the other way, so that nobody always has the quiet moment."""
+def contest(
+    contestants: Sequence[Contestant], source: Path, warm: Path, runs: int, log: Log, cores: Iterable[int] = ()
+) -> dict[str, Standing]:
+    """`runs` rounds on `cores`, by default one; every other goes the other way, so that nobody always has the quiet moment."""
     standings = {c.name: Standing(c) for c in contestants}
     for number in range(runs):
         for contestant in contestants if number % 2 == 0 else reversed(contestants):
@@ -158,7 +160,7 @@ def contest(contestants: Sequence[Contestant], source: Path, warm: Path, runs: i
             if standing.reason:
                 continue
             try:
-                measured = Running(contestant, source, warm, cores=[last_core()]).finish()
+                measured = Running(contestant, source, warm, cores=set(cores) or [last_core()]).finish()
             except (PeerUnavailable, RuntimeError, subprocess.TimeoutExpired) as error:
                 if contestant.environment is None:
                     raise

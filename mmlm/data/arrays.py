@@ -5,7 +5,7 @@ Without torch, which processes that only decode do not load.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from mmlm.features.image import opencv
 from mmlm.features.sample import Sample
 from mmlm.features.spec import AUDIO, FIELDS, IMAGE, PAD, AudioSpec, FeatureSpec, ImageSpec
 
+Empty = Callable[[tuple[int, ...], Any], np.ndarray]
 IGNORE = -100
 """Target of a position that is not trained on."""
 _SLOTS = (IMAGE, AUDIO, FIELDS)
@@ -41,8 +42,12 @@ def assemble(
     length: int | None = None,
     pad_left: bool = False,
     with_answer: bool = True,
+    empty: Empty = np.empty,
 ) -> dict[str, np.ndarray]:
-    """The tensors of a Batch by name, as arrays; see `collate.pack` and `collate.collate`."""
+    """The tensors of a Batch by name, as arrays; see `collate.pack` and `collate.collate`.
+
+    `empty(shape, dtype)` gives the memory of the largest, the patches.
+    """
     opened = [[_open(s, spec, with_answer) for s in samples] for samples in sequences]
     longest = max(sum(len(tokens) for tokens, _ in rows) for rows in opened)
     if length is not None and longest > length:
@@ -69,7 +74,7 @@ def assemble(
     records = [s for s in samples if s.answer_at >= 0]
     offsets = spec.label_offsets()
     names = {t.name: n for n, t in enumerate(spec.tasks)}
-    patches, patch_at = _patches([x for s in samples for x in s.images], spec.image)
+    patches, patch_at = _patches([x for s in samples for x in s.images], spec.image, empty)
     mels, mel_at = _mels([x for s in samples for x in s.sounds], spec.audio)
     values, value_at = _values(samples, spec)
     return {
@@ -117,13 +122,15 @@ def _label(sample: Sample, spec: FeatureSpec, offsets: dict[str, tuple[int, int]
     return offsets[sample.task][0] + labels.index(sample.label) if sample.label in labels else IGNORE
 
 
-def _patches(pictures: list[np.ndarray], spec: ImageSpec | None) -> tuple[np.ndarray, np.ndarray]:
+def _patches(
+    pictures: list[np.ndarray], spec: ImageSpec | None, empty: Empty = np.empty
+) -> tuple[np.ndarray, np.ndarray]:
     """Per-picture standardised patches, (pictures * tokens, patch_dim)."""
     if spec is None or not pictures:
         return np.zeros((0, spec.patch_dim if spec else 1), np.float32), np.zeros(0, np.int64)
     cv2 = opencv()
     n, p = spec.size // spec.patch, spec.patch
-    made = np.empty((len(pictures), spec.tokens, spec.patch_dim), np.float32)
+    made = empty((len(pictures), spec.tokens, spec.patch_dim), np.float32)
     for x_HWC, x_PD in zip(pictures, made, strict=True):
         cut = x_HWC.reshape(n, p, n, p, spec.channels).transpose(0, 2, 1, 3, 4).reshape(spec.tokens, spec.patch_dim)
         cv2.LUT(cut, _standardised(cv2, cut), dst=x_PD)

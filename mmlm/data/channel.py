@@ -22,6 +22,8 @@ from mmlm import errors
 from mmlm.errors import MmlmError
 
 ALIGN = 64
+GROWTH = 1 << 20
+"""Bytes by which a Memory grows, so that batches of about the same size need not grow it again."""
 Layout = dict[str, tuple[str, list[int], int]]
 """name → (type, shape, offset) of each array in a Memory."""
 
@@ -61,29 +63,51 @@ class Memory:
         self.handle = _anonymous() if handle is None else handle
         self.size = 0
         self.map: mmap.mmap | None = None
+        self._used = 0
+        self._lent: list[tuple[np.ndarray, int]] = []
+
+    def clear(self) -> None:
+        """Forget what lies in it."""
+        self._used = 0
+        self._lent.clear()
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Room for an array, which `write` then needs not copy."""
+        kind = np.dtype(dtype)
+        at, size = self._used, int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+        self._used += -(-size // ALIGN) * ALIGN
+        self.reach(max(self._used, ALIGN))
+        array = _at(np.frombuffer(self.map, np.uint8), kind.str, shape, at)  # type: ignore[arg-type]
+        self._lent.append((array, at))
+        return array
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> tuple[Layout, int]:
-        """Copy `arrays` into it, one after the other; returns where they lie and how large it is now."""
+        """Copy `arrays` into it, except what lies there; returns where they are and how large it is now."""
         layout: Layout = {}
-        at = 0
         for name, array in arrays.items():
+            at = self._place_of(array)
+            if at < 0:
+                np.copyto(self.empty(array.shape, array.dtype), array)
+                at = self._lent[-1][1]
             layout[name] = (array.dtype.str, list(array.shape), at)
-            at += -(-array.nbytes // ALIGN) * ALIGN
-        if at > self.size:
-            os.ftruncate(self.handle, at)
-        self.reach(max(at, ALIGN))
-        for name, array in arrays.items():
-            np.copyto(_at(np.frombuffer(self.map, np.uint8), *layout[name]), array)  # type: ignore[arg-type]
         return layout, self.size
+
+    def _place_of(self, array: np.ndarray) -> int:
+        for lent, at in self._lent:
+            if array.nbytes and array.nbytes == lent.nbytes and np.may_share_memory(array, lent):
+                return at
+        return -1
 
     def reach(self, size: int) -> None:
         """See `size` bytes of it, which the other side may have added."""
+        size = -(-size // GROWTH) * GROWTH
         if size > self.size:
             if os.fstat(self.handle).st_size < size:
                 os.ftruncate(self.handle, size)
             self.map, self.size = mmap.mmap(self.handle, size), size
 
     def close(self) -> None:
+        self.clear()
         os.close(self.handle)
         self.map = None
 

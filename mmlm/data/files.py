@@ -1,13 +1,16 @@
-"""Where the files of a ShardSet lie: a folder of this machine, or elsewhere."""
+"""Where the files of a ShardSet lie: in a folder of this machine, or elsewhere."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import IO, Any, Protocol
 
-from mmlm.errors import ArtifactError, DataError
+from mmlm.errors import ArtifactError
 from mmlm.storage import is_remote
+
+ORIGIN = ".origin"
+"""In a folder that stands for a set elsewhere: its address."""
 
 
 @dataclass
@@ -15,7 +18,7 @@ class Opened:
     """A file that stays where it is until it is closed."""
 
     path: Path
-    lock: TextIO | None = None
+    lock: IO[Any] | None = None
 
     def close(self) -> None:
         if self.lock:
@@ -31,6 +34,8 @@ class Opened:
 class ShardFiles(Protocol):
     folder: Path
     """The tables of the set, on this machine."""
+    remote: bool
+    """Whether a shard may first have to be fetched."""
 
     def tar(self, row: dict[str, Any]) -> Opened:
         """The shard of a row of the manifest. Raises ArtifactError when it is not what the row says."""
@@ -43,12 +48,17 @@ class ShardFiles(Protocol):
 
 def open_files(path: Path | str) -> ShardFiles:
     """The files of the set at `path`, a folder or an address."""
-    if is_remote(str(path)):
-        raise DataError(f"{path} is not on this machine")
-    return LocalFiles(Path(path))
+    folder = Path(path)
+    if is_remote(str(path)) or (folder / ORIGIN).exists():
+        from mmlm.data.published import PublishedFiles, view  # here, since most never need it
+
+        return PublishedFiles(view(str(path)) if is_remote(str(path)) else folder)
+    return LocalFiles(folder)
 
 
 class LocalFiles:
+    remote = False
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmlm.data.arrays import assemble
+from mmlm.data.arrays import Empty, assemble
 from mmlm.data.augment import augment
 from mmlm.data.config import BestFitPacking, DataConfig
 from mmlm.data.modalities import drop_modalities
@@ -50,14 +50,14 @@ class Maker:
         """What is to be logged of them, each once; whoever does so empties it."""
         self._by_length: dict[int, tuple[int, np.ndarray]] = {}
 
-    def make(self, step: int, part: Share) -> tuple[dict[str, np.ndarray], list[str]]:
-        """(arrays, ids of all records and pieces) of that part of step `step`'s batch."""
+    def make(self, step: int, part: Share, empty: Empty = np.empty) -> tuple[dict[str, np.ndarray], list[str]]:
+        """(arrays, ids of all records and pieces) of that part of step `step`'s batch; `empty` as of `assemble`."""
         places = np.arange(step * self.config.batch, (step + 1) * self.config.batch)
         rows = zip(part.of(self.order.step(step)).tolist(), part.of(places).tolist(), strict=True)
         sequences = [self._sequence(number, place) for number, place in rows]
         ids = [s.id for samples in sequences for s in samples]
         length = self.plan.length if self.plan and isinstance(self.config.pack, BestFitPacking) else None
-        return assemble(sequences, self.reader.spec, length), ids
+        return assemble(sequences, self.reader.spec, length, empty=empty), ids
 
     def _sequence(self, number: int, place: int) -> list[Sample]:
         """The samples of sequence `number`, changed as training wants it; `place` is its place in the whole training."""

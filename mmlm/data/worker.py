@@ -54,8 +54,10 @@ def serve(channel: socket.socket) -> None:
                 continue
             if handles:
                 memories[asked["memory"]] = Memory(handles[0])
-            arrays, ids = maker.make(asked["step"], Share(*asked["share"]))
-            layout, size = memories[asked["memory"]].write(arrays)
+            memory = memories[asked["memory"]]
+            memory.clear()
+            arrays, ids = maker.make(asked["step"], Share(*asked["share"]), memory.empty)
+            layout, size = memory.write(arrays)
             reply = {"layout": layout, "size": size, "ids": ids, "notes": maker.notes}
             maker.notes = []
         except Exception as error:

@@ -1,0 +1,128 @@
+"""Shard sets that lie elsewhere: fetched once, whole, into a cache of bounded size."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from mmlm.artifacts import Artifact
+from mmlm.data.objects import Objects
+from mmlm.data.published import view
+from mmlm.data.reader import ShardReader
+from mmlm.errors import ArtifactError
+from mmlm.shards.mirror import mirror
+from tests.clouds import Cloud, s3
+from tests.data.test_loader import PACKED, loader, rows
+
+
+@pytest.fixture(scope="module")
+def cloud() -> Iterator[Cloud]:
+    with s3() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def published(cloud: Cloud, mixed: Artifact) -> str:
+    mirror(mixed.path, f"{cloud.root}/sets/mixed")
+    return f"{cloud.root}/sets/mixed"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MMLM_SHARD_CACHE", str(tmp_path / "shards"))
+    monkeypatch.setenv("MMLM_CACHE", str(tmp_path / "objects"))
+    return tmp_path / "shards"
+
+
+def size_of(cache: Path) -> int:
+    return sum(path.stat().st_size for path in cache.glob("??/*"))
+
+
+def test_batches_from_elsewhere_are_those_from_here(published: str, mixed: Artifact, cache: Path):
+    here, there = loader(mixed.path, PACKED), loader(Path(view(published)), PACKED)
+    assert here.state() == there.state()
+    for step in (0, 5):
+        assert rows(here.batch(step)) == rows(there.batch(step))
+    shards = [r for r in pq.read_table(mixed.path / "manifest.parquet").to_pylist() if r["split"] == "train"]
+    assert {p.name for p in cache.glob("??/*")} == {r[k] for r in shards for k in ("sha256", "index_sha256")}
+
+
+def test_what_is_fetched_needs_no_store(cloud: Cloud, published: str, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = view(published)
+    wanted = [s.id for s in ShardReader(folder)]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert [s.id for s in ShardReader(folder)] == wanted
+
+
+def test_the_cache_keeps_to_its_limit(published: str, mixed: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = sum(r["bytes"] for r in pq.read_table(mixed.path / "manifest.parquet").to_pylist())
+    largest = max(r["bytes"] for r in pq.read_table(mixed.path / "manifest.parquet").to_pylist())
+    limit = whole // 2
+    monkeypatch.setenv("MMLM_SHARD_CACHE_BYTES", str(limit))
+    reader = ShardReader(view(published))
+    ids = []
+    for i in [*range(len(reader)), *range(len(reader))]:
+        ids.append(reader[i].id)
+        reader.close()  # lets the shards go, as a reader of very many does
+        assert size_of(cache) <= limit + largest
+    assert ids == 2 * [s.id for s in ShardReader(mixed.path)]
+
+
+def test_what_is_read_is_not_evicted(published: str, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MMLM_SHARD_CACHE_BYTES", "1")
+    reader = ShardReader(view(published))
+    assert len([s.id for s in reader]) == len(reader)
+    held = {p.name for p in cache.glob("??/*")}
+    assert {row["sha256"] for row in reader._rows.to_pylist()} <= held
+
+
+def test_several_processes_fetch_a_shard_once(published: str, cloud: Cloud, cache: Path):
+    code = (
+        "import sys; from mmlm.data.published import view; from mmlm.data.reader import ShardReader;"
+        "print(len([s.id for s in ShardReader(view(sys.argv[1]))]))"
+    )
+    readers = [
+        subprocess.Popen([sys.executable, "-c", code, published], stdout=subprocess.PIPE, text=True, env={**os.environ})
+        for _ in range(3)
+    ]
+    counts = {reader.communicate(timeout=120)[0] for reader in readers}
+    assert len(counts) == 1 and int(counts.pop()) > 100
+    assert not list(cache.glob("??/*.part")) and not list(cache.glob("sets/.making-*"))
+
+
+def test_a_download_is_taken_up_and_a_damaged_rest_is_not_believed(published: str, mixed: Artifact, cache: Path):
+    row = next(r for r in pq.read_table(mixed.path / "manifest.parquet").to_pylist() if r["split"] == "train")
+    data = (mixed.path / row["path"]).read_bytes()
+    objects = Objects(cache, 1 << 30)
+    for left in (data[:1000], b"x" * 1000, data, data + b"too much"):
+        path = objects.path(row["sha256"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.with_name(path.name + ".part").write_bytes(left)
+        with objects.get(f"{published}/{row['path']}", row["sha256"]) as opened:
+            assert opened.path.read_bytes() == data
+
+
+def test_another_content_elsewhere_stops_the_job(cloud: Cloud, mixed: Artifact, tmp_path: Path):
+    folder = Path(shutil.copytree(mixed.path, tmp_path / "copy"))
+    shard = sorted(folder.glob("train-*.tar"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    uri = cloud.upload(folder, "broken")
+    with pytest.raises(ArtifactError, match=f"{shard.name} has sha256 .*; wanted"):
+        list(ShardReader(view(uri)))
+    shard.unlink()
+    uri = cloud.upload(folder, "missing")
+    with pytest.raises(ArtifactError, match=shard.name):
+        list(ShardReader(view(uri)))
+    (folder / "manifest.parquet").write_bytes(b"other")
+    with pytest.raises(ArtifactError, match="are not those"):
+        view(cloud.upload(folder, "tables"))
+    with pytest.raises(ArtifactError, match="no finished shard set"):
+        view(f"{cloud.root}/nothing")
