@@ -115,6 +115,12 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--replace", action="store_true", help="set aside what other settings or data made there, as `run` does"
         )
+        if verb in ("train", "distill", "evaluate"):
+            command.add_argument(
+                "--shards",
+                metavar="URI",
+                help="read this shard set (s3://…, gs://…, https://… or a folder) instead of the one below --out",
+            )
         if verb == "shard":
             command.add_argument(
                 "--retry", metavar="REASON", help="make the shards again that lost samples for REASON (or `all`)"
@@ -281,6 +287,7 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
     places = stories.Places(
         out=out, data=data, launch=launch, tracker=tracker, tracking_uri=tracker.uri, workers=arguments.workers,
         ray_address="auto" if arguments.inside_ray else None, retry=getattr(arguments, "retry", None),
+        shards=getattr(arguments, "shards", None),
     )  # fmt: skip
     return story, places
 

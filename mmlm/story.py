@@ -96,6 +96,8 @@ class Places:
     tracking_uri: str | None = None
     workers: int | None = None
     ray_address: str | None = None
+    shards: str | None = None
+    """A shard set, published or in a folder, to read instead of the one below `out`."""
     retry: str | None = None
     """Reason for which samples were lost that `shard` tries again."""
 
@@ -203,6 +205,10 @@ def data_folder(story: Story, given: Path | str | None, out: Path) -> Path | str
 
 def noun(places: Places, verb: str) -> Artifact:
     """The finished noun that `verb` made below `--out`. Raises ArtifactError naming the stage to run first."""
+    if verb == "shard" and places.shards:
+        from mmlm.data.files import open_files
+
+        return artifacts.read(open_files(places.shards).folder, KINDS[verb])
     return artifacts.read(places.out / NOUNS[verb], KINDS[verb])
 
 

@@ -19,6 +19,8 @@ from mmlm.features.sample import Sample
 
 STAND_INS = 16
 """Damaged samples in a row, each standing in for the one before, after which the shards are given up."""
+AHEAD = 4
+"""Batches whose shards are fetched together, where they lie elsewhere."""
 NEAR = 32
 """Samples of about the wanted length among which a stand-in is chosen."""
 
@@ -54,10 +56,22 @@ class Maker:
         """(arrays, ids of all records and pieces) of that part of step `step`'s batch; `empty` as of `assemble`."""
         places = np.arange(step * self.config.batch, (step + 1) * self.config.batch)
         rows = zip(part.of(self.order.step(step)).tolist(), part.of(places).tolist(), strict=True)
+        self._fetch_ahead(step, part)
         sequences = [self._sequence(number, place) for number, place in rows]
         ids = [s.id for samples in sequences for s in samples]
         length = self.plan.length if self.plan and isinstance(self.config.pack, BestFitPacking) else None
         return assemble(sequences, self.reader.spec, length, empty=empty), ids
+
+    def _fetch_ahead(self, step: int, part: Share) -> None:
+        """Let the shards of this batch and of some after it be fetched side by side, where they lie elsewhere."""
+        if self.reader.files.remote:
+            for later in range(step, step + AHEAD):
+                numbers = part.of(self.order.step(later))
+                if self.plan:
+                    numbers = np.concatenate(
+                        [self.plan.sample[self.plan.rows(n).start : self.plan.rows(n).stop] for n in numbers]
+                    )
+                self.reader.ahead(numbers)
 
     def _sequence(self, number: int, place: int) -> list[Sample]:
         """The samples of sequence `number`, changed as training wants it; `place` is its place in the whole training."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +18,15 @@ import pyarrow.parquet as pq
 
 from mmlm import artifacts
 from mmlm.data.files import Opened, open_files
-from mmlm.errors import ArtifactError, DataError
+from mmlm.errors import ArtifactError, DataError, MmlmError
 from mmlm.features import spec as feature_spec
 from mmlm.features.sample import Sample
 from mmlm.shards import codec
 
 INDEX_BYTES = 64 << 20
 """Of offsets kept in memory; a shard of 1,000 samples takes about 50 kB."""
+FETCHES = 8
+"""Shards fetched side by side, where they lie elsewhere."""
 OPEN_SHARDS = 512
 """Shards mapped at a time; a process may map 65,530 by default."""
 
@@ -82,6 +87,9 @@ class ShardReader:
         self._indexes: OrderedDict[int, Index] = OrderedDict()
         self._index_bytes = 0
         self._maps: OrderedDict[int, tuple[mmap.mmap, Opened]] = OrderedDict()
+        self._fetching: ThreadPoolExecutor | None = None
+        self._begun: OrderedDict[int, None] = OrderedDict()
+        """Shards that `ahead` asked for lately."""
         self._cache: OrderedDict[int, Sample] = OrderedDict()
         self._cache_bytes, self._cached = cache_bytes, 0
 
@@ -135,6 +143,24 @@ class ShardReader:
         at = self._index(shard).starts[i - int(self._starts[shard])]
         return f"{row['path']}/{keys[int(at)].as_py()}"
 
+    def ahead(self, samples: np.ndarray) -> None:
+        """Begin to fetch the shards of `samples`, where they lie elsewhere; returns at once."""
+        if not self.files.remote:
+            return
+        self._fetching = self._fetching or ThreadPoolExecutor(FETCHES, "fetch")
+        shards = np.unique(np.searchsorted(self._starts, samples, "right") - 1)
+        for shard in shards.tolist():
+            if shard not in self._maps and shard not in self._begun:
+                self._begun[shard] = None
+                self._fetching.submit(self._fetch, self._rows.slice(shard, 1).to_pylist()[0])
+        while len(self._begun) > OPEN_SHARDS:
+            self._begun.popitem(last=False)
+
+    def _fetch(self, row: dict[str, Any]) -> None:
+        with contextlib.suppress(MmlmError):  # who reads it is told
+            self.files.index(row).close()
+            self.files.tar(row).close()
+
     def _index(self, shard: int) -> Index:
         found = self._indexes.get(shard)
         if found is not None:
@@ -170,6 +196,10 @@ class ShardReader:
         return mapped
 
     def close(self) -> None:
+        """Let go of all shards that are open."""
+        if self._fetching:
+            self._fetching.shutdown(cancel_futures=True)
+            self._fetching = None
         for mapped, opened in self._maps.values():
             mapped.close()
             opened.close()

@@ -126,3 +126,10 @@ def test_another_content_elsewhere_stops_the_job(cloud: Cloud, mixed: Artifact, 
         view(cloud.upload(folder, "tables"))
     with pytest.raises(ArtifactError, match="no finished shard set"):
         view(f"{cloud.root}/nothing")
+
+
+def test_the_flag_that_names_a_published_set(published: str, mixed: Artifact, tmp_path: Path):
+    from mmlm.story import Places, noun
+
+    places = Places(out=tmp_path, data=tmp_path, launch=print, tracker=None, shards=published)
+    assert noun(places, "shard").digest == mixed.digest
