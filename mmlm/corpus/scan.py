@@ -40,7 +40,7 @@ from mmlm.corpus.config import (
     WebDatasetSource,
 )
 from mmlm.corpus.counts import Sizes, Tally
-from mmlm.corpus.curation.curator import CURATED, Curator, told_key
+from mmlm.corpus.curation.curator import CURATED, Curator, libraries, told_key
 from mmlm.corpus.drafts import Draft, Refusal, refused_row
 from mmlm.corpus.generations import Generations
 from mmlm.corpus.keypad import write_keypad
@@ -83,7 +83,9 @@ def scan(
             write_keypad(source, config.split, data)
         if isinstance(source, FolderSource | SidecarSource) and not is_remote(source.path):
             _require_outside(Path(out), data / source.path)
-    work = artifacts.begin(out, "manifest", recipe=RECIPE, config=config, extra={"sources": _listing(config, data)})
+    made_of: dict[str, Any] = {"sources": _listing(config, data)}
+    made_of |= {"libraries": found} if (found := libraries(config.curate)) else {}
+    work = artifacts.begin(out, "manifest", recipe=RECIPE, config=config, extra=made_of)
     if work.artifact:
         return work.artifact
     try:

@@ -61,15 +61,14 @@ class LanguageConfig(Config):
     """Whether a language that the data give is believed; otherwise the text decides where it can."""
 
 
-PiiKind = Literal["email", "phone", "national_id", "card", "iban", "ip"]
+PiiKind = Literal["email", "phone", "national_id", "card", "iban", "ip", "name"]
 
 
 class PiiConfig(Config):
     """Personal data in text parts and text answers. Labels, ids, groups and fields stay as they are.
 
-    Names of people are not looked for. Nothing fits: spaCy's models are not published on PyPI (what lies there under
-    their names was uploaded by others), GLiNER, flair and stanza fetch their weights when they run, and word tags such
-    as jieba's know Chinese only.
+    `name` is names of people, Chinese and English (the extra `names`: jieba and names). It is no check as the others are:
+    some ordinary words are taken for names and some names are missed, see mmlm/corpus/curation/names.py for how many.
     """
 
     action: Literal["redact", "hash", "drop"] = "redact"

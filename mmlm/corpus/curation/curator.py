@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mmlm.corpus.curation import names
 from mmlm.corpus.curation.config import CurateConfig
 from mmlm.corpus.curation.events import Event, Figures
 from mmlm.corpus.curation.record_steps import RecordSteps
@@ -23,6 +24,11 @@ CURATED = pa.schema([(name, pa.string()) for name in ("step", "action", "source"
 
 def told_key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(row[name] for name in CURATED.names)
+
+
+def libraries(config: CurateConfig) -> dict[str, str]:
+    """Versions of the libraries by which the steps of `config` decide, {} for most. Raises ConfigError for a missing one."""
+    return names.versions() if config.pii and "name" in config.pii.kinds else {}
 
 
 class Curator:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from datetime import date
 
 from mmlm.corpus.curation.config import PiiConfig
+from mmlm.corpus.curation.names import names_in
 
 _PLAIN = str.maketrans(
     {**{chr(0xFF01 + k): chr(0x21 + k) for k in range(94)}, "\u3000": " ", "\u00a0": " ", "\u2010": "-",
@@ -67,7 +68,8 @@ def find(text: str, kinds: tuple[str, ...]) -> list[tuple[Span, str]]:
     for kind, finder in _FINDERS.items():
         if kind not in kinds:
             continue
-        for low, high in [(0, len(plain))] if kind == "ip" else places[_AT if kind == "email" else _DIGITS]:
+        whole = kind in ("ip", "name")
+        for low, high in [(0, len(plain))] if whole else places[_AT if kind == "email" else _DIGITS]:
             for begin, end in finder(plain, low, high):
                 at = bisect(taken, ((begin, end), kind))
                 free = at == len(taken) or end <= taken[at][0][0]
@@ -316,5 +318,6 @@ def _addresses(text: str, low: int, high: int) -> Iterator[Span]:
 
 _FINDERS: dict[str, Finder] = {
     "email": _emails, "iban": _ibans, "national_id": _national_ids, "card": _cards, "phone": _phones, "ip": _addresses,
+    "name": lambda text, low, high: names_in(text),
 }  # fmt: skip
 """In the order in which they claim their places."""
