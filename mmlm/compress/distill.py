@@ -11,7 +11,7 @@ from mmlm.compress.config import DistillConfig
 from mmlm.features import spec as feature_spec
 from mmlm.train.train import Launch, run_ranks, write_counts
 
-RECIPE = 1
+RECIPE = 2
 
 
 def distill(

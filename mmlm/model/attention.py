@@ -58,6 +58,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv.weight.parts = 3  # type: ignore[attr-defined]  # three matrices to an optimizer that works on matrices
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(

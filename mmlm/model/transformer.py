@@ -144,6 +144,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.gate_up.weight.parts = 2  # type: ignore[attr-defined]  # as in Attention
         self.out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:

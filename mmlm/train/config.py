@@ -159,6 +159,9 @@ class LossConfig(Config):
     """Cross-entropy of the answer's tokens, per token."""
     label: float = Field(1.0, ge=0)
     """Cross-entropy of the class head, per labelled record."""
+    z: float = Field(0.0, ge=0)
+    """Square of the logarithm of the softmax's denominator, per token of the answers (PaLM, Chowdhery et al. 2022, used
+    1e-4): keeps logits from growing."""
 
 
 class SpikesConfig(Config):

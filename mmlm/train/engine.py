@@ -113,7 +113,9 @@ def _plain(config: LoopConfig) -> bool:
 class DeepSpeedEngine:
     """A model under ZeRO with its optimizer. `model` is what objectives call.
 
-    A step is `config.accumulate` calls of `backward`, then `update` or `discard`.
+    A step is `config.accumulate` calls of `backward`, then `update` or `discard`. `taken` counts steps, `updates` and
+    `skipped` those that changed the weights or did not; `overflowed` says of the last one that fp16 was too narrow for
+    its gradient and the loss scale was lowered, which is part of dynamic scaling and no fault.
     """
 
     def __init__(self, model: torch.nn.Module, config: LoopConfig, world: World) -> None:
@@ -122,6 +124,7 @@ class DeepSpeedEngine:
         _check(config)
         self.config, self.world = config, world
         self.taken = self.updates = self.skipped = 0
+        self.overflowed = False
         names = {id(p): n for n, p in model.named_parameters()}
         self.rules = Optimizer(parameter_groups(model, config), config)
         self._freeze()
@@ -184,6 +187,7 @@ class DeepSpeedEngine:
             norm = float(self.model.get_global_grad_norm() or 0.0)
             norm /= scale if self.config.zero.stage == 0 else 1.0  # there it is that of the scaled gradients
         done = math.isfinite(norm) and not hold
+        self.overflowed = not math.isfinite(norm) and zero.loss_scale(self.optimizer) < scale
         self.taken, self.updates, self.skipped = self.taken + 1, self.updates + done, self.skipped + (not done)
         self._freeze()
         return norm

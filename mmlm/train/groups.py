@@ -46,7 +46,9 @@ def parameter_groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any
         if treatment not in groups:
             decay = config.optimizer.weight_decay if decays else 0.0
             groups[treatment] = {"params": [], **treatment._asdict(), "name": treatment.name, "weight_decay": decay}
+            groups[treatment]["parts"] = {}
         groups[treatment]["params"].append(parameter)
+        groups[treatment]["parts"][name] = getattr(parameter, "parts", 1)  # matrices in one, for Muon
     return list(groups.values())
 
 

@@ -8,9 +8,12 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of x → a x + b x³ + c x⁵, chosen to grow small singular values fast; all end between about 0.7 and 1.2 (Jordan et al. 2024)."""
 
 
-def orthogonal(matrix: torch.Tensor, iterations: int, dtype: torch.dtype) -> torch.Tensor:
+def orthogonal(matrix: torch.Tensor, iterations: int, dtype: torch.dtype, parts: int = 1) -> torch.Tensor:
     """About U Vᵀ of `matrix` = U S Vᵀ, times 0.2 √(larger side): the root mean square of an update of AdamW
-    (Liu et al. 2025, eq. 4). Works in `dtype`, returns float32."""
+    (Liu et al. 2025, eq. 4). Works in `dtype`, returns float32. `parts` matrices that lie one below the other are
+    taken each by itself."""
+    if parts > 1:
+        return torch.cat([orthogonal(part, iterations, dtype) for part in matrix.chunk(parts)])
     a, b, c = COEFFICIENTS
     rows, columns = matrix.shape
     x = matrix.T if rows > columns else matrix

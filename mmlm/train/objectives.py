@@ -19,6 +19,8 @@ class Term(NamedTuple):
     sum: torch.Tensor
     """Scalar, differentiable: the loss summed over the tokens or records of one micro-batch."""
     weight: float
+    each: torch.Tensor | None = None
+    """Detached float32 loss of each item: answers in row-major order of their targets, labels in order of records."""
 
 
 class Objective(Protocol):
@@ -37,19 +39,19 @@ def loss_of(terms: dict[str, Term], counts: dict[str, float]) -> torch.Tensor:
 
 
 class Answering:
-    """Next token on the answers, and the class head on labelled records."""
+    """Next token on the answers, and the class head on labelled records; with `loss.z`, also the z-loss."""
 
     names: tuple[str, ...] = ("answer", "label")
 
     def __init__(self, config: LossConfig, spec: FeatureSpec) -> None:
         self.config = config
+        if config.z:
+            self.names = (*self.names, "z")
         self.allowed = class_masks(spec)
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        return {
-            "answer": float((batch.target_BT != IGNORE).sum()),
-            "label": float((batch.label_R != IGNORE).sum()),
-        }
+        answers, labels = float((batch.target_BT != IGNORE).sum()), float((batch.label_R != IGNORE).sum())
+        return {name: labels if name == "label" else answers for name in self.names}
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
         return self.terms(model(batch), batch)
@@ -57,25 +59,28 @@ class Answering:
     def terms(self, output: Output, batch: Batch, scale: float = 1.0) -> dict[str, Term]:
         """Logits are taken to float32 first: bf16 log-softmax loses three digits."""
         targets = batch.target_BT[batch.target_BT != IGNORE]
-        answer = F.cross_entropy(output.answer_AV.float(), targets, reduction="sum")
+        logits_AV = output.answer_AV.float()
+        answer_A = F.cross_entropy(logits_AV, targets, reduction="none")
         logits_RC = own_classes(output.label_RC.float(), batch.task_R, self.allowed)
-        label = F.cross_entropy(logits_RC, batch.label_R, ignore_index=IGNORE, reduction="sum")
-        return {
-            "answer": Term(answer, scale * self.config.answer),
-            "label": Term(label, scale * self.config.label),
+        label_R = F.cross_entropy(logits_RC, batch.label_R, ignore_index=IGNORE, reduction="none")
+        terms = {
+            "answer": Term(answer_A.sum(), scale * self.config.answer, answer_A.detach()),
+            "label": Term(label_R.sum(), scale * self.config.label, label_R.detach()),
         }
+        if self.config.z:
+            terms["z"] = Term(logits_AV.logsumexp(-1).square().sum(), scale * self.config.z)
+        return terms
 
 
 class Distilling:
     """KL(teacher ‖ student) at a temperature, on answer tokens and on the class head, plus the task's own terms
     (Hinton, Vinyals & Dean 2015, section 2)."""
 
-    names: tuple[str, ...] = ("answer", "label", "answer_kl", "label_kl")
-
     def __init__(
         self, config: LossConfig, spec: FeatureSpec, teacher: FusedTransformer, temperature: float, task: float
     ) -> None:
         self.answering, self.teacher = Answering(config, spec), teacher
+        self.names: tuple[str, ...] = (*self.answering.names, "answer_kl", "label_kl")
         self.temperature, self.task = temperature, task
 
     def counts(self, batch: Batch) -> dict[str, float]:

@@ -89,7 +89,8 @@ def _muon(self: Optimizer, parameter: Tensor, gradient: Tensor, state: State, gr
     dtype = torch.bfloat16 if self.low_precision else torch.float32
     for number, matrix in share.wholes(update):
         if share.holds(number):
-            share.put(update, number, orthogonal(matrix, self.settings.iterations, dtype))
+            parts = group["parts"].get(share.runs[number].name, 1)
+            share.put(update, number, orthogonal(matrix, self.settings.iterations, dtype, parts))
     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
 

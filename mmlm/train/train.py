@@ -15,7 +15,7 @@ from mmlm.features import spec as feature_spec
 from mmlm.train.config import LoopConfig, TrainConfig
 from mmlm.train.control import Where
 
-RECIPE = 1
+RECIPE = 2
 """Bumped when the same config and shards would give another model."""
 
 Launch = Callable[..., None]
