@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +46,14 @@ GIVEN: list[list[tuple[str, ...]]] = [
 """What the records of step n give, n modulo 6."""
 
 
+class Trained(NamedTuple):
+    losses: list[float]
+    gradients: list[dict[str, torch.Tensor]]
+    """Per step, after clipping."""
+    states: dict[str, dict[str, torch.Tensor]]
+    """At the end, by kind and name."""
+
+
 def records(step: int) -> list[Sample]:
     made = [
         sample(100 * step + i, given, task="free" if i in (1, 4) else "kind") for i, given in enumerate(GIVEN[step % 6])
@@ -66,8 +73,20 @@ def build(config: TrainConfig) -> FusedTransformer:
     return weights.build(config.model, SPEC)
 
 
-def reference(config: TrainConfig, steps: int = STEPS) -> dict[str, Any]:
-    """The same training in plain PyTorch, in one process and in one piece: losses, gradients, weights."""
+def loss_of_all(model: FusedTransformer, step: int) -> torch.Tensor:
+    """The loss of the whole global batch in one piece."""
+    batch = collate(records(step), SPEC)
+    targets = batch.target_BT[batch.target_BT != IGNORE]
+    output = model(batch)
+    logits_RC = own_classes(output.label_RC, batch.task_R, class_masks(SPEC))
+    answer = F.cross_entropy(output.answer_AV, targets, reduction="sum") / len(targets)
+    labelled = (batch.label_R != IGNORE).sum()
+    label = F.cross_entropy(logits_RC, batch.label_R, ignore_index=IGNORE, reduction="sum") / labelled
+    return answer + label
+
+
+def reference(config: TrainConfig, steps: int) -> Trained:
+    """Plain PyTorch in one process: torch's AdamW, its clipping, one batch a step."""
     model = build(config)
     decayed = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     others = [p for p in model.parameters() if all(p is not d for d in decayed)]
@@ -78,22 +97,80 @@ def reference(config: TrainConfig, steps: int = STEPS) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     losses, gradients = [], []
     for step in range(steps):
-        batch = collate(records(step), SPEC)
-        targets = batch.target_BT[batch.target_BT != IGNORE]
-        output = model(batch)
-        logits_RC = own_classes(output.label_RC, batch.task_R, class_masks(SPEC))
-        answer = F.cross_entropy(output.answer_AV, targets, reduction="sum") / len(targets)
-        labelled = (batch.label_R != IGNORE).sum()
-        label = F.cross_entropy(logits_RC, batch.label_R, ignore_index=IGNORE, reduction="sum") / labelled
-        optimizer.zero_grad()
-        (answer + label).backward()
+        loss = loss_of_all(model, step)
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
-        losses.append(float(answer + label))
-    return {"losses": losses, "gradients": gradients, "weights": dict(model.named_parameters())}
+        losses.append(float(loss))
+    return Trained(losses, gradients, {"weight": {n: p.detach() for n, p in model.named_parameters()}})
+
+
+def textbook(config: TrainConfig, steps: int) -> Trained:
+    """The rules that PyTorch lacks, written down parameter by parameter: Lion, Muon, factors, freezing, the average."""
+    model = build(config)
+    matrices = [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    named = dict(model.named_parameters())
+    state = {n: [torch.zeros_like(p), torch.zeros_like(p), 0] for n, p in named.items()}
+    average = {n: p.detach().clone() for n, p in named.items()}
+    losses, gradients = [], []
+    for step in range(steps):
+        loss = loss_of_all(model, step)
+        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        frozen = {
+            n
+            for n in named
+            for f in config.freeze
+            if n.startswith(f.modules) and f.start <= step and (f.end is None or step < f.end)
+        }
+        grad = {
+            n: torch.zeros_like(p) if g is None or n in frozen else g
+            for (n, p), g in zip(named.items(), found, strict=True)
+        }
+        norm = torch.stack([g.norm() for g in grad.values()]).norm()
+        grad = {n: g / max(1.0, float(norm) / config.optimizer.clip) for n, g in grad.items()}
+        rate = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
+        for n, p in named.items():
+            with torch.no_grad():
+                factor = next((f for start, f in config.lr_factors.items() if n.startswith(start)), 1.0)
+                decay = config.optimizer.weight_decay if n in matrices else 0.0
+                if n not in frozen:
+                    change = _change(config, n, n in matrices, grad[n], state[n])
+                    p.mul_(1 - rate * factor * decay).sub_(rate * factor * change)
+                keep = min(config.ema.decay if config.ema else 0.0, (2 + step) / (11 + step))
+                average[n] = keep * average[n] + (1 - keep) * p
+        losses.append(float(loss))
+        gradients.append(grad)
+    states = {"weight": {n: p.detach() for n, p in named.items()}}
+    return Trained(losses, gradients, states | ({"ema": average} if config.ema else {}))
+
+
+def _change(config: TrainConfig, name: str, matrix: bool, g: torch.Tensor, state: list[Any]) -> torch.Tensor:
+    kind = config.optimizer.kind
+    if kind == "lion":
+        direction = (0.9 * state[0] + 0.1 * g).sign()
+        state[0] = 0.99 * state[0] + 0.01 * g
+        return direction
+    if kind == "muon" and matrix and name.startswith("blocks"):
+        state[0] = 0.95 * state[0] + 0.05 * g
+        update = 0.05 * g + 0.95 * state[0]
+        parts = 3 if "qkv" in name else 2 if "gate_up" in name else 1
+        return torch.cat([_newton_schulz(x) * 0.2 * max(x.shape) ** 0.5 for x in update.chunk(parts)])
+    state[0], state[1], state[2] = 0.9 * state[0] + 0.1 * g, 0.95 * state[1] + 0.05 * g * g, state[2] + 1
+    mean, square = state[0] / (1 - 0.9 ** state[2]), state[1] / (1 - 0.95 ** state[2])
+    return mean / (square.sqrt() + 1e-8)
+
+
+def _newton_schulz(x: torch.Tensor) -> torch.Tensor:
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        small = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
+        factor = -4.7750 * small + 2.0315 * small @ small
+        x = 3.4445 * x + (factor @ x if x.shape[0] <= x.shape[1] else x @ factor)
+    return x
 
 
 class Run:
@@ -118,7 +195,7 @@ class Run:
         for batch in batches:
             part = loss_of(self.objective(self.trainer.model, batch), counts)
             self.trainer.backward(part)
-            loss += float(part)
+            loss += float(part.detach())
         self.gradients = {}
         rate = learning_rate(step, self.config.steps, self.config.optimizer.lr, self.config.schedule)
         norm = self.trainer.update(rate)
@@ -149,26 +226,58 @@ def start(world: worlds.World) -> None:
 
 
 def compare(out: str, combinations: list[dict[str, Any]], steps: int) -> None:
-    """On every rank: train each combination for `steps`, and note its losses and how far its gradients are off."""
+    """On every rank: train each combination, and let rank 0 note its losses and how far gradients and states are off.
+
+    A combination is {config, and if wanted: load and save: names of files in `out`, first: step to begin at,
+    steps: step to end before}.
+    """
     torch.set_num_threads(1)
     world = worlds.from_environment()
     start(world)
     rows: list[dict[str, Any]] = []
-    references: dict[str, dict[str, Any]] = {}
-    for changes in combinations:
-        run = Run(changes)
-        key = json.dumps([run.config.model_dump(mode="json")[k] for k in ("optimizer", "schedule", "model")])
-        wanted = references.setdefault(key, reference(run.config, steps) if key not in references else {})
+    known: dict[str, Trained] = {}
+    for combination in combinations:
+        run, last = Run(combination["config"]), combination.get("steps", steps)
+        wanted = _wanted(known, run.config, last)
+        exact = True
+        if "load" in combination:
+            exact = _load(run, Path(out, combination["load"]))
         losses, worst = [], 0.0
-        for step in range(steps):
+        for step in range(combination.get("first", 0), last):
             losses.append(run.step(step)[0])
-            worst = max(worst, distance(run.gradients, wanted["gradients"][step]))
-        final = run.trainer.state()
-        rows.append({"changes": changes, "losses": losses, "expected": wanted["losses"], "gradient": worst})
-        rows[-1]["weight"] = distance(final["weight"], wanted["weights"]) if world.is_main else 0.0
+            worst = max(worst, distance(run.gradients, wanted.gradients[step]) if run.gradients else 0.0)
+        state = run.trainer.state()
+        if world.is_main:
+            apart = {kind: distance(state[kind], wanted.states[kind]) for kind in wanted.states}
+            expected = wanted.losses[-len(losses) :]
+            rows.append({"losses": losses, "expected": expected, "gradient": worst, "states": apart, "exact": exact})
+            if "save" in combination:
+                torch.save({"state": state, "scalars": run.trainer.scalars()}, Path(out, combination["save"]))
         run.close()
-    Path(out, f"rank-{os.environ['RANK']}.json").write_text(json.dumps(rows))
+    Path(out, f"rank-{world.rank}.json").write_text(json.dumps(rows))
     engine.stop()
+
+
+def _wanted(known: dict[str, Trained], config: TrainConfig, steps: int) -> Trained:
+    keys = ("optimizer", "schedule", "model", "lr_factors", "freeze", "ema")
+    key = json.dumps([steps, *(config.model_dump(mode="json")[k] for k in keys)])
+    if key not in known:
+        plain = config.optimizer.kind == "adamw" and not (config.lr_factors or config.freeze or config.ema)
+        known[key] = reference(config, steps) if plain else textbook(config, steps)
+    return known[key]
+
+
+def _load(run: Run, path: Path) -> bool:
+    """Load what another training saved. Whether all of it can be read back bit by bit."""
+    saved = torch.load(path, weights_only=True)
+    run.trainer.load(saved["state"], saved["scalars"])
+    again = run.trainer.state()
+    same = all(
+        torch.equal(again[kind][name], tensor)
+        for kind, named in (saved["state"].items() if run.world.is_main else ())
+        for name, tensor in named.items()
+    )
+    return same and run.trainer.scalars() == saved["scalars"]
 
 
 def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
