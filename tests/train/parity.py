@@ -1,7 +1,8 @@
 """Training under DeepSpeed on real ranks beside forty lines of plain PyTorch, for the parity tests.
 
 Batches are made to hurt: in some steps the second half of the records (rank 1 of 2) has no picture, no sound or neither,
-in others no record has any; some records have no label, and one micro-batch has no token to learn from at all.
+in others no record has any; some records have no label, one micro-batch has no token to learn from at all, and one holds
+no more than a piece of a record.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mmlm import world as worlds
 from mmlm.config import parse
 from mmlm.data.collate import IGNORE, Batch, collate
 from mmlm.features.sample import Sample
-from mmlm.features.spec import ANSWER, EOS
+from mmlm.features.spec import ANSWER, EOS, FIELDS
 from mmlm.model.transformer import FusedTransformer
 from mmlm.train import engine, weights
 from mmlm.train.config import TrainConfig
@@ -61,6 +62,8 @@ def records(step: int) -> list[Sample]:
     for i in (6, 7) if step % 4 == 1 else ():  # the last micro-batch of four records has nothing to learn from
         made[i].tokens = np.array([*made[i].tokens[: made[i].answer_at], ANSWER, EOS], np.int32)[:-1]
         made[i].label = None
+    if step % 4 == 3:  # a piece of a long record: no question, no label, every next token is a target
+        made[2] = Sample(f"p{step}", "free", made[2].tokens[made[2].tokens > FIELDS], answer_at=-1)
     return made
 
 
@@ -278,6 +281,58 @@ def _load(run: Run, path: Path) -> bool:
         for name, tensor in named.items()
     )
     return same and run.trainer.scalars() == saved["scalars"]
+
+
+def guard(out: str, settings: list[dict[str, Any]], overflowing: list[dict[str, Any]]) -> None:
+    """On every rank: what `_poisoned` and `_overflowing` note about each of their settings."""
+    torch.set_num_threads(1)
+    world = worlds.from_environment()
+    start(world)
+    notes = {"poisoned": _poisoned(world, settings), "overflowing": _overflowing(overflowing)}
+    Path(out, f"rank-{world.rank}.json").write_text(json.dumps(notes))
+    engine.stop()
+
+
+def _poisoned(world: worlds.World, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A step, one whose gradient is no number on the last rank, one that is discarded, and one more good step."""
+    notes = []
+    for changes in settings:
+        run = Run(changes)
+        run.step(0)
+        before, counted = run.trainer.state(), run.trainer.updates
+        poison = float("nan") if world.rank == world.size - 1 else 1.0
+        for batch in run.batches(1):
+            run.trainer.backward(
+                loss_of(run.objective(run.trainer.model, batch), {"answer": 8.0, "label": 8.0}) * poison
+            )
+        norm = run.trainer.update(1e-3)
+        for batch in run.batches(1):
+            run.trainer.backward(loss_of(run.objective(run.trainer.model, batch), {"answer": 8.0, "label": 8.0}))
+        run.trainer.discard()
+        after = run.trainer.state()
+        same = all(torch.equal(after[k][n], t) for k, named in before.items() for n, t in named.items())
+        loss, good = run.step(1)
+        notes.append(
+            {
+                "changes": changes, "norm": norm, "same": same, "loss": loss, "good": good,
+                "counts": [run.trainer.updates - counted, run.trainer.skipped, run.trainer.taken],
+            }
+        )  # fmt: skip
+        run.close()
+    return notes
+
+
+def _overflowing(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """fp16 from a loss scale that is far too high: each step's norm, whether it overflowed, and the scale after it."""
+    notes = []
+    for changes in settings:
+        run, steps = Run(changes), []
+        for step in range(14):
+            norm = run.step(step)[1]
+            steps.append([norm, run.trainer.overflowed, run.trainer.scalars()["scaler.cur_scale"]])
+        notes.append({"steps": steps, "skipped": run.trainer.skipped})
+        run.close()
+    return notes
 
 
 def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
