@@ -41,7 +41,8 @@ def tables() -> str:
         parts.append(_table(rows))
         for prefix, option in later:
             tag = get_args(option.model_fields["kind"].annotation)[0]
-            parts += [f"#### sources of kind `{tag}`", _sentence(option), _table(_rows(option, prefix, None, []))]
+            title = f"#### sources of kind `{tag}`" if "[]" in prefix else f"#### `{prefix[:-1]}` of kind `{tag}`"
+            parts += [title, _sentence(option), _table(_rows(option, prefix, None, []))]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -71,8 +72,9 @@ def _rows(
         if not sections:
             yield key, _values(field), _default(field, default), meaning
         elif len(sections) > 1:
-            yield key, "list of sources, told apart by `kind`", _default(field, default), meaning
-            later += [(f"{key}[].", section) for section in sections]
+            shown = "list of sources" if many else "section"
+            yield key, f"{shown}, told apart by `kind`", _default(field, default), meaning
+            later += [(f"{key}[]." if many else f"{key}.", section) for section in sections]
         else:
             if many or not isinstance(default, Config):
                 shown = "list of sections" if many else "section"
@@ -117,7 +119,7 @@ def _words(annotation: Any) -> str:
         return " or ".join(dict.fromkeys(_words(a) for a in get_args(annotation) if a is not type(None)))
     if origin is Annotated:
         return _words(get_args(annotation)[0])
-    if origin is list:
+    if origin in (list, tuple):
         inner = get_args(annotation)[0]
         return (
             f"list of lists of {_words(get_args(inner)[0])}"
@@ -134,6 +136,8 @@ def _default(field: FieldInfo, value: Any) -> str:
         return "must be given"
     if value is None:
         return "absent"
+    if isinstance(value, Config) and "kind" in type(value).model_fields:
+        return f"`kind: {value.kind}`"  # type: ignore[attr-defined]
     if value in ("", [], {}):
         return "empty"
     if isinstance(value, float) and (abs(value) < 1e-3 or abs(value) >= 1e6):

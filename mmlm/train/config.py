@@ -215,10 +215,12 @@ class LoopConfig(Config):
     """Micro-batches into which each rank's share of a step is cut; more take less memory, the loss stays the same."""
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = AdamWConfig()
+    """How gradients become updates."""
     lr_factors: dict[str, float] = {}
     """Module or pattern → factor of its learning rate; the first that fits counts."""
     freeze: list[FreezeConfig] = []
     schedule: ScheduleConfig = CosineConfig()
+    """How the learning rate goes."""
     ema: EmaConfig | None = None
     """An average of the weights beside them; none: only the weights."""
     zero: ZeroConfig = ZeroConfig()
