@@ -1,15 +1,18 @@
 """Training batches from shards, against the loaders people use today: `python -m benchmarks.loading --json FILE`.
 
-Parts: loading, threads, start (`--only NAME`). Everything is made on the spot and cached below ~/.cache/mmlm-bench ($MMLM_BENCH).
+Parts: one, two (workers), one-decoder, two-decoder (the peers with our decoder), threads, start (`--only NAME`).
+Everything is made on the spot and cached below ~/.cache/mmlm-bench ($MMLM_BENCH).
 See docs/benchmarks.md for what is measured and how.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,27 +45,22 @@ QUICK = Amounts(runs=1, pairs=512, starts=3)
 WARM = 256
 
 
-def loading(amounts: Amounts, log: Log) -> list[dict[str, Any]]:
+def loading(amounts: Amounts, log: Log, workers: int, decoder: str) -> list[dict[str, Any]]:
     """JPEG of 224 pixels and about 200 tokens → batches of 64, in which pictures are standardised float32."""
     source, warm = inputs.pairs(amounts.pairs), inputs.pairs(WARM)
-    rows = []
-    for workers in (1, 2):
-        cores = sorted(os.sched_getaffinity(0))[-workers:]
-        for decoder in ("pillow", "simplejpeg"):
-            options = {"workers": workers, "batch": BATCH, "decoder": decoder, "per_shard": 512}
-            ours = Contestant(OURS, "loading", options)
-            peers = [Contestant(name, script, options, home) for name, (script, home) in PEERS.items()]
-            found = contest([ours, *peers], source, warm, amounts.runs, log, cores=cores)
-            mine, theirs = found[OURS], [found[peer.name] for peer in peers]
-            kind = "" if decoder == "pillow" else ", peers with our decoder"
-            name = f"loading, {workers} worker{'s' if workers > 1 else ''}{kind}"
-            goal = 1.5 if decoder == "pillow" else None
-            rows.append(row(name, "samples/s", mine, theirs, clock=amounts.clock, goal=goal))
-            rows += [
-                row(f"{name}: {peer.contestant.name}", "samples/s", mine, [peer], clock=amounts.clock)
-                for peer in theirs
-            ]
-    return rows
+    cores = sorted(os.sched_getaffinity(0))[-workers:]
+    options = {"workers": workers, "batch": BATCH, "decoder": decoder, "per_shard": 512}
+    ours = Contestant(OURS, "loading", options)
+    peers = [Contestant(name, script, options, home) for name, (script, home) in PEERS.items()]
+    found = contest([ours, *peers], source, warm, amounts.runs, log, cores=cores)
+    mine, theirs = found[OURS], [found[peer.name] for peer in peers]
+    kind = "" if decoder == "pillow" else ", peers with our decoder"
+    name = f"loading, {workers} worker{'s' if workers > 1 else ''}{kind}"
+    goal = 1.5 if decoder == "pillow" else None
+    return [
+        row(name, "samples/s", mine, theirs, clock=amounts.clock, goal=goal),
+        *(row(f"{name}: {peer.contestant.name}", "samples/s", mine, [peer], clock=amounts.clock) for peer in theirs),
+    ]
 
 
 def start(amounts: Amounts, log: Log) -> list[dict[str, Any]]:
@@ -91,7 +89,14 @@ def threads(amounts: Amounts, log: Log) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {"loading": loading, "threads": threads, "start": start}
+PARTS: dict[str, Callable[[Amounts, Log], list[dict[str, Any]]]] = {
+    "one": functools.partial(loading, workers=1, decoder="pillow"),
+    "two": functools.partial(loading, workers=2, decoder="pillow"),
+    "one-decoder": functools.partial(loading, workers=1, decoder="simplejpeg"),
+    "two-decoder": functools.partial(loading, workers=2, decoder="simplejpeg"),
+    "threads": threads,
+    "start": start,
+}
 
 
 def main() -> int:

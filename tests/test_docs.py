@@ -18,6 +18,7 @@ from mmlm.config import parse
 from mmlm.corpus.config import ScanConfig
 from mmlm.publish.serve import MAX_BODY
 from mmlm.story import VERBS
+from mmlm.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 IGNORED = {".git", ".venv", "runs", "build", "dist", "corpora"}
@@ -149,7 +150,8 @@ def test_yaml_in_the_guide_is_valid_config() -> None:
     found = blocks((ROOT / "docs" / "guide.md").read_text(encoding="utf-8"), "yaml")
     assert found
     for text in found:
-        parse(ScanConfig, yaml.safe_load(text), "guide.md")
+        given = yaml.safe_load(text)
+        parse(TrainConfig if "data" in given else ScanConfig, given, "guide.md")
 
 
 def test_both_readmes_show_the_same() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,6 +21,7 @@ from mmlm.config import parse
 from mmlm.data.collate import Batch
 from mmlm.data.config import DataConfig
 from mmlm.data.loader import Loader
+from mmlm.data.reader import ShardReader
 from mmlm.errors import ArtifactError, ConfigError, DataError
 from mmlm.world import World
 
@@ -179,3 +182,18 @@ def test_dataclass_of_a_batch_keeps_its_names(mixed: Artifact):
     assert batch.to("cpu").ids == batch.ids
     assert [f.name for f in dataclasses.fields(batch)][-1] == "ids"
     assert not np.shares_memory(batch.tokens_BT.numpy(), loader(mixed.path, PACKED).batch(0).tokens_BT.numpy())
+
+
+def test_a_shard_set_of_very_many_shards_is_opened_at_once(tmp_path: Path, mixed: Artifact):
+    folder = Path(shutil.copytree(mixed.path, tmp_path / "shards", ignore=shutil.ignore_patterns("*.tar", "packs")))
+    table = pq.read_table(folder / "manifest.parquet")
+    many = pa.concat_tables([table] * (200_000 // table.num_rows))
+    pq.write_table(many, folder / "manifest.parquet")
+    tracemalloc.start()
+    start = time.process_time()
+    reader = ShardReader(folder)
+    seconds = time.process_time() - start
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(reader) > 3_000_000 and len(reader._starts) > 100_000
+    assert seconds < 2 and peak < 30_000_000  # a row of the manifest each, and nothing for each sample
