@@ -52,7 +52,16 @@ def _rows(rng: np.random.Generator, start: int, stop: int) -> pa.RecordBatch:
     hashes = _texts(np.frombuffer(rng.bytes(32 * count).hex().encode(), np.uint8).reshape(count, 64))
     same = {"task": "answer", "lang": "en", "source": "made-up", "license": "CC0-1.0"}
     splits = np.array(["train"] * 8 + ["val", "test"])[rng.integers(0, 10, count)]
-    part = {"kind": "image", "role": "user", "text": None, "uri": "pictures/a.jpg", "data": None, "fields": None}
+    part = {
+        "kind": "image",
+        "role": "user",
+        "text": None,
+        "uri": "pictures/a.jpg",
+        "data": None,
+        "fields": None,
+        "size": 170_000,
+        "sha256": 64 * "0",
+    }
     columns: dict[str, Any] = {
         "id": ids, "group": ids, "content_hash": hashes, "split": pa.array(splits),
         "label": pa.nulls(count, pa.string()), "labels": pa.nulls(count, pa.list_(pa.string())),

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from mmlm.corpus.config import PiecesConfig
 from mmlm.corpus.drafts import Draft, Refusal, RefuseError
@@ -40,6 +40,14 @@ Span = tuple[float, float]
 """From and to, in seconds."""
 
 
+class Seen(NamedTuple):
+    """What a media file is: hash and size of its bytes, and what its header says."""
+
+    sha256: str
+    size: int
+    header: Header
+
+
 @dataclass(frozen=True, slots=True)
 class Looked:
     """A draft after its media were looked at. `headers` are those of its media parts, `media` the hashes of their files;
@@ -60,7 +68,7 @@ class MediaReader:
 
     def __init__(self, data: Path | str, *, drop: bool, allow_remote: bool, threads: int, video: bool = True) -> None:
         self.data, self.drop, self.allow_remote, self.threads, self.video = data, drop, allow_remote, threads, video
-        self.known: OrderedDict[tuple[str, str], tuple[str, Header] | RefuseError] = OrderedDict()
+        self.known: OrderedDict[tuple[str, str], Seen | RefuseError] = OrderedDict()
         self.trusted: tuple[str, ...] = ()
 
     def look(self, outcomes: Iterable[Draft | Refusal]) -> Iterator[Looked | Refusal]:
@@ -88,10 +96,10 @@ class MediaReader:
                 while len(self.known) > CACHED:
                     self.known.popitem(last=False)
 
-    def _read_all(self, keys: list[tuple[str, str]]) -> list[tuple[str, Header] | RefuseError]:
+    def _read_all(self, keys: list[tuple[str, str]]) -> list[Seen | RefuseError]:
         return [self._read(key) for key in keys]
 
-    def _read(self, key: tuple[str, str]) -> tuple[str, Header] | RefuseError:
+    def _read(self, key: tuple[str, str]) -> Seen | RefuseError:
         kind, uri = key
         try:
             if kind == "video" and not self.video:
@@ -112,7 +120,7 @@ class MediaReader:
         except OSError as error:
             raise RefuseError("unreadable_file", error.strerror or str(error)) from None
 
-    def _local_large(self, kind: str, uri: str) -> tuple[str, Header] | None:
+    def _local_large(self, kind: str, uri: str) -> Seen | None:
         """Hash and header of a large local file (or a large member of a local tar) that is never held whole."""
         bare, _, within = split_fragment(uri)
         if is_remote(bare):
@@ -127,13 +135,13 @@ class MediaReader:
                 window = io.BufferedReader(_Window(f, offset, size), 1 << 20)
                 header = read_header(cast(BinaryIO, window), kind)
                 window.seek(0)
-                return hashlib.file_digest(window, "sha256").hexdigest(), header
+                return Seen(hashlib.file_digest(window, "sha256").hexdigest(), size, header)
         except (OSError, ValueError, DataError):
             return None  # the usual way says what is wrong
 
     @staticmethod
-    def _header(kind: str, data: bytes) -> tuple[str, Header]:
-        return sha256_bytes(data), read_header(data, kind)
+    def _header(kind: str, data: bytes) -> Seen:
+        return Seen(sha256_bytes(data), len(data), read_header(data, kind))
 
     def _finish(self, draft: Draft) -> Iterator[Looked | Refusal]:
         record = draft.record
@@ -147,9 +155,9 @@ class MediaReader:
                 continue
             found = self._looked(part)
             if not isinstance(found, RefuseError):
-                kept.append(part)
-                hashes.append(found[0])
-                headers.append(found[1])
+                kept.append(part if part.uri is None else replace(part, size=found.size, sha256=found.sha256))
+                hashes.append(found.sha256)
+                headers.append(found.header)
             elif self.drop:
                 dropped.append(Refusal(draft.where, record.id, found.reason, found.detail))
             else:
@@ -171,21 +179,21 @@ class MediaReader:
         except RefuseError as error:
             yield Refusal(draft.where, record.id, error.reason, error.detail)
 
-    def _looked(self, part: Part) -> tuple[str, Header] | RefuseError:
+    def _looked(self, part: Part) -> Seen | RefuseError:
         """Hash of the whole file and the header of what the part takes of it."""
         found = self._inline(part) if part.uri is None else self.known[_key(part)]
         span = split_fragment(part.uri)[1] if part.uri else None
         if span is None or isinstance(found, RefuseError):
             return found
-        digest, header = found
+        header = found.header
         if header.kind == "image":
             return RefuseError("bad_span", f"{part.uri}: a span of seconds of a picture")
         end = min(span[1], header.seconds) if header.kind == "audio" else span[1]
         if span[0] >= end:
             return RefuseError("bad_span", f"{part.uri}: a sound of {header.seconds:.3f} s has nothing there")
-        return digest, replace(header, seconds=end - span[0])
+        return found._replace(header=replace(header, seconds=end - span[0]))
 
-    def _inline(self, part: Part) -> tuple[str, Header] | RefuseError:
+    def _inline(self, part: Part) -> Seen | RefuseError:
         if part.kind == "video" and not self.video:
             return RefuseError("unsupported_kind", "a video, and allow_video is false")
         try:

@@ -40,6 +40,10 @@ class Part:
     fields: dict[str, float | str | None] | None = None
     turn: int = 0
     """Of a dialogue: 0 is the turn that is answered, -1 the one before it, and so on."""
+    size: int | None = None
+    """Bytes of what the scan found behind `uri`, so that a file that changes afterwards is noticed."""
+    sha256: str | None = None
+    """Likewise."""
 
     @property
     def beside(self) -> bool:
@@ -91,6 +95,8 @@ PART = pa.struct(
         ("data", pa.binary()),
         ("fields", pa.string()),  # JSON object of numbers, categories and nulls
         ("turn", pa.int32()),
+        ("size", pa.int64()),  # bytes and hash of what the scan found behind `uri`
+        ("sha256", pa.string()),
     ]
 )
 SCHEMA = pa.schema(
@@ -133,7 +139,7 @@ def to_row(record: Record) -> dict[str, Any]:
         "parts": [
             {"kind": p.kind, "role": p.role, "text": p.text, "uri": p.uri, "data": p.data,
              "fields": json.dumps(p.fields, ensure_ascii=False, sort_keys=True) if p.fields is not None else None,
-             "turn": p.turn}
+             "turn": p.turn, "size": p.size, "sha256": p.sha256}
             for p in record.parts
         ],
         "text_bytes": sum(len(text.encode("utf-8", "replace")) for text in texts if text),
@@ -158,7 +164,7 @@ def from_row(row: dict[str, Any]) -> Record:
     parts = tuple(
         Part(
             p["kind"], p["role"], p["text"], p["uri"], p.get("data"), json.loads(p["fields"]) if p["fields"] else None,
-            p.get("turn") or 0,  # manifests of before have none
+            p.get("turn") or 0, p.get("size"), p.get("sha256"),  # manifests of before have none
         )
         for p in row["parts"]
     )  # fmt: skip

@@ -6,6 +6,7 @@ from mmlm.errors import DataError
 
 REASONS = (
     "missing_file",  # there is no such file, or it is no regular file
+    "changed",  # the file is not the one that was scanned
     "too_large",  # more bytes than a single file may have
     "unreadable_image",
     "unreadable_audio",
