@@ -4,7 +4,8 @@ One rule for what has no colour: the paper is white. Transparent pixels are laid
 Sizes are read from the header before anything is decoded. Two ways lead to the same picture: plain JPEG, PNG and WebP
 are decoded by libjpeg-turbo and OpenCV; what is odd (palette, alpha, 16 bits, CMYK, broken …) by Pillow, which also has the
 last word on whether a file can be read. Both shrink by the average over the pixels that fall together, so nothing
-aliases and noise is least; a JPEG is decoded at a half, a quarter or an eighth where twice the wanted size is left.
+aliases and noise is least. What is large goes first by a whole number to twice the wanted size or a little more: a JPEG is
+decoded at a half, a quarter or an eighth; the rest in bands, so that beside the decoded picture there is none of its size.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,8 @@ MAX_PIXELS = 64_000_000
 """Largest picture that is decoded."""
 MAX_SCANNED = 2_000_000_000
 """Pixels × scans of a progressive JPEG: each scan goes over the whole picture, and a small file may hold thousands."""
+BAND = 2 << 20
+"""Pixels of a large picture that are flattened and shrunk together."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _ORIENTATION = 0x0112
 
@@ -78,7 +82,9 @@ def _finish(decoded: _Decoded, spec: ImageSpec) -> np.ndarray:
     """
     mode = decoded.mode
     transform = colour.to_srgb(decoded.profile, mode)
-    pixels = decoded.pixels
+    pixels, (height, width) = decoded.pixels, decoded.pixels.shape[:2]
+    if (by := _reduction(width, height, decoded.orientation, spec)) > 1:
+        pixels = _in_bands(lambda top, bottom: decoded.pixels[top:bottom], width, height, by)
     if transform is None:
         pixels = _plain(pixels, mode, spec.channels)
     pixels = _resize(_upright(pixels, decoded.orientation), spec)
@@ -165,6 +171,23 @@ def _multiple(have: int, wanted: int) -> int:
     return have // wanted * wanted if have >= 2 * wanted else have
 
 
+def _in_bands(rows: Callable[[int, int], np.ndarray], width: int, height: int, by: int) -> np.ndarray:
+    """The picture shrunk to one `by`-th by averages; `rows(top, bottom)` gives a band of it.
+
+    Where `by` does not divide a side, its last pixels count several times, as in a JPEG that is decoded smaller.
+    """
+    cv2, bands = opencv(), []
+    step = by * max(1, BAND // (by * width))
+    for top in range(0, height, step):
+        band = rows(top, min(top + step, height))
+        right, below = -width % by, -len(band) % by
+        if right or below:
+            band = cv2.copyMakeBorder(band, 0, below, 0, right, cv2.BORDER_REPLICATE)
+        size = (band.shape[1] // by, band.shape[0] // by)
+        bands.append(cv2.resize(np.ascontiguousarray(band), size, interpolation=cv2.INTER_AREA))
+    return np.concatenate(bands)
+
+
 @functools.cache
 def opencv() -> Any:
     """The module, told to use this thread only: workers are the parallelism, and the bytes must not depend on it."""
@@ -182,11 +205,17 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _reduction(width: int, height: int, orientation: int, spec: ImageSpec) -> int:
-    """1, 2, 4 or 8: how much smaller a JPEG may be decoded so that twice the wanted size is left."""
+    """How many times smaller a picture may be made so that twice the wanted size is left; at least 1."""
     if orientation > 4:
         width, height = height, width
     wanted = _inner_size(width, height, spec)
-    return next((by for by in (8, 4, 2) if width >= 2 * by * wanted[0] and height >= 2 * by * wanted[1]), 1)
+    return max(1, min(width // (2 * wanted[0]), height // (2 * wanted[1])))
+
+
+def _jpeg_reduction(width: int, height: int, orientation: int, spec: ImageSpec) -> int:
+    """1, 2, 4 or 8: the same for the decoder of JPEG."""
+    most = _reduction(width, height, orientation, spec)
+    return next(by for by in (8, 4, 2, 1) if by <= most)
 
 
 def _fast_jpeg(data: bytes, spec: ImageSpec) -> _Decoded | None:
@@ -199,7 +228,7 @@ def _fast_jpeg(data: bytes, spec: ImageSpec) -> _Decoded | None:
     _check_size(header.width, header.height)
     if header.progressive:
         _check_scans(data, header.width * header.height)
-    by = _reduction(header.width, header.height, header.orientation, spec)
+    by = _jpeg_reduction(header.width, header.height, header.orientation, spec)
     grey = header.components == 1 or (spec.channels == 1 and not header.profile)
     try:
         pixels = simplejpeg.decode_jpeg(
@@ -259,10 +288,16 @@ def decode_by_pillow(data: bytes, spec: ImageSpec) -> np.ndarray:
     try:
         profile = picture.info.get("icc_profile")
         if picture.format == "JPEG":
-            by = _reduction(picture.width, picture.height, _orientation(picture), spec)
+            by = _jpeg_reduction(picture.width, picture.height, _orientation(picture), spec)
             picture.draft("RGB" if profile or spec.channels == 3 else "L", (picture.width // by, picture.height // by))
         picture.load()  # also turns a TIFF upright, and finds what a PNG says behind its pixels
-        return _finish(_Decoded(_flatten(picture), _orientation(picture), profile), spec)
+        orientation, (width, height) = _orientation(picture), picture.size
+        if (by := _reduction(width, height, orientation, spec)) > 1:
+            band = functools.partial(_flat_band, picture)
+            pixels = _in_bands(band, width, height, by)
+        else:
+            pixels = _flatten(picture)
+        return _finish(_Decoded(pixels, orientation, profile), spec)
     except (MemoryError, SampleError):
         raise
     except Exception as error:  # decoders meet hostile bytes in more ways than they name
@@ -297,6 +332,10 @@ def _orientation(picture: Image.Image) -> int:
     except Exception:  # a broken EXIF block is no reason to lose the picture
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _flat_band(picture: Image.Image, top: int, bottom: int) -> np.ndarray:
+    return _flatten(picture.crop((0, top, picture.width, bottom)))
 
 
 def _flatten(picture: Image.Image) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
+from mmlm.features import image
 from mmlm.features.failures import SampleError
 from mmlm.features.image import decode_by_pillow, decode_image
 from mmlm.features.spec import ImageSpec
@@ -420,3 +421,44 @@ def test_the_same_bytes_in_another_process() -> None:
         for _ in range(3)
     ]
     assert {there.decode().strip(), *here} == {here[0]}
+
+
+@pytest.mark.parametrize(("width", "height"), [(1024, 512), (1021, 517), (300, 4000), (5000, 90)])
+def test_large_pictures_shrunk_in_bands_look_as_if_all_of_it_was_averaged(
+    width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the band; and transparent ones (by Pillow) as those that were laid on white before (by OpenCV)."""
+    rng, spec = np.random.default_rng(12), ImageSpec(size=48, patch=16, channels=3)
+    rough = Image.fromarray(rng.integers(0, 256, (2 + height // 80, 2 + width // 80, 4), np.uint8))
+    picture = rough.resize((width, height), Image.Resampling.BICUBIC)
+    white = Image.new("RGBA", picture.size, "white")
+    white.alpha_composite(picture)
+    whole = decode_image(data(white.convert("RGB"), "PNG"), spec).astype(int)
+    inner = [max(1, round(side * 48 / max(width, height))) for side in (width, height)]
+    averaged = np.full((48, 48, 3), 255.0)
+    left, top = (48 - inner[0]) // 2, (48 - inner[1]) // 2
+    averaged[top : top + inner[1], left : left + inner[0]] = white.convert("RGB").resize(inner, Image.Resampling.BOX)
+    assert np.abs(whole - averaged).mean() < 2
+    assert np.abs(decode_image(data(picture, "PNG"), spec) - whole).max() <= 1
+    monkeypatch.setattr(image, "BAND", 20_000)
+    np.testing.assert_array_equal(decode_image(data(white.convert("RGB"), "PNG"), spec), whole)
+
+
+def test_a_large_transparent_picture_takes_little_more_memory_than_its_pixels() -> None:
+    """36 million pixels are 144 MB as RGBA; flattened and shrunk whole, they took 810."""
+    code = """
+import re, sys
+from mmlm.features.image import decode_image
+from mmlm.features.spec import ImageSpec
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+sent, spec = sys.stdin.buffer.read(), ImageSpec(size=224, patch=16, channels=3)
+decode_image(sent[-int(sys.argv[1]):], spec)
+before = peak()
+decode_image(sent[:-int(sys.argv[1])], spec)
+print(peak() - before)
+"""
+    large, small = (data(Image.new("RGBA", (side, side), (10, 200, 30, 100))) for side in (6000, 600))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(len(small))], input=large + small, capture_output=True, check=True
+    )
+    assert 100 < int(done.stdout) < 230
