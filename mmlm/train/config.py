@@ -136,7 +136,7 @@ class FreezeConfig(Config):
     """Parameters that stay as they are in some steps: no gradient, no weight decay, no moment moves."""
 
     modules: tuple[str, ...]
-    """Modules (`image`), or patterns of modules or parameters (`blocks.[01]`, `*.norm.weight`)."""
+    """Modules (`image`), or patterns of modules or parameters (`blocks.[01]`, `*norm.weight`)."""
     start: int = Field(0, ge=0)
     """First step, from 0, in which they are frozen."""
     end: int | None = Field(None, ge=1)

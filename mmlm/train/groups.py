@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -83,9 +84,9 @@ def _check(names: list[str], config: LoopConfig) -> None:
     for key, given in patterns.items():
         for pattern in given:
             if not any(fits(pattern, name) for name in names):
-                modules = sorted({name.split(".")[0] for name in names})
+                modules = sorted({name.rsplit(".", depth)[0] for name in names for depth in range(1, 5)})
+                close = difflib.get_close_matches(pattern, [*modules, *names], 1, 0.0)
                 raise ConfigError(
                     f"`{key}` names {pattern!r}, which fits no parameter of the model",
-                    wanted=f"modules, parameters or patterns of them; the modules are {', '.join(modules)}",
-                    cure="`mmlm inspect` on a trained model lists its parameters",
+                    wanted=f"a module, a parameter, or a pattern of them with * and ?, such as `{close[0]}`",
                 )
