@@ -101,7 +101,8 @@ class Keeper:
         self.trainer.load(saved.tensors(), saved.state.get("scalars", {}))
         self.seconds = max(self.seconds, float(saved.state.get("save_seconds", 0.0)))
         probe = self.probe()
-        same = math.isclose(probe, saved.probe, rel_tol=TOLERANCE[self.config.precision], abs_tol=1e-3)
+        close = math.isclose(probe, saved.probe, rel_tol=TOLERANCE[self.config.precision], abs_tol=1e-3)
+        same = close or (math.isnan(probe) and math.isnan(saved.probe))  # a record of the probe may itself be poisoned
         if sum(engine.total([float(not same)], self.device)):
             raise ArtifactError(
                 f"the resumed model's loss on the probe batch is {probe:.6f}",

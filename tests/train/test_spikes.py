@@ -1,0 +1,67 @@
+"""Poisoned records on real ranks: the step changes nothing, evidence is kept, many of them roll the training back."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmlm.artifacts import Artifact
+from mmlm.data.config import DataConfig
+from mmlm.data.loader import Loader
+from mmlm.errors import DataError
+from mmlm.launch.local import ranks
+from mmlm.train import checkpoint, ledger
+from mmlm.world import World
+from tests.train.runs import SMALL, losses
+from tests.train.test_ledger import planned
+
+
+def run(
+    shards: Artifact, out: Path, count: int, config: dict[str, Any], ids: list[str], loss: float = math.nan
+) -> None:
+    arguments = {"config": config, "shards": str(shards.path), "out": str(out), "ids": ids, "loss": loss}
+    ranks(count)("tests.train.targets:train_poisoned", arguments, log=out / "logs")
+
+
+def test_a_poisoned_step_changes_nothing_and_is_kept(keypad_shards: Artifact, tmp_path: Path):
+    config = {**SMALL, "steps": 10, "save_every": 5}
+    wanted = planned(keypad_shards, config)
+    poisoned = wanted[6][7]  # on the second of two ranks
+    run(keypad_shards, tmp_path / "model", 2, config, [poisoned])
+    evidence = json.loads((tmp_path / "model" / "evidence" / "step-00000007.json").read_text())
+    assert evidence["reason"] == "the loss is nan" and evidence["ids"] == wanted[6]
+    assert ledger.effective(tmp_path / "model") == {**wanted, 6: []}
+    assert sorted(losses(tmp_path / "model")) == [1, 2, 3, 4, 5, 6, 8, 9, 10]
+    saved = checkpoint.newest(tmp_path / "model" / "checkpoints")
+    assert saved is not None and saved.state["scalars"]["updates"] == 9
+    assert all(t.isfinite().all() for named in saved.tensors().values() for t in named.values())
+
+
+def test_many_bad_steps_roll_back_and_are_not_seen_again(keypad_shards: Artifact, tmp_path: Path):
+    spikes = {"rollback_after": 3, "window": 10}
+    config = {**SMALL, "steps": 16, "save_every": 4, "spikes": spikes}
+    wanted = planned(keypad_shards, config)
+    out = tmp_path / "model"
+    probe = set(Loader(keypad_shards.path, DataConfig(batch=12), 0, World()).probe().ids)
+    run(keypad_shards, out, 1, config, [next(i for i in wanted[step] if i not in probe) for step in (9, 10, 11)])
+    effective = ledger.effective(out)
+    skipped = [step for step, ids in effective.items() if not ids]
+    assert skipped == [8, 9, 10, 11]  # back to 8; the bad three, and what there was of three before them
+    assert {step: ids for step, ids in effective.items() if ids} == {s: wanted[s] for s in wanted if s not in skipped}
+    assert json.loads((out / "evidence" / "skipped.json").read_text())["rollbacks"] == 1
+    assert json.loads((out / "counts.json").read_text())["rollbacks"] == 1
+    assert "rolled back to step 8" in (out / "logs" / "rank-0.log").read_text()
+
+
+@pytest.mark.slow
+def test_what_never_gets_better_ends_in_a_sentence(keypad_shards: Artifact, tmp_path: Path):
+    spikes = {"rollback_after": 2, "window": 10, "give_up_after": 1}
+    config = {**SMALL, "steps": 30, "save_every": 4, "spikes": spikes}
+    wanted = planned(keypad_shards, config)
+    with pytest.raises(DataError, match=r"were bad .* after 1 roll-backs") as caught:
+        run(keypad_shards, tmp_path / "model", 2, config, sorted({i for s in range(12, 30) for i in wanted[s]}))
+    assert "evidence" in caught.value.cure
