@@ -1,0 +1,154 @@
+"""A real MLflow server, frozen, killed and restarted under a training: it goes on, and the curves are complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmlm.artifacts import Artifact
+from mmlm.tracking import Tracker
+from mmlm.world import quiet_environment
+from tests.faults.stage import wait_for
+from tests.train.runs import SMALL, Training, losses
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+class Server:
+    """`mlflow server` on SQLite, always at the same port."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port: int = s.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+        ]
+        command += [
+            "--backend-store-uri",
+            f"sqlite:///{self.folder}/mlflow.db",
+            "--artifacts-destination",
+            str(self.folder),
+        ]
+        environment = {**os.environ, **quiet_environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "server.txt").open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        wait_for("the server answers", self.answers, 120)
+
+    def answers(self) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(urllib.request.urlopen(f"{self.uri}/health", timeout=2).status == 200)
+        return False
+
+    def send(self, number: int) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait(30)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path / "server")
+    made.start()
+    try:
+        yield made
+    finally:
+        with contextlib.suppress(OSError):
+            made.send(signal.SIGKILL)
+
+
+def curve(uri: str, name: str) -> tuple[list[Any], str]:
+    """Points of the training's curve, and the run's status."""
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("faults")
+    runs = client.search_runs([experiment.experiment_id], "tags.stage = 'train'")
+    assert len(runs) == 1
+    return client.get_metric_history(runs[0].info.run_id, name), runs[0].info.status
+
+
+def is_complete(uri: str, out: Path, steps: int) -> None:
+    points, status = curve(uri, "loss")
+    assert status == "FINISHED"
+    assert sorted(p.step for p in points) == list(range(1, steps + 1))  # none missing, none twice
+    assert {p.step: p.value for p in points} == losses(out)
+
+
+def test_a_server_frozen_killed_and_restarted_costs_no_point(keypad_shards: Artifact, tmp_path: Path, server: Server):
+    steps = 1500
+    out = tmp_path / "run" / "model"
+    run = Training(keypad_shards, out, 1, {**SMALL, "steps": steps, "save_every": 500}, server.uri)
+    run.until("step 100", lambda: run.step() >= 100)
+    server.send(signal.SIGSTOP)
+    run.until("step 250, the server being frozen", lambda: run.step() >= 250)
+    server.send(signal.SIGCONT)
+    run.until("step 400", lambda: run.step() >= 400)
+    server.send(signal.SIGKILL)
+    run.until("step 550, the server being dead", lambda: run.step() >= 550)
+    assert not server.answers()
+    server.start()
+    restarted_at = run.step()
+    assert run.end() == 0, run.words()
+    with Tracker.start(server.uri, story="faults", out=tmp_path / "run"):
+        pass  # sends what was left, if the end came before the server
+    print(f"the server was back at step {restarted_at} of {steps}")
+    is_complete(server.uri, out, steps)
+
+
+def test_a_server_that_stays_dead_gets_everything_at_the_next_start(
+    keypad_shards: Artifact, tmp_path: Path, server: Server
+):
+    steps = 120
+    out = tmp_path / "run" / "model"
+    run = Training(keypad_shards, out, 1, {**SMALL, "steps": steps}, server.uri)
+    run.until("step 20", lambda: run.step() >= 20)
+    server.send(signal.SIGKILL)
+    assert run.end() == 0, run.words()
+    assert (out / "artifact.json").exists()
+    server.start()
+    with Tracker.start(server.uri, story="faults", out=tmp_path / "run"):
+        pass
+    is_complete(server.uri, out, steps)
+
+
+def test_a_killed_training_does_not_stay_running(keypad_shards: Artifact, tmp_path: Path, server: Server):
+    out = tmp_path / "run" / "model"
+    config = {**SMALL, "steps": 60}
+    run = Training(keypad_shards, out, 1, config, server.uri)
+    run.until("step 20", lambda: run.step() >= 20)
+    run.kill()
+    with Tracker.start(server.uri, story="faults", out=tmp_path / "run") as tracker:
+        tracker.open()
+    assert curve(server.uri, "loss")[1] == "KILLED"
+    again = Training(keypad_shards, out, 1, config, server.uri)
+    assert again.end() == 0, again.words()
+    points, status = curve(server.uri, "loss")
+    assert status == "FINISHED"
+    assert {p.step for p in points} == set(range(1, 61))
