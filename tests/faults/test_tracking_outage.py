@@ -89,6 +89,7 @@ def curve(uri: str, name: str) -> tuple[list[Any], str]:
 
     client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name("faults")
+    assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], "tags.stage = 'train'")
     assert len(runs) == 1
     return client.get_metric_history(runs[0].info.run_id, name), runs[0].info.status
