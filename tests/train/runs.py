@@ -35,6 +35,7 @@ class Training:
     ) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         self.out = out
+        self.before = self._attempts()
         self.said = out.parent / f"{out.name}-{time.time_ns()}.txt"
         environment = {
             **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MMLM_LEDGER": "1", **env,
@@ -59,9 +60,14 @@ class Training:
         """The last step, from 0, in the ledger of the present attempt; -1 before the first."""
         with contextlib.suppress(OSError, ValueError, IndexError):
             row = json.loads((self.out / "ledger" / "rank-0.jsonl").read_text().splitlines()[-1])
-            attempts = (self.out / "ledger" / "attempts.jsonl").read_text().splitlines()
-            return int(row["step"]) if row["attempt"] == len(attempts) else -1
+            return int(row["step"]) if row["attempt"] > self.before else -1
         return -1
+
+    def _attempts(self) -> int:
+        try:
+            return len((self.out / "ledger" / "attempts.jsonl").read_text().splitlines())
+        except OSError:
+            return 0
 
     def until(self, what: str, true: Callable[[], object]) -> None:
         wait_for(what, lambda: true() or self.process.poll() is not None, 240, self.words)
