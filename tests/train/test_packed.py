@@ -1,0 +1,45 @@
+"""Training on packed sequences of a mixture: the same losses on one rank, on two with workers, and after a stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmlm.artifacts import Artifact
+from mmlm.config import parse
+from mmlm.launch.local import ranks
+from mmlm.tracking import NullTracker
+from mmlm.train.config import TrainConfig
+from mmlm.train.train import train
+from tests.data.conftest import make_shards
+from tests.data.test_loader import PACKED
+
+CONFIG: dict[str, Any] = {
+    "steps": 4, "save_every": 2, "log_every": 1, "precision": "fp32",
+    "model": {"width": 32, "layers": 1, "heads": 2, "attention": "prefix"}, "data": PACKED,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_shards(tmp_path_factory.mktemp("mixed"))
+
+
+def losses(shards: Artifact, out: Path, count: int, **changes: Any) -> list[float]:
+    config = parse(TrainConfig, {**CONFIG, **changes}, "test")
+    train(config, shards, out=out, launch=ranks(count), tracker=NullTracker())
+    return [json.loads(line)["metrics"]["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_packed_training_is_the_same_however_it_is_shared_out(
+    shards: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    alone = losses(shards, tmp_path / "alone", 1)
+    monkeypatch.setenv("MMLM_DATA_WORKERS", "1")
+    pair = losses(shards, tmp_path / "pair", 2, accumulate=2)
+    assert alone == pytest.approx(pair, rel=1e-4)
+    said = (tmp_path / "pair" / "logs" / "rank-0.log").read_text()
+    assert "padding" in said and "mixture: story: 25.0% of 4 batches" in said
