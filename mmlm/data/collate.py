@@ -61,7 +61,9 @@ class Batch:
         return self._each(lambda t: t.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
-        """The batch in page-locked memory, which a GPU copies from on its own."""
+        """The batch in page-locked memory, which a GPU copies from on its own; without a GPU, the batch as it is."""
+        if not torch.cuda.is_available():
+            return self
         return self._each(lambda t: t.pin_memory())
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:

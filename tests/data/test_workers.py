@@ -58,6 +58,17 @@ def test_the_same_batches_from_any_number_of_processes(
         part.close()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_step_ahead_of_its_pinning_is_the_same(mixed: Artifact, alone: Loader, workers: int):
+    config = parse(DataConfig, PACKED, "test")
+    one = Loader(
+        mixed.path, config, 5, World(), steps=50, workers=workers, pin=True
+    )  # without a GPU all but the pinning
+    for step in (0, 1, 2, 30, 31, 49, 3):
+        assert [rows(b) for b in one.batches(step, 2)] == [rows(b) for b in alone.batches(step, 2)]
+    one.close()
+
+
 def test_a_batch_stays_as_it_is_while_it_is_held(mixed: Artifact, alone: Loader):
     one = loader(mixed.path, 1)
     held = [one.batch(step) for step in range(8)]
