@@ -40,7 +40,7 @@ class Amounts:
     clock: str = "wall"
 
 
-FULL = Amounts(runs=3, pairs=4096)
+FULL = Amounts(runs=3, pairs=2048)
 QUICK = Amounts(runs=1, pairs=512, starts=3)
 WARM = 256
 
