@@ -319,20 +319,17 @@ def _run(arguments: argparse.Namespace) -> int:
 def _explain(arguments: argparse.Namespace) -> int:
     from mmlm import story as stories
     from mmlm.corpus import explain
+    from mmlm.storage import is_remote
 
     path = Path(arguments.story)
-    is_story = (path / "story.yaml").is_file() or arguments.story in stories.built_in() or not path.exists()
+    files = path.exists() or is_remote(arguments.story)
+    is_story = (path / "story.yaml").is_file() or arguments.story in stories.built_in() or not files
     if is_story:
         story = stories.load(arguments.story, arguments.set)
         out = (arguments.out or Path("runs") / story.name).resolve()
-        data = stories.data_folder(story, arguments.data, out)
-        if isinstance(data, str):
-            raise ConfigError(
-                "--explain looks at files of this machine", cure="copy some of them here, and give --data"
-            )
-        found = explain.explain(story.scan, data)
+        found = explain.explain(story.scan, stories.data_folder(story, arguments.data, out))
     else:
-        found = explain.explain_files(path)
+        found = explain.explain_files(arguments.story)
     shown = str(story.folder) if is_story else ""
     print(json.dumps(found, ensure_ascii=False, indent=1) if arguments.json else explain.words(found, shown))
     return 0
@@ -375,14 +372,10 @@ def _submit(arguments: argparse.Namespace, verb: str) -> int:
 
 def _new(arguments: argparse.Namespace) -> int:
     from mmlm import scaffold
-    from mmlm.stores import blank
+    from mmlm.storage import is_remote
 
-    if "://" in arguments.data:
-        raise ConfigError(
-            f"--data {blank(arguments.data)} lies elsewhere", wanted="a file or folder of this machine",
-            cure="look at a copy of some of it, then `mmlm run STORY --data` reads all of it where it is",
-        )  # fmt: skip
-    for line in scaffold.write_story(arguments.story, Path(arguments.data), arguments.name):
+    data = arguments.data if is_remote(arguments.data) else Path(arguments.data)
+    for line in scaffold.write_story(arguments.story, data, arguments.name):
         print(line)
     return 0
 

@@ -21,7 +21,7 @@ import random
 import re
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,6 +46,8 @@ REMEMBERED = 200_000
 """Objects about which it is remembered."""
 HELD = 256
 """Fetched files that a process keeps from being evicted until it ends; beyond that, the oldest are let go."""
+LISTED_FROM = 50
+"""Objects of one folder from which on a listing is cheaper than asking for each."""
 PARALLEL = 16
 """Downloads at a time in `prefetch`."""
 STREAM_BYTES = 8 << 20
@@ -98,6 +100,24 @@ def below(prefix: str) -> list[str]:
     for uri, told in named.items():
         _remember(uri, told)
     return sorted(named)
+
+
+def ask(uris: list[str]) -> None:
+    """Learn of the sizes and versions of objects, side by side; `known` tells of them then. Where many lie in one folder
+    of a store that has listings, by one listing. What cannot be had is passed over."""
+    folders = Counter(uri.rpartition("/")[0] + "/" for uri in uris if scheme_of(uri) != "http")
+    for folder, count in folders.items():
+        if count >= LISTED_FROM:
+            with contextlib.suppress(DataError):
+                below(folder)
+
+    def one(uri: str) -> None:
+        with contextlib.suppress(DataError):
+            known(uri)
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        for _ in pool.map(one, uris):
+            pass
 
 
 def _regex(pattern: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from mmlm.config import blank_credentials
 from mmlm.corpus.guess import Guess, look
 from mmlm.errors import ConfigError
 from mmlm.features.spec import VideoSpec
@@ -46,7 +47,7 @@ class Sizes:
     says: list[str]
 
 
-def write_story(folder: Path, data: Path, name: str | None = None) -> list[str]:
+def write_story(folder: Path, data: Path | str, name: str | None = None) -> list[str]:
     """Write the story folder `folder` for the files at `data`. Returns what to tell the person, a line each.
 
     Raises DataError when nothing there can be learnt from, ConfigError when `folder` is taken.
@@ -56,7 +57,9 @@ def write_story(folder: Path, data: Path, name: str | None = None) -> list[str]:
     guess = look(data)
     if not guess.tasks:
         raise ConfigError(
-            f"no task can be seen in {data}", wanted="labels or answers", cure="name a label or answer column"
+            f"no task can be seen in {blank_credentials(str(data))}",
+            wanted="labels or answers",
+            cure="name a label or answer column",
         )
     sizes = choose(guess)
     says = [_printable(line) for line in [*guess.says, *sizes.says]]
@@ -173,9 +176,11 @@ def _head(comment: str, content: dict[str, Any]) -> str:
     return "".join(f"# {line}\n" for line in comment.splitlines()) + body
 
 
-def _story(title: str, data: Path, says: list[str]) -> str:
+def _story(title: str, data: Path | str, says: list[str]) -> str:
     comment = "Written by `mmlm new`; yours to change.\n" + "\n".join(says)
-    return _head(comment, {"name": title, "about": says[0], "data": os.path.abspath(data)})
+    return _head(
+        comment, {"name": title, "about": says[0], "data": data if isinstance(data, str) else os.path.abspath(data)}
+    )
 
 
 def _shard(sizes: Sizes) -> str:

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from mmlm.config import parse
+from mmlm import remote
+from mmlm.config import blank_credentials, parse
 from mmlm.corpus import keypad
 from mmlm.corpus.columns import ROWS, drawn_rows, flat_columns
 from mmlm.corpus.config import (
@@ -39,15 +40,18 @@ from mmlm.corpus.guess import look
 from mmlm.corpus.media import Looked, MediaReader
 from mmlm.corpus.readers import hf, webdataset
 from mmlm.corpus.readers.rows import read_rows
-from mmlm.corpus.readers.sources import files_of, read_source
+from mmlm.corpus.readers.sources import data_set, files_of, opened, read_source
 from mmlm.corpus.records import Part, Record
 from mmlm.corpus.select import find
 from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, TEXT_ENDINGS, VIDEO_ENDINGS, Header
 from mmlm.corpus.splits import Splitter, position
 from mmlm.errors import DataError
 from mmlm.progress import Progress
+from mmlm.storage import is_remote, resolve
 from mmlm.world import cores
 
+Files = list[tuple[str, Path]]
+DataSet = tuple[Path, hf.Need]
 RECORDS = 3
 """Records that are shown of each source."""
 TRIED = 200
@@ -71,8 +75,10 @@ _CHAT_ROLES = {
 """What a chat line's keys mean; their names are fixed."""
 
 
-def explain(config: ScanConfig, data: Path) -> dict[str, Any]:
-    """What `scan` would make of the sources below `data`: JSON values, see `words` for people.
+def explain(config: ScanConfig, data: Path | str) -> dict[str, Any]:
+    """What `scan` would make of the sources below `data`, a folder or an address: JSON values, see `words` for people.
+
+    Of what lies elsewhere only the tables and tars that the sample is drawn from, and the media in it, are fetched.
 
     Raises DataError when a source is not there.
     """
@@ -80,11 +86,11 @@ def explain(config: ScanConfig, data: Path) -> dict[str, Any]:
         found = [_source(n, s, config, data, held) for n, s in enumerate(config.sources)]
     steps = [*config.curate.record_steps, *config.curate.set_steps]
     settings = {"on_bad_part": config.on_bad_part, "error_budget": config.error_budget, "curate": steps}
-    facts: dict[str, Any] = _encodable({"data": str(data), "sources": found, **settings})
+    facts: dict[str, Any] = _encodable({"data": blank_credentials(str(data)), "sources": found, **settings})
     return facts
 
 
-def explain_files(path: Path) -> dict[str, Any]:
+def explain_files(path: Path | str) -> dict[str, Any]:
     """The same for somebody's files without a story: what `mmlm new` would infer. Raises DataError as `look` does."""
     guess = look(path)
     config = parse(ScanConfig, guess.scan, "what was inferred")
@@ -101,15 +107,20 @@ def _encodable(value: Any) -> Any:
     return [_encodable(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _source(number: int, source: Source, config: ScanConfig, data: Path, held: ExitStack) -> dict[str, Any]:
+def _source(number: int, source: Source, config: ScanConfig, data: Path | str, held: ExitStack) -> dict[str, Any]:
     facts: dict[str, Any] = {"key": f"sources[{number}]", "kind": source.kind}
     if isinstance(source, KeypadSource):
         data, facts["note"] = _small_keypad(source, config.split, data, held)
-        files = [(f"{keypad.FOLDER}/{keypad.TABLE}", data / keypad.FOLDER / keypad.TABLE)]
+        files = [(f"{keypad.FOLDER}/{keypad.TABLE}", Path(data, keypad.FOLDER, keypad.TABLE))]
     else:
         files = files_of(source, data)
-    facts["files"] = {"count": len(files), "bytes": sum(_size(p) for _, p in files), "first": [n for n, _ in files[:3]]}
-    facts |= _columns(source, files, data)
+    facts["files"] = {
+        "count": len(files),
+        "bytes": sum(_size(f, data) for f in files),
+        "first": [n for n, _ in files[:3]],
+    }
+    place = held.enter_context(data_set(source, data)) if isinstance(source, HfSource) else None
+    facts |= _columns(source, files, data, place)
     tried, problem = _tried(source, config, data)
     records = [o for o in tried if isinstance(o, Looked)]
     refused = [o for o in tried if isinstance(o, Refusal)]
@@ -131,7 +142,7 @@ def _source(number: int, source: Source, config: ScanConfig, data: Path, held: E
     return facts
 
 
-def _small_keypad(source: KeypadSource, split: SplitConfig, data: Path, held: ExitStack) -> tuple[Path, str]:
+def _small_keypad(source: KeypadSource, split: SplitConfig, data: Path | str, held: ExitStack) -> tuple[Path, str]:
     """(a temporary folder with some of the built-in corpus, what to say)."""
     folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="mmlm-explain-")))
     few = source.model_copy(
@@ -145,25 +156,27 @@ def _small_keypad(source: KeypadSource, split: SplitConfig, data: Path, held: Ex
     return folder, f"made on the spot into {data}; shown are {few.images} of its {source.images:,} digits, each once"
 
 
-def _size(path: Path) -> int:
+def _size(file: tuple[str, Path], data: Path | str) -> int:
+    name, path = file
+    where = resolve(name, data) if isinstance(data, str) else name
     try:
-        return os.stat(path).st_size
-    except OSError:
+        return max(0, remote.known(where).size) if is_remote(where) else os.stat(path).st_size
+    except (OSError, DataError):
         return 0
 
 
-def _columns(source: Source, files: list[tuple[str, Path]], data: Path) -> dict[str, Any]:
+def _columns(source: Source, files: Files, data: Path | str, place: DataSet | None) -> dict[str, Any]:
     """`columns` (with their roles), `unused`, and of what they were read: `rows`, the number of rows in the sample."""
     if isinstance(source, FolderSource | SidecarSource | DocumentsSource):
         return {"rows": len(files), "columns": _file_columns(source, [n for n, _ in files]), "unused": []}
-    rows = _rows(source, files, data)
+    rows = _rows(source, files, data, place)
     every = flat_columns(rows)
     if isinstance(source, ChatSource | KeypadSource):
         top = list(dict.fromkeys(str(k) for row in rows for k in row))
         taken = [_column(rows, c, [_CHAT_ROLES[c]], "by its name") for c in top if c in _CHAT_ROLES]
         return {"rows": len(rows), "columns": taken, "unused": [_column(rows, c) for c in top if c not in _CHAT_ROLES]}
     taken = []
-    roles = _roles(_as_table(source, rows, data))
+    roles = _roles(_as_table(source, rows, place))
     for selector, keys in roles.items():
         how = "scan.yaml" if any(_said(source, key) for key in keys) else "inferred"
         taken.append(_column(rows, selector, keys, how))
@@ -172,33 +185,35 @@ def _columns(source: Source, files: list[tuple[str, Path]], data: Path) -> dict[
     return {"rows": len(rows), "columns": taken, "unused": [_column(rows, c) for c in free]}
 
 
-def _rows(source: Source, files: list[tuple[str, Path]], data: Path) -> list[dict[str, Any]]:
+def _rows(source: Source, files: Files, data: Path | str, place: DataSet | None) -> list[dict[str, Any]]:
     """A sample of the rows of a source, in order."""
     rows: Iterable[Any]
     if isinstance(source, WebDatasetSource):
-        rows = (row for name, path in files for _, row, _ in webdataset.samples_of(source, name, path))
-    elif isinstance(source, HfSource):
-        features = hf.features_of(data / source.path, hf.hf_files(source, data / source.path))
-        rows = (hf.converted(row, features) for name, path in files for row in hf.rows_of(path, name))
+        rows = (row for name, path in opened(files, data) for _, row, _ in webdataset.samples_of(source, name, path))
+    elif place:
+        folder, need = place
+        found = hf.hf_files(cast(HfSource, source), folder)
+        features = hf.features_of(folder, found, need)
+        rows = (hf.converted(row, features) for _, name in found for row in hf.rows_of(need(folder / name), name))
     else:
-        rows = chain.from_iterable(read_rows(path, name) for name, path in files)
-    if sum(_size(path) for _, path in files) > WHOLE:
+        rows = chain.from_iterable(read_rows(path, name) for name, path in opened(files, data))
+    if sum(_size(file, data) for file in files) > WHOLE:
         rows = islice(rows, ROWS)
-    found = drawn_rows(rows)[0]
+    drawn = drawn_rows(rows)[0]
     if not isinstance(source, WebDatasetSource):
-        return found
+        return drawn
     # members that are media are known by their kind: all pictures of a sample are `_images`
-    return [{k: v for k, v in row.items() if not (isinstance(v, dict) and set(v) == {"uri"})} for row in found]
+    return [{k: v for k, v in row.items() if not (isinstance(v, dict) and set(v) == {"uri"})} for row in drawn]
 
 
-def _as_table(source: Any, rows: list[dict[str, Any]], data: Path) -> TableSource:
+def _as_table(source: Any, rows: list[dict[str, Any]], place: DataSet | None) -> TableSource:
     """The source as a table, with everything that its reader would infer; without that where it could not."""
     try:
         if isinstance(source, WebDatasetSource):
             return webdataset.inferred(source, rows)
-        if isinstance(source, HfSource):
-            folder = data / source.path
-            return hf.inferred(source, hf.features_of(folder, hf.hf_files(source, folder)))
+        if place:
+            folder, need = place
+            return hf.inferred(source, hf.features_of(folder, hf.hf_files(source, folder), need))
     except DataError:  # told by what is tried, below
         return TableSource.model_construct(kind="table", files=[], map=source.map, ask=source.ask)
     table: TableSource = source
@@ -345,7 +360,7 @@ def _folder_column(column: str, values: list[str], role: str, total: int) -> dic
     }  # fmt: skip
 
 
-def _tried(source: Source, config: ScanConfig, data: Path) -> tuple[list[Looked | Refusal], str]:
+def _tried(source: Source, config: ScanConfig, data: Path | str) -> tuple[list[Looked | Refusal], str]:
     """(the first TRIED outcomes with their media looked at, what stopped it or "")."""
     reader = MediaReader(
         data, drop=config.on_bad_part == "drop_part", allow_remote=config.allow_remote, threads=min(4, cores()),

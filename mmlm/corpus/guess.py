@@ -12,17 +12,20 @@ import statistics
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mmlm import remote
+from mmlm.config import blank_credentials
 from mmlm.corpus.counts import quantile
 from mmlm.corpus.drafts import SPLIT_NAMES, RefuseError, as_label
+from mmlm.corpus.elsewhere import address_of, laid_out, looking_at
 from mmlm.corpus.readers.folders import list_files, split_level
 from mmlm.corpus.readers.rows import ENDINGS
 from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, TEXT_ENDINGS, VIDEO_ENDINGS, Header, read_header
 from mmlm.errors import DataError
-from mmlm.storage import read_uri
+from mmlm.storage import is_remote, read_uri
 
 SAMPLE = 200
 """Media whose headers are read."""
@@ -45,8 +48,8 @@ class Guess:
 
     form: str
     """folders, table, chat, sidecar, webdataset, hf or documents."""
-    data: Path
-    """The folder to give as --data."""
+    data: Path | str
+    """The folder, or the address, to give as --data."""
     scan: dict[str, Any]
     """The content of scan.yaml."""
     tasks: dict[str, list[str]]
@@ -63,8 +66,25 @@ class Guess:
     """Sentences for the person."""
 
 
-def look(path: Path) -> Guess:
-    """What lies at `path`, a file or a folder. Raises DataError when nothing in it can be learnt from."""
+def look(path: Path | str) -> Guess:
+    """What lies at `path`, a file, a folder or an address. Raises DataError when nothing in it can be learnt from.
+
+    Of an address the names are listed, and what is read of a folder is fetched: tables, and a sample of everything else.
+    """
+    return _look(Path(path)) if not is_remote(str(path)) else _look_elsewhere(str(path))
+
+
+def _look_elsewhere(uri: str) -> Guess:
+    above, _, name = uri.rstrip("/").rpartition("/")
+    folder = remote.scheme_of(uri) != "http" and bool(remote.below(uri.rstrip("/") + "/"))
+    only = name if not folder and remote.scheme_of(uri) == "http" else ""
+    with laid_out(uri if folder else above, only) as place, looking_at(place):
+        guess = _look(place.folder if folder else place.folder / name)
+        says = [line.replace(str(place.folder), blank_credentials(place.uri)) for line in guess.says]
+        return replace(guess, data=place.uri, says=says)
+
+
+def _look(path: Path) -> Guess:
     from mmlm.corpus.guess_files import DOCUMENT_ENDINGS, look_at_documents, look_at_files
     from mmlm.corpus.guess_table import look_at_tables
 
@@ -240,7 +260,7 @@ def _sample(items: list[Any], most: int) -> list[Any]:
 
 def _bytes(item: Any) -> bytes:
     # absolute, since the person may have given a path with `..` in it, which read_uri takes for an attack
-    return item if isinstance(item, bytes) else read_uri(os.path.abspath(item))
+    return item if isinstance(item, bytes) else read_uri(address_of(Path(item)) or os.path.abspath(item))
 
 
 def _header(item: Any, kind: str) -> Header | None:

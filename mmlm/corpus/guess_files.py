@@ -14,6 +14,7 @@ from typing import Any
 from mmlm.config import parse
 from mmlm.corpus.config import ScanConfig
 from mmlm.corpus.drafts import Draft, Refusal
+from mmlm.corpus.elsewhere import source_of
 from mmlm.corpus.guess import SAMPLE, Guess, _listed, measure, text_sizes
 from mmlm.corpus.readers.sources import read_source
 from mmlm.corpus.records import Record
@@ -26,6 +27,8 @@ LOOKED_AT = 60
 COUNTED = 20_000
 """Records that are counted; of more it is said that there are at least so many."""
 DOCUMENT_ENDINGS = (".txt", ".md", ".markdown", ".html", ".htm", ".xhtml", ".warc", ".warc.gz", ".pdf")
+COUNTED_ELSEWHERE = 500
+"""The same where each may have to be fetched."""
 _MEDIA_ENDINGS = (*IMAGE_ENDINGS, *AUDIO_ENDINGS, *VIDEO_ENDINGS)
 _PARTNERS = 0.8
 """Share of the media that must have a text of the same name beside them to be side-car captions."""
@@ -106,7 +109,9 @@ def _read(
     splits: Counter[str] = Counter()
     refused: list[Refusal] = []
     found = total = 0
-    for outcome in read_source(config.sources[0], path):
+    data = source_of(path)
+    most = COUNTED if isinstance(data, Path) else COUNTED_ELSEWHERE
+    for outcome in read_source(config.sources[0], data):
         total += 1
         if not isinstance(outcome, Draft):
             refused.append(outcome)
@@ -118,7 +123,7 @@ def _read(
             at = len(drawn) if len(drawn) < SAMPLE else rng.randrange(found)
             if at < SAMPLE:
                 drawn[at : at + 1] = [record]
-        if total == COUNTED:
+        if total == most:
             break
     if not found:
         why = f": {refused[0].source}: {refused[0].reason}, {refused[0].detail}" if refused else ""
@@ -133,7 +138,7 @@ def _read(
         sizes[f"{kind}s_each"] = max(sum(p.kind == kind for p in r.parts) for r in drawn)
     sizes["fields"] = max(sum(len(p.fields or {}) for p in r.parts) for r in drawn)
     modalities = tuple(sorted({m for r in drawn for m in r.modalities()}))
-    about = "About " if times > 1 else "At least " if total == COUNTED else ""
+    about = "About " if times > 1 else "At least " if total == most else ""
     found = round(found * times)
     given = ", ".join(_NAMES[m] for m in modalities if m in _NAMES)
     says.append(f"{about}{found:,} records{f' with {given}' if given else ''}.")

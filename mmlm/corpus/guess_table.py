@@ -10,6 +10,7 @@ from typing import Any
 
 from mmlm.corpus.columns import ANSWER, LABEL, QUESTION, ROWS, WELL_FILLED, Columns, drawn_rows, last_of, name_of
 from mmlm.corpus.drafts import SPLIT_NAMES, Refusal, as_label
+from mmlm.corpus.elsewhere import filled
 from mmlm.corpus.guess import Guess, _listed, measure, text_sizes
 from mmlm.corpus.readers.hf import TRANSCRIBE
 from mmlm.corpus.readers.rows import csv_encoding, read_rows
@@ -48,7 +49,7 @@ def look_at_tables(data: Path, names: list[str]) -> Guess:
 
 def _sampled_rows(data: Path, name: str) -> tuple[list[dict[str, Any]], int]:
     """(at most ROWS rows in their order, number of all rows)."""
-    return drawn_rows(read_rows(data / name, name))
+    return drawn_rows(read_rows(filled(data / name), name))
 
 
 def _is_gb(path: Path) -> bool:
@@ -107,7 +108,9 @@ def _one_table(data: Path, names: list[str]) -> list[tuple[str, str]]:
 
 def _row_count(data: Path, name: str) -> int:
     """Rows with columns among the first two."""
-    return sum(not isinstance(r, Refusal) and isinstance(r[1], dict) for r in islice(read_rows(data / name, name), 2))
+    return sum(
+        not isinstance(r, Refusal) and isinstance(r[1], dict) for r in islice(read_rows(filled(data / name), name), 2)
+    )
 
 
 def _sources(groups: list[tuple[str, str]], source: dict[str, Any]) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from mmlm import artifacts, remote
 from mmlm.artifacts import Artifact, Work
-from mmlm.config import resolved
+from mmlm.config import blank_credentials, resolved
 from mmlm.corpus.config import (
     ChatSource,
     FolderSource,
@@ -63,6 +63,8 @@ ROWS_PER_FILE = 2_000_000
 """Records in one Parquet file of the manifest."""
 _ROW_GROUP, _GROUP_BYTES = 16_384, 16 << 20
 """Rows of a row group, and bytes of text and inline media in it, at most."""
+_ASKED_AT_ONCE = 10_000
+"""Objects elsewhere that are asked about together."""
 _SPOOL = SCHEMA.append(pa.field("where", pa.string()))
 
 
@@ -279,7 +281,8 @@ def _listing(config: ScanConfig, data: Path | str) -> str:
     """Hash of (path, size, time of change) of every file that the sources name, pictures and sounds of tables included.
 
     A sum of hashes, so that order does not matter and memory stays small. Of an object elsewhere its version counts
-    instead of the time; what a table names elsewhere by its whole address is taken for unchanging.
+    instead of the time. So it does of media that are named by their whole addresses, where these are fetched at all: one
+    listing for a folder of many, else a question for each.
     """
     total = 0
     if isinstance(data, str) and remote.scheme_of(data) != "http":
@@ -299,6 +302,15 @@ def _listing(config: ScanConfig, data: Path | str) -> str:
             value = [name, -1, -1]
         total = (total + int(sha256_json(value), 16)) % (1 << 256)
 
+    elsewhere: list[str] = []
+
+    def note_elsewhere() -> None:
+        wanted = list(dict.fromkeys(elsewhere))
+        remote.ask(wanted)
+        for uri in elsewhere:
+            note(ascii(blank_credentials(uri)), uri)
+        elsewhere.clear()
+
     for source in config.sources:
         if isinstance(source, KeypadSource):
             continue  # made from its config alone
@@ -312,8 +324,16 @@ def _listing(config: ScanConfig, data: Path | str) -> str:
             continue  # their media lie in them
         for outcome in read_source(source, data):
             for part in outcome.record.parts if isinstance(outcome, Draft) else ():
-                if part.uri and not is_remote(part.uri):
-                    note(ascii(part.uri), resolve(split_fragment(part.uri)[0], data))
+                if not part.uri:
+                    continue
+                uri = split_fragment(part.uri)[0]
+                if not is_remote(uri):
+                    note(ascii(part.uri), resolve(uri, data))
+                elif config.allow_remote or uri.startswith(outcome.trusted):  # type: ignore[union-attr]
+                    elsewhere.append(uri)
+                    if len(elsewhere) == _ASKED_AT_ONCE:
+                        note_elsewhere()
+        note_elsewhere()
     return f"{total:064x}"
 
 

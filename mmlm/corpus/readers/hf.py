@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,7 @@ from mmlm.corpus.readers.table import read_asked
 from mmlm.corpus.readers.webdataset import split_in_name
 from mmlm.errors import DataError
 
+Need = Callable[[Path], Path]
 MAX_INFO = 64 << 20
 """Bytes of the largest JSON or YAML that describes a data set."""
 TRANSCRIBE = {"en": "What is heard?", "zh": "听到了什么？"}
@@ -75,15 +76,18 @@ def hf_files(source: HfSource, folder: Path) -> list[tuple[str, str]]:
     return sorted(found, key=lambda pair: pair[1])
 
 
-def read_hf(source: HfSource, folder: Path, data: str) -> Outcomes:
-    """Drafts of every row of the data set in `folder`. Raises DataError when nothing says what is to be answered."""
+def read_hf(source: HfSource, folder: Path, data: str, need: Need = lambda path: path) -> Outcomes:
+    """Drafts of every row of the data set in `folder`; `need` gives a file with its content.
+
+    Raises DataError when nothing says what is to be answered.
+    """
     files = hf_files(source, folder)
-    features = features_of(folder, files)
+    features = features_of(folder, files, need)
     prefix = "" if source.path in ("", ".") else os.path.normpath(source.path) + "/"
     rows: Iterator[tuple[str, Row | Refusal, str]] = (
         (prefix + name, converted(row, features), split)
         for split, name in files
-        for row in rows_of(folder / name, prefix + name)
+        for row in rows_of(need(folder / name), prefix + name)
     )
     if not source.ask and not features:
         refused = []
@@ -218,14 +222,17 @@ def _readme(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def features_of(folder: Path, files: list[tuple[str, str]]) -> Features:
+def features_of(folder: Path, files: list[tuple[str, str]], need: Need = lambda path: path) -> Features:
     """Of dataset_info.json, else of what a file says of itself, else of README.md, else by the types of the columns."""
     first = folder / files[0][1]
     for info in (first.parent / "dataset_info.json", folder / "dataset_info.json"):
         if info.is_file() and (told := _json(info).get("features")):
             return read_features(told)
-    schemas = [schema for _, name in files[:20] if (schema := _schema(folder / name)) is not None]
-    for schema in schemas:
+    schemas = []
+    for _, name in files[:20]:
+        if (schema := _schema(need(folder / name))) is None:
+            continue
+        schemas.append(schema)
         try:
             return read_features(json.loads(schema.metadata[b"huggingface"])["info"]["features"])
         except (ValueError, KeyError, TypeError, RecursionError):

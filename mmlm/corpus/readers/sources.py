@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +25,12 @@ from mmlm.corpus.config import (
     WebDatasetSource,
 )
 from mmlm.corpus.drafts import Draft, Outcomes
+from mmlm.corpus.elsewhere import laid_out
 from mmlm.corpus.keypad import FOLDER as KEYPAD_FOLDER
 from mmlm.corpus.keypad import TABLE as KEYPAD_TABLE
 from mmlm.corpus.readers.chat import read_chat
 from mmlm.corpus.readers.folders import Tree, list_files, read_folders
-from mmlm.corpus.readers.hf import TRANSCRIBE, hf_files, read_hf
+from mmlm.corpus.readers.hf import TRANSCRIBE, Need, hf_files, read_hf
 from mmlm.corpus.readers.sidecar import read_sidecar
 from mmlm.corpus.readers.table import read_table
 from mmlm.corpus.readers.webdataset import read_webdataset
@@ -65,7 +67,7 @@ def files_of(source: Source, data: Path | str) -> list[tuple[str, Path]]:
         folder = _folder(source, data)
         tree = Tree(source.path, folder)
         if tree.uri:
-            return [(tree.prefix + f, Path()) for f in tree.files()]
+            return [(name, Path()) for name in _names_elsewhere(source, tree, data)]
         names = [f for _, f in hf_files(source, folder)] if isinstance(source, HfSource) else tree.files()
         return [(os.path.normpath(f"{source.path}/{f}"), folder / f) for f in names]
     found: dict[str, Path] = {}
@@ -118,7 +120,7 @@ def _files_elsewhere(source: Source, data: str, patterns: list[str]) -> list[tup
     """`files_of` below an address."""
     if isinstance(source, FolderSource | SidecarSource | HfSource):
         tree = _tree(source, data)
-        found = [tree.prefix + name for name in tree.files()]
+        found = _names_elsewhere(source, tree, data)
         if not found:
             raise DataError(f"there is nothing at {blank_credentials(tree.uri)}", wanted=f"a {source.kind} corpus")
         return [(name, Path()) for name in found]
@@ -130,6 +132,14 @@ def _files_elsewhere(source: Source, data: str, patterns: list[str]) -> list[tup
         whole = pattern if is_remote(pattern) else _address(source, root, pattern)
         names |= {uri.removeprefix(root) for uri in _elsewhere(source, whole)}
     return [(name, Path()) for name in sorted(names)]
+
+
+def _names_elsewhere(source: FolderSource | SidecarSource | HfSource, tree: Tree, data: Path | str) -> list[str]:
+    """The files of a folder at an address; of a saved data set those that hold its rows."""
+    if not isinstance(source, HfSource):
+        return [tree.prefix + name for name in tree.files()]
+    with data_set(source, data) as (folder, _):
+        return [tree.prefix + name for _, name in hf_files(source, folder)]
 
 
 def _address(source: Source, root: str, pattern: str) -> str:
@@ -189,7 +199,7 @@ def _read(source: Source, data: Path | str) -> Outcomes:
     if isinstance(source, SidecarSource):
         return read_sidecar(source, _tree(source, data))
     if isinstance(source, HfSource):
-        return read_hf(source, _folder(source, data), absolute)
+        return _read_hf(source, data, absolute)
     if isinstance(source, TableSource):
         return read_table(source, _shown(opened(files_of(source, data), data)), absolute)
     if isinstance(source, WebDatasetSource):
@@ -210,6 +220,24 @@ def _read(source: Source, data: Path | str) -> Outcomes:
     return read_chat(source, _shown(opened(files_of(source, data), data)), absolute)
 
 
+def _read_hf(source: HfSource, data: Path | str, absolute: str) -> Outcomes:
+    with data_set(source, data) as (folder, need):
+        yield from read_hf(source, folder, absolute, need)
+
+
+@contextmanager
+def data_set(source: HfSource, data: Path | str) -> Iterator[tuple[Path, Need]]:
+    """The folder of a saved data set, and what gives a file of it with its content. Of one that lies elsewhere the folder
+    holds the names, and each file is fetched once, when its turn comes."""
+    folder = _folder(source, data)
+    uri = Tree(source.path, folder, data if isinstance(data, str) else "").uri
+    if not uri:
+        yield folder, lambda path: path
+        return
+    with laid_out(uri) as place:
+        yield place.folder, lambda path: remote.fetch(place.address(path))
+
+
 def _tree(source: FolderSource | SidecarSource | HfSource, data: Path | str) -> Tree:
     folder = _folder(source, data)
     return Tree(source.path, folder, data if isinstance(data, str) else "")
@@ -220,11 +248,6 @@ def _folder(source: FolderSource | SidecarSource | HfSource, data: Path | str) -
     if isinstance(data, str) and not is_remote(source.path):
         _below(Path(), source.path)
     if is_remote(source.path) or isinstance(data, str):
-        if isinstance(source, HfSource):
-            raise DataError(
-                f"{blank_credentials(source.path)} lies elsewhere, and a saved data set is read from a local folder",
-                cure="copy it below --data; Parquet files alone are also read by `kind: table`, from anywhere",
-            )
         return Path()
     folder = _below(data, source.path)
     if not folder.is_dir():
