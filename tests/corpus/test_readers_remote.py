@@ -113,7 +113,7 @@ def test_folders_and_patterns_in_a_bucket(tmp_path: Path, bucket: clouds.Cloud, 
     assert scanned(tmp_path, table).records["1"].lang == "en"
     with pytest.raises(DataError, match="nothing at"):
         scanned(tmp_path, {**TABLE, "files": f"{root}/none/*.jsonl"})
-    with pytest.raises(DataError, match="local folder"):
+    with pytest.raises(DataError, match="do not say what is to be answered"):
         scanned(tmp_path, {"kind": "hf", "path": f"{root}/h"})
 
 

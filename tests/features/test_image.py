@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import struct
 import subprocess
 import sys
@@ -462,3 +463,57 @@ print(peak() - before)
         [sys.executable, "-c", code, str(len(small))], input=large + small, capture_output=True, check=True
     )
     assert 100 < int(done.stdout) < 230
+
+
+def ink_profile() -> bytes:
+    """A press that prints red where cyan is wanted, and each other ink as its name says; paper is white (ICC.1:2010, 10.8:
+    four inks to Lab by a table of 8 bits with two nodes a channel)."""
+    lab = {
+        "white": (100, 0, 0),
+        "red": (54, 81, 70),
+        "magenta": (60, 93, -61),
+        "yellow": (97, -16, 93),
+        "black": (0, 0, 0),
+    }
+
+    def node(inks: tuple[int, ...]) -> tuple[int, int, int]:
+        names = [n for n, on in zip(("red", "magenta", "yellow", "black"), inks, strict=True) if on]
+        return lab["black" if "black" in names or len(names) > 2 else names[0] if names else "white"]
+
+    table = bytearray(
+        b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    )
+    table += bytes(range(256)) * 4
+    for inks in itertools.product((0, 1), repeat=4):
+        lightness, a, b = node(inks)
+        table += bytes([round(lightness * 2.55), a + 128, b + 128])
+    table += bytes(range(256)) * 3
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+    tags = [(b"A2B0", bytes(table)), (b"wtpt", white)]
+    body, entries, at = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags:
+        entries += name + struct.pack(">II", at + len(body), len(content))
+        body += content.ljust(-(-len(content) // 4) * 4, b"\0")
+    head = struct.pack(">I4sI4s4s4s", at + len(body), b"lcms", 0x02400000, b"prtr", b"CMYK", b"Lab ")
+    head = head.ljust(36, b"\0") + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + entries + body
+
+
+@pytest.mark.parametrize("form", ["JPEG", "TIFF"])
+def test_the_colours_of_a_press_are_those_that_its_profile_tells(form: str) -> None:
+    cyan, yellow, paper = ((255, 0, 0, 0), (0, 0, 255, 0), (0, 0, 0, 0))
+    picture = Image.new("CMYK", (96, 32), paper)
+    picture.paste(cyan, (0, 0, 32, 32))
+    picture.paste(yellow, (32, 0, 64, 32))
+    settings = {"quality": 95, "subsampling": 0} if form == "JPEG" else {}
+    spec = ImageSpec(size=96, patch=8, channels=3, resize="stretch")
+    for given, first in ((ink_profile(), (255, 0, 0)), (None, (0, 255, 255))):
+        content = data(picture, form, **settings, **({"icc_profile": given} if given else {}))
+        for decode in (decode_image, decode_by_pillow):
+            found = decode(content, spec).astype(int)
+            for at, wanted in ((16, first), (48, (255, 255, 0)), (80, (255, 255, 255))):
+                assert abs(found[48, at] - wanted).max() <= 60, (form, given is not None, at, found[48, at])
+            assert (found[48, 16].argmax() == 0) == (given is not None)
+    # a profile of another kind of picture, or a broken one, is as none
+    for odd in (swapped_profile(), ink_profile()[:400], b"x" * 200):
+        assert decode_image(data(picture, form, **settings, icc_profile=odd), spec)[48, 16].argmax() != 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
 from typing import Any
@@ -197,3 +198,50 @@ def test_a_record_with_a_video() -> None:
     assert Encoder(still, tokenizer).encode(record, lambda part: make()).sounds == []
     with pytest.raises(SampleError, match="a video"):
         Encoder(spec.model_copy(update={"video": None}), tokenizer).encode(record, lambda part: make())
+
+
+def corner(form: str = "mp4", degrees: int = 0) -> bytes:
+    """A film of 64 x 48 pixels whose upper left quarter is white; `degrees` is what its display matrix says."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=form) as container:
+        stream: Any = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 1_000_000
+        if degrees:
+            stream.set_display_rotation(degrees)
+        pixels = np.zeros((48, 64, 3), np.uint8)
+        pixels[:24, :32] = 255
+        for i in range(5):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return out.getvalue()
+
+
+def white(data: bytes) -> str:
+    """Where the white quarter is once the film is decoded."""
+    (frame, *_) = decode_video(data, VideoSpec(fps=1, max_frames=1), PICTURES, None).frames
+    means = {
+        f"{v} {h}": frame[8 * i : 8 * i + 8, 8 * j : 8 * j + 8].mean()
+        for i, v in enumerate(("upper", "lower"))
+        for j, h in enumerate(("left", "right"))
+    }
+    assert sorted(means.values())[2] < 30 < 220 < max(means.values())
+    return max(means, key=lambda k: means[k])
+
+
+@pytest.mark.parametrize("form", ["mp4", "mov"])
+def test_a_film_is_turned_as_its_display_matrix_says(form: str) -> None:
+    assert white(corner(form)) == "upper left"
+    # PyAV counts against the clock: a quarter turn to the left brings the upper left corner down
+    assert [white(corner(form, d)) for d in (90, 180, 270)] == ["lower left", "lower right", "upper right"]
+
+
+def test_a_film_from_a_telephone_held_upright() -> None:
+    """The matrix that telephones write, put there by hand (ISO 14496-12, 8.3.2): (x, y) goes to (height - y, x)."""
+    film = corner()
+    at = film.index(b"tkhd") + 4 + 40
+    plain = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    assert film[at : at + 36] == plain
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
+    assert white(film[:at] + turned + film[at + 36 :]) == "upper right"
