@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
@@ -78,6 +79,42 @@ def test_two_steps_and_two_more_after_a_stop_equal_four(two_ranks: Artifact, key
     resumed = run(keypad_shards, out, 2)
     assert losses(out) == losses(two_ranks.path)  # the same number of ranks: bit by bit
     assert resumed.digest == two_ranks.digest
+
+
+def test_what_is_frozen_averaged_and_made_orthogonal_goes_on_after_a_stop(keypad_shards: Artifact, tmp_path: Path):
+    rules = {
+        "optimizer": {"kind": "muon"},
+        "freeze": [{"modules": ["image", "blocks.0"], "end": 3}],
+        "lr_factors": {"tokens": 0.5},
+        "ema": {"decay": 0.5},
+        "zero": {"stage": 3},
+        "precision": "fp32",
+    }
+    whole = run(keypad_shards, tmp_path / "whole", 1, **rules)
+    out, saves = tmp_path / "model", tmp_path / "whole" / "checkpoints"
+    shutil.copytree(whole.path, out)
+    (out / "artifact.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "step-00000004")
+    (out / artifacts.WORK).write_text(json.dumps({"fingerprint": whole.fingerprint}))
+    resumed = run(keypad_shards, out, 1, **rules)
+    assert losses(out) == losses(whole.path) and resumed.digest == whole.digest
+    torch.manual_seed(0)
+    first = weights.build(parse(TrainConfig, SMALL, "test").model, feature_spec.load(keypad_shards.path)).state_dict()
+    early, late, average = (
+        load_file(saves / name)
+        for name in (
+            "step-00000002/weight.safetensors",
+            "step-00000004/weight.safetensors",
+            "step-00000004/ema.safetensors",
+        )
+    )
+    held = [name for name in first if name.startswith(("image", "blocks.0"))]
+    assert held and all(torch.equal(early[name], first[name]) for name in held)
+    assert not any(torch.equal(late[name], first[name]) for name in held)
+    assert not torch.equal(early["answer.weight"], first["answer.weight"])
+    stored = load_file(whole.path / "model.safetensors")
+    assert all(torch.equal(stored[name], average[name]) for name in stored)
+    assert not torch.equal(average["answer.weight"], late["answer.weight"])
 
 
 def test_float32_on_two_ranks_equals_plain_pytorch(keypad_shards: Artifact, tmp_path: Path):
