@@ -151,7 +151,7 @@ def test_yaml_in_the_guide_is_valid_config() -> None:
     assert found
     for text in found:
         given = yaml.safe_load(text)
-        parse(TrainConfig if "data" in given else ScanConfig, given, "guide.md")
+        parse(ScanConfig if "sources" in given else TrainConfig, given, "guide.md")
 
 
 def test_both_readmes_show_the_same() -> None:
