@@ -1,6 +1,6 @@
 """Scaled dot-product attention with rotary positions and a key-value cache.
 
-Axes: B record, T query position, S key position, N head, H head width, D model width.
+Axes: X valid position of a batch, B record, S key position, N head, K key-value head, H head width, D model width.
 """
 
 from __future__ import annotations
@@ -9,12 +9,30 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+
+from mmlm.model.config import ModelConfig
+from mmlm.model.kernels import RMSNorm
+from mmlm.model.packed import HIDDEN, Arrangement, Block, probabilities, repeated
+
+Table = tuple[torch.Tensor, torch.Tensor]
+
+
+def rotary(position_X: torch.Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Table:
+    """cos and sin tables, (X, 1, H/2), computed in float32 (RoFormer, Su et al. 2021, eq. 34); once for all layers."""
+    frequency = theta ** (-torch.arange(0, head_width, 2, device=position_X.device, dtype=torch.float32) / head_width)
+    angle = position_X[:, None, None].float() * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x_XNH: torch.Tensor, table: Table) -> torch.Tensor:
+    cos, sin = table
+    a, b = x_XNH.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 @dataclass
 class Cache:
-    """Keys and values of one layer, (B, N, S, H), of the positions seen so far."""
+    """Rotated keys and values of one layer, (K, B, S, H), of the positions of B records seen so far."""
 
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
@@ -26,64 +44,60 @@ class Cache:
         return k, v
 
 
-def rotary(position_BT: torch.Tensor, head_width: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin tables, (B, 1, T, H/2) float32 (RoFormer, Su et al. 2021, eq. 34)."""
-    frequency = theta ** (-torch.arange(0, head_width, 2, device=position_BT.device, dtype=torch.float32) / head_width)
-    angle = position_BT[:, None, :, None].float() * frequency
-    return angle.cos(), angle.sin()
+@dataclass(frozen=True)
+class Cached:
+    """The arrangement of generation: B records of L queries each, over what is in the cache and over themselves."""
 
+    cache: Cache
+    block: Block
 
-def rotate(x_BNTH: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    cos, sin = (t.to(x_BNTH.dtype) for t in table)
-    a, b = x_BNTH.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    @classmethod
+    def prompts(cls, caches: list[Cache], valid_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool) -> list[Cached]:
+        """For the first pass: left-padded prompts, padding included."""
+        sees_BTS = torch.ones(valid_BT.shape[1], valid_BT.shape[1], dtype=torch.bool, device=valid_BT.device).tril()[None]
+        if prefix:
+            sees_BTS = sees_BTS | (prompt_BT[:, :, None] & prompt_BT[:, None, :])
+        return cls._of(caches, sees_BTS & valid_BT[:, None])
 
+    @classmethod
+    def step(cls, caches: list[Cache], valid_BS: torch.Tensor) -> list[Cached]:
+        """For one more position of each record."""
+        return cls._of(caches, valid_BS[:, None])
 
-def mask_of(
-    segment_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """Additive mask, (B, 1, T, T): 0 where a query sees a key of its own record, a large negative number elsewhere."""
-    T = segment_BT.shape[1]
-    sees = torch.ones(T, T, dtype=torch.bool, device=segment_BT.device).tril()[None]
-    if prefix:
-        sees = sees | (prompt_BT[:, :, None] & prompt_BT[:, None, :])
-    sees = sees & (segment_BT[:, :, None] == segment_BT[:, None, :]) & (segment_BT >= 0)[:, None, :]
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, -1e9)[:, None]
+    @classmethod
+    def _of(cls, caches: list[Cache], sees_BLS: torch.Tensor) -> list[Cached]:
+        bias = torch.zeros(sees_BLS.shape, device=sees_BLS.device).masked_fill(~sees_BLS, HIDDEN)
+        block = Block(0, bias.shape[1], bias.shape[2], 0, bias)
+        return [cls(cache, block) for cache in caches]
+
+    def attend(self, q_XNH: torch.Tensor, k_XKH: torch.Tensor, v_XKH: torch.Tensor) -> torch.Tensor:
+        B, N = len(self.block.bias), q_XNH.shape[1]
+        q, k, v = (x.transpose(0, 1).unflatten(1, (B, -1)) for x in (q_XNH, k_XKH, v_XKH))
+        k, v = (repeated(x, N).flatten(0, 1) for x in self.cache.extend(k, v))
+        y_YLH = torch.bmm(probabilities(q.flatten(0, 1), k, self.block), v)
+        return y_YLH.view(N, -1, y_YLH.shape[-1]).transpose(0, 1)
 
 
 class Attention(nn.Module):
-    """softmax(QKᵀ/√H + mask) V over N heads (Vaswani et al. 2017, eq. 1)."""
+    """softmax(QKᵀ/√H) V over N heads (Vaswani et al. 2017, eq. 1); K key-value heads are shared by N/K heads each
+    (Ainslie et al. 2023); queries and keys may be normalised per head (Dehghani et al. 2023, section 2)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.qkv.weight.parts = 3  # type: ignore[attr-defined]  # three matrices to an optimizer that works on matrices
-        self.out = nn.Linear(width, width, bias=False)
+        D, H = config.width, config.head_width
+        self.heads, self.kv_heads, self.head_width = config.heads, config.key_value_heads, H
+        self.qkv = nn.Linear(D, (config.heads + 2 * self.kv_heads) * H, bias=False)
+        # matrices in one, to an optimizer that works on matrices: those of queries, keys and values, or one for each head
+        self.qkv.weight.parts = 3 if self.kv_heads == self.heads else self.heads + 2 * self.kv_heads  # type: ignore
+        self.query_norm = RMSNorm(H) if config.qk_norm else None
+        self.key_norm = RMSNorm(H) if config.qk_norm else None
+        self.out = nn.Linear(config.heads * H, D, bias=False)
 
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        table: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor,
-        cache: Cache | None = None,
-    ) -> torch.Tensor:
-        B, T, D = x_BTD.shape
-        q, k, v = self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, table), rotate(k, table)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        y_BNTH = attend(q, k, v, mask)
-        return self.out(y_BNTH.transpose(1, 2).reshape(B, T, D))
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Attention of (B, N, T, H) queries over (B, N, S, H) keys.
-
-    bf16 on a CPU takes plain matrix products: 50 ms a training step against 130 ms with the fused kernel
-    (batch 128, T 41, width 128; measured with torch 2.13), whose backward has no bf16 path there.
-    """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-        return (scores.float() + mask).softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
+    def forward(self, x_XD: torch.Tensor, table: Table, arrangement: Arrangement) -> torch.Tensor:
+        N, K = self.heads, self.kv_heads
+        qkv = self.qkv(x_XD).view(len(x_XD), N + 2 * K, self.head_width)
+        qk, v = qkv.split([N + K, K], 1)
+        if self.query_norm is not None and self.key_norm is not None:
+            qk = torch.cat([self.query_norm(qk[:, :N]), self.key_norm(qk[:, N:])], 1)
+        q, k = rotate(qk, table).split([N, K], 1)
+        return self.out(arrangement.attend(q, k, v).flatten(1))

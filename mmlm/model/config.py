@@ -15,6 +15,11 @@ class ModelConfig(Config):
     layers: int = Field(2, ge=1)
     heads: int = Field(4, ge=1)
     """Attention heads; `width` is a multiple of them."""
+    kv_heads: int | None = None
+    """Key-value heads, each shared by `heads` / `kv_heads` query heads (Ainslie et al. 2023); default one for each.
+    Fewer make the cache of generation and the key and value maps smaller."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head: keeps attention scores small at high learning rates (Dehghani et al. 2023)."""
     mlp_width: int | None = None
     """Hidden size of the gated feed-forward; default 8/3 of the width, rounded up to a multiple of 16."""
     fusion: Literal["concat"] = "concat"
@@ -30,11 +35,17 @@ class ModelConfig(Config):
     def _heads_divide(self) -> Self:
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
         return self
 
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.kv_heads or self.heads
 
     @property
     def feed_forward(self) -> int:

@@ -66,7 +66,7 @@ def training_flops(config: ModelConfig, spec: FeatureSpec, shape: Shape, *, reco
 
 def _blocks(config: ModelConfig, shape: Shape) -> int:
     D, H = config.width, config.head_width
-    attention = D * H * (config.heads + 2 * config.heads) + D * D
+    attention = D * H * (config.heads + 2 * config.key_value_heads) + D * D
     token = 2 * (attention + 3 * D * config.feed_forward)
     scores = sum(4 * length * length * D for length in shape.lengths)  # Q Kᵀ, then its product with V
     return config.layers * (token * shape.tokens + scores)

@@ -1,0 +1,79 @@
+"""Sub-layers whose gradients are written by hand, since what is between matrix products takes a third of a step on a CPU.
+
+Forward and backward on one core (AVX-512, torch 2.13), bf16, 4,096 positions: RMSNorm over 512 values 4.4 ms against 9.3,
+SwiGLU of 1,376 values 8.0 ms against 14.2 (the linear maps around it: 130). Their library forms convert to float32 and
+back, and put halves together again, in passes of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+EPSILON = 1e-6
+"""Added to the mean square: the same in every precision, while the library's default in bf16 is 0.0078."""
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / √(mean(x²) + ε) · w over the last axis (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=EPSILON)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:
+            return super().forward(x)
+        return _Norm.apply(x, self.weight)
+
+
+class _Norm(torch.autograd.Function):
+    """Statistics in float32, everything else in the type of `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        inverse = norm.square_().div_(x.shape[-1]).add_(EPSILON).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return torch.mul(x, inverse, out=torch.empty_like(x)).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        """dx = r (g w - x r² mean(g w x)) and dw = Σ g x r, with r the inverse root mean square."""
+        x, weight, inverse = ctx.saved_tensors
+        g = gradients[0]
+        gx = (g * x).flatten(0, -2)
+        along = (gx @ weight).view(inverse.shape).to(inverse.dtype) * inverse**3 / -x.shape[-1]
+        dw = inverse.flatten().to(x.dtype) @ gx
+        dx = torch.mul(g, weight)
+        dx = torch.mul(dx, inverse, out=dx).addcmul_(x, along.to(x.dtype))
+        return dx, dw
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """SiLU(x G) · (x U) of both halves side by side (Shazeer 2020, eq. 6)."""
+    if gate_up.is_cuda:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+    return _SwiGLU.apply(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        active = F.silu(gate)
+        ctx.save_for_backward(gate_up, active)
+        return active * up
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        gate_up, active = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        made = torch.empty_like(gate_up)
+        dgate, dup = made.chunk(2, -1)
+        torch.mul(gradients[0], active, out=dup)
+        torch.ops.aten.silu_backward.grad_input(gradients[0] * up, gate, grad_input=dgate)
+        return made
