@@ -52,9 +52,13 @@ class Cached:
     block: Block
 
     @classmethod
-    def prompts(cls, caches: list[Cache], valid_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool) -> list[Cached]:
+    def prompts(
+        cls, caches: list[Cache], valid_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool
+    ) -> list[Cached]:
         """For the first pass: left-padded prompts, padding included."""
-        sees_BTS = torch.ones(valid_BT.shape[1], valid_BT.shape[1], dtype=torch.bool, device=valid_BT.device).tril()[None]
+        sees_BTS = torch.ones(valid_BT.shape[1], valid_BT.shape[1], dtype=torch.bool, device=valid_BT.device).tril()[
+            None
+        ]
         if prefix:
             sees_BTS = sees_BTS | (prompt_BT[:, :, None] & prompt_BT[:, None, :])
         return cls._of(caches, sees_BTS & valid_BT[:, None])

@@ -28,6 +28,8 @@ class Shape:
     """Records with an `<answer>`: rows of the class head."""
     patches: int = 0
     mels: int = 0
+    read: int | None = None
+    """Positions that a head reads, which is where the last feed-forward works; by default as many as `targets`."""
 
     @classmethod
     def of(cls, batch: Inputs) -> Shape:
@@ -41,6 +43,7 @@ class Shape:
             answers=len(batch.answer_at_R),
             patches=len(batch.patches_PD),
             mels=len(batch.mels_MD),
+            read=int((batch.target_BT != IGNORE).flatten().index_fill(0, batch.answer_at_R, True).sum()),
         )
 
     @property
@@ -66,10 +69,11 @@ def training_flops(config: ModelConfig, spec: FeatureSpec, shape: Shape, *, reco
 
 def _blocks(config: ModelConfig, shape: Shape) -> int:
     D, H = config.width, config.head_width
-    attention = D * H * (config.heads + 2 * config.key_value_heads) + D * D
-    token = 2 * (attention + 3 * D * config.feed_forward)
+    maps = 2 * D * (H * (config.heads + 2 * config.key_value_heads) + D)
     scores = sum(4 * length * length * D for length in shape.lengths)  # Q Kᵀ, then its product with V
-    return config.layers * (token * shape.tokens + scores)
+    attention = config.layers * (maps * shape.tokens + scores)
+    fed = (config.layers - 1) * shape.tokens + (shape.targets if shape.read is None else shape.read)
+    return attention + 6 * D * config.feed_forward * fed
 
 
 def _heads(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> int:

@@ -19,7 +19,7 @@ def generate(
     class logits (B, C) read at `<answer>`. `limit` is the longest answer, tokens.
     """
     caches = [Cache() for _ in model.blocks]
-    hidden_BD = model.trunk(prompts, caches)[:, -1]
+    hidden_BD = model.read_prompts(prompts, caches)
     label_BC = model.label(hidden_BD).float()
     valid_BS = prompts.valid_BT
     position_B = valid_BS.sum(1)

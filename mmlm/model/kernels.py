@@ -46,7 +46,7 @@ class _Norm(torch.autograd.Function):
         g = gradients[0]
         gx = (g * x).flatten(0, -2)
         along = (gx @ weight).view(inverse.shape).to(inverse.dtype) * inverse**3 / -x.shape[-1]
-        dw = inverse.flatten().to(x.dtype) @ gx
+        dw = gx.T.mv(inverse.flatten().to(x.dtype))
         dx = torch.mul(g, weight)
         dx = torch.mul(dx, inverse, out=dx).addcmul_(x, along.to(x.dtype))
         return dx, dw
@@ -77,3 +77,21 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(gradients[0], active, out=dup)
         torch.ops.aten.silu_backward.grad_input(gradients[0] * up, gate, grad_input=dgate)
         return made
+
+
+def rows_of(x_XD: torch.Tensor, at_U: torch.Tensor) -> torch.Tensor:
+    """x[at], for rows that are named at most once: their gradient is put back without adding up."""
+    return _Rows.apply(x_XD, at_U)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_XD: torch.Tensor, at_U: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(at_U)
+        ctx.shape = x_XD.shape
+        return x_XD.index_select(0, at_U)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (at_U,) = ctx.saved_tensors
+        return gradients[0].new_zeros(ctx.shape).index_copy_(0, at_U, gradients[0]), None

@@ -96,9 +96,7 @@ class Grouped:
     """(X,) int64: where each valid position stands among those of all groups; None when in order."""
 
     @classmethod
-    def of(
-        cls, segment_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool, dtype: torch.dtype
-    ) -> Grouped:
+    def of(cls, segment_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool, dtype: torch.dtype) -> Grouped:
         """Records of similar length together: at most an eighth, or 8 positions, shorter than the longest."""
         device = segment_BT.device
         starts, lengths = records_of(segment_BT.cpu().numpy())
@@ -111,7 +109,9 @@ class Grouped:
             place[rows[inside]] = at + np.flatnonzero(inside)
             at += rows.size
             blocks = _blocks(L, prompts[rows] & inside if prefix else None, dtype, device)
-            in_order = bool(inside.all()) and rows.size == len(place) and bool((rows.ravel() == np.arange(len(place))).all())
+            in_order = (
+                bool(inside.all()) and rows.size == len(place) and bool((rows.ravel() == np.arange(len(place))).all())
+            )
             groups.append(
                 Group(
                     records=len(chosen),
@@ -156,9 +156,7 @@ def similar(lengths: np.ndarray) -> list[np.ndarray]:
     return groups
 
 
-def _blocks(
-    length: int, prompt_GL: np.ndarray | None, dtype: torch.dtype, device: torch.device
-) -> tuple[Block, ...]:
+def _blocks(length: int, prompt_GL: np.ndarray | None, dtype: torch.dtype, device: torch.device) -> tuple[Block, ...]:
     """Causal, and where `prompt_GL` is given, prompts in both directions."""
     prompt = np.zeros((1, length), bool) if prompt_GL is None else prompt_GL
     ends = np.flatnonzero(prompt.any(0))

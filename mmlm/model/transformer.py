@@ -1,11 +1,17 @@
 """The fused Transformer: text, patches and mel frames in one sequence, answered by the next token and by a class head.
 
 Departures from Vaswani et al. 2017: decoder only; RMSNorm before each sub-layer and no biases (LLaMA, Touvron et al.
-2023); rotary positions instead of added ones; SwiGLU feed-forward (Shazeer 2020); media enter as tokens through one
-linear map each (ViT, Dosovitskiy et al. 2021); optionally the prompt attends in both directions (prefix-LM, Raffel et
-al. 2020). A missing modality is just fewer tokens. A sequence may hold several records: none sees another.
+2023); rotary positions instead of added ones; SwiGLU feed-forward (Shazeer 2020); fewer key-value heads and normalised
+queries and keys where asked for; media enter as tokens through one linear map each (ViT, Dosovitskiy et al. 2021);
+optionally the prompt attends in both directions (prefix-LM, Raffel et al. 2020). A missing modality is just fewer
+tokens. A sequence may hold several records: none sees another.
 
-Axes: B sequence, T position, R record, D width, V vocabulary, C classes of all tasks, A answer positions.
+Departures from the usual layout: padding is dropped at the door, so that every map works on the X valid positions of the
+batch, one after the other; the last feed-forward works only on positions that a head reads; and the loss of the answers
+is computed piece by piece, so that the logits of a large vocabulary never exist whole.
+
+Axes: B sequence, T position, X valid position of the batch, R record, D width, V vocabulary, C classes of all tasks,
+A answer positions, U positions that a head reads.
 """
 
 from __future__ import annotations
@@ -15,10 +21,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mmlm.features.spec import AUDIO, FIELDS, IMAGE, FeatureSpec
-from mmlm.model.attention import Attention, Cache, mask_of, rotary
+from mmlm.model.attention import Attention, Cache, Cached, Table, rotary
 from mmlm.model.config import ModelConfig
+from mmlm.model.cross_entropy import AnswerHead, AnswerLoss
+from mmlm.model.kernels import RMSNorm, rows_of, swiglu
+from mmlm.model.packed import Arrangement, arrange
 
 IGNORE = -100
 
@@ -43,13 +53,19 @@ class Inputs(Protocol):
 
 class Output(NamedTuple):
     answer_AV: torch.Tensor
-    """Logits of the positions whose target is not IGNORE, row by row."""
+    """Logits of the positions whose target is not IGNORE, row by row; of none when their loss was asked for."""
     label_RC: torch.Tensor
     """Logits over the classes of all tasks, read at each record's `<answer>`."""
+    answer: AnswerLoss | None = None
+    """The loss of the same positions, when it was asked for."""
 
 
 class FusedTransformer(nn.Module):
     """Built from a ModelConfig and the FeatureSpec of the shards that it reads."""
+
+    recompute = 0
+    """Every how manieth block keeps only its input and is run again in the backward pass; 0 is none. Costs time, saves
+    memory, changes no number."""
 
     def __init__(self, config: ModelConfig, spec: FeatureSpec, field_rows: int = 0) -> None:
         super().__init__()
@@ -60,82 +76,113 @@ class FusedTransformer(nn.Module):
         self.audio = MediaEmbedding(spec.audio.token_dim, longest, D) if spec.audio else None
         self.fields = FieldEmbedding(field_rows, D) if field_rows else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(D)
-        self.answer = nn.Linear(D, spec.vocab_size, bias=False)
+        self.norm = RMSNorm(D)
+        self.answer = AnswerHead(D, spec.vocab_size)
         classes = sum(len(task.labels) for task in spec.tasks)
         self.label = nn.Linear(D, max(classes, 1))
         initialise(self)
 
-    def forward(self, batch: Inputs) -> Output:
-        x_BTD = self.trunk(batch)
-        answers = self.answer(x_BTD[batch.target_BT != IGNORE])
-        return Output(answers, self.label(x_BTD.flatten(0, 1)[batch.answer_at_R]))
+    def forward(self, batch: Inputs, z_loss: float | None = None) -> Output:
+        """With a `z_loss` (0 for none), the loss of the answers takes the place of their logits."""
+        target_X = batch.target_BT[batch.valid_BT]
+        answer_R = (batch.valid_BT.flatten().cumsum(0) - 1)[batch.answer_at_R]
+        read_X = (target_X != IGNORE).index_fill(0, answer_R, True)
+        x_UD = self.trunk(batch, read_X)
+        target_U = target_X[read_X]
+        x_AD, target_A = x_UD, target_U
+        if bool((target_U == IGNORE).any()):
+            answered = (target_U != IGNORE).nonzero()[:, 0]
+            x_AD, target_A = rows_of(x_UD, answered), target_U[answered]
+        label_RC = self.label(x_UD[(read_X.cumsum(0) - 1)[answer_R]])
+        if z_loss is None:
+            return Output(self.answer(x_AD), label_RC)
+        return Output(x_AD.new_empty(0, self.answer.out_features), label_RC, self.answer(x_AD, target_A, z_loss))
 
-    def trunk(self, batch: Inputs, caches: list[Cache] | None = None) -> torch.Tensor:
-        """Normalised hidden states of a whole batch, (B, T, D); fills `caches` when they are given."""
-        table = rotary(batch.position_BT, self.config.head_width, self.config.rope_theta)
-        mask = mask_of(batch.segment_BT, batch.prompt_BT, prefix=self.config.attention == "prefix")
-        x_BTD = self.embed(batch)
+    def trunk(self, batch: Inputs, read_X: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalised hidden states, (U, D), of the valid positions that `read_X` marks, by default of all of them."""
+        x_XD = self.embed(batch, batch.valid_BT)
+        prefix = self.config.attention == "prefix"
+        seen = arrange(batch.segment_BT, batch.prompt_BT, prefix=prefix, dtype=x_XD.dtype)
+        table = self._rotary(batch.position_BT[batch.valid_BT], x_XD.dtype)
+        read = None if read_X is None or bool(read_X.all()) else read_X.nonzero()[:, 0]
         for n, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, table, mask, caches[n] if caches else None)
-        return self.norm(x_BTD)
+            chosen = read if block is self.blocks[-1] else None
+            if self.recompute and n % self.recompute == 0 and self.training:
+                x_XD = checkpoint(block, x_XD, table, seen, chosen, use_reentrant=False)
+            else:
+                x_XD = block(x_XD, table, seen, chosen)
+        return self.norm(x_XD)
+
+    def read_prompts(self, batch: Inputs, caches: list[Cache]) -> torch.Tensor:
+        """Normalised hidden states (B, D) of the last column of left-padded prompts; fills `caches`, one a block."""
+        B, T = batch.tokens_BT.shape
+        prefix = self.config.attention == "prefix"
+        seen = Cached.prompts(caches, batch.valid_BT, batch.prompt_BT, prefix=prefix)
+        x_XD = self.embed(batch, torch.ones_like(batch.valid_BT))
+        last = torch.arange(1, B + 1, device=x_XD.device) * T - 1
+        return self._cached(x_XD, batch.position_BT.flatten(), seen, last)
 
     def extend(
         self, token_B: torch.Tensor, position_B: torch.Tensor, valid_BS: torch.Tensor, caches: list[Cache]
     ) -> torch.Tensor:
         """Normalised hidden states (B, D) of one more token per record, which sees every valid position before it."""
-        table = rotary(position_B[:, None], self.config.head_width, self.config.rope_theta)
-        mask = torch.zeros(valid_BS.shape, device=valid_BS.device).masked_fill(~valid_BS, -1e9)[:, None, None]
-        x_BTD = self.tokens(token_B)[:, None]
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x_BTD = block(x_BTD, table, mask, cache)
-        return self.norm(x_BTD)[:, 0]
+        return self._cached(self.tokens(token_B), position_B, Cached.step(caches, valid_BS), None)
 
-    def embed(self, batch: Inputs) -> torch.Tensor:
-        """(B, T, D): token embeddings, with media slots filled from their own embeddings."""
-        x_BTD = self.tokens(batch.tokens_BT)
+    def _cached(
+        self, x_XD: torch.Tensor, position_X: torch.Tensor, seen: list[Cached], read: torch.Tensor | None
+    ) -> torch.Tensor:
+        table = self._rotary(position_X, x_XD.dtype)
+        for n, (block, one) in enumerate(zip(self.blocks, seen, strict=True)):
+            x_XD = block(x_XD, table, one, read if n == len(seen) - 1 else None)
+        return self.norm(x_XD)
+
+    def _rotary(self, position_X: torch.Tensor, dtype: torch.dtype) -> Table:
+        return rotary(position_X, self.config.head_width, self.config.rope_theta, dtype)
+
+    def embed(self, batch: Inputs, keep_BT: torch.Tensor) -> torch.Tensor:
+        """(X, D) of the positions to keep: token embeddings, with media slots filled from their own embeddings."""
+        tokens_X, prompt_X = batch.tokens_BT[keep_BT], batch.prompt_BT[keep_BT]
+        x_XD = self.tokens(tokens_X)
         for module, slot, rows, at in (
             (self.image, IMAGE, batch.patches_PD, batch.patch_at_P),
             (self.audio, AUDIO, batch.mels_MD, batch.mel_at_M),
             (self.fields, FIELDS, batch.values_K[:, None], batch.value_at_K),
         ):
             if module is not None:
-                x_BTD = _fill(x_BTD, (batch.tokens_BT == slot) & batch.prompt_BT, module, rows, at)
-        return x_BTD
+                x_XD = _fill(x_XD, (tokens_X == slot) & prompt_X, module, rows, at)
+        return x_XD
 
 
 def _fill(
-    x_BTD: torch.Tensor, here_BT: torch.Tensor, module: nn.Module, rows: torch.Tensor, at: torch.Tensor
+    x_XD: torch.Tensor, here_X: torch.Tensor, module: nn.Module, rows: torch.Tensor, at: torch.Tensor
 ) -> torch.Tensor:
     """Put the embedded rows into their slots. One row of zeros goes along, worth nothing: a rank whose batch lacks
     the modality still touches the module's parameters, without which ZeRO aborts (1, 2) or waits for ever (3)."""
-    rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).to(x_BTD.dtype)
+    rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).to(x_XD.dtype)
     embedded = module(rows, F.pad(at, (0, 1)))
-    slots = here_BT.flatten().nonzero()[:, 0]
-    filled = x_BTD.flatten(0, 1).index_copy(0, slots, embedded[:-1]) + 0 * embedded[-1].sum()
-    return filled.view_as(x_BTD)
+    if len(rows) == 1:
+        return x_XD + 0 * embedded[-1].sum()
+    return x_XD.index_copy(0, here_X.nonzero()[:, 0], embedded[:-1]) + 0 * embedded[-1].sum()
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)), the latter only where `read` says, if it does."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width)
-        self.attention = Attention(config.width, config.heads)
-        self.feed_forward_norm = nn.RMSNorm(config.width)
+        self.attention_norm = RMSNorm(config.width)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.width)
         self.feed_forward = FeedForward(config.width, config.feed_forward)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        x_BTD: torch.Tensor,
-        table: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor,
-        cache: Cache | None = None,
+        self, x_XD: torch.Tensor, table: Table, seen: Arrangement, read: torch.Tensor | None = None
     ) -> torch.Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), table, mask, cache))
-        return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+        x_XD = x_XD + self.dropout(self.attention(self.attention_norm(x_XD), table, seen))
+        if read is not None:
+            x_XD = rows_of(x_XD, read)
+        return x_XD + self.dropout(self.feed_forward(self.feed_forward_norm(x_XD)))
 
 
 class FeedForward(nn.Module):
@@ -147,9 +194,8 @@ class FeedForward(nn.Module):
         self.gate_up.weight.parts = 2  # type: ignore[attr-defined]  # as in Attention
         self.out = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x_BTD).chunk(2, -1)
-        return self.out(F.silu(gate) * up)
+    def forward(self, x_XD: torch.Tensor) -> torch.Tensor:
+        return self.out(swiglu(self.gate_up(x_XD)))
 
 
 class MediaEmbedding(nn.Module):

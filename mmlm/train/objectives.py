@@ -54,22 +54,35 @@ class Answering:
         return {name: labels if name == "label" else answers for name in self.names}
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
-        return self.terms(model(batch), batch)
+        return self.terms(model(batch, z_loss=self.z_share), batch)
+
+    @property
+    def z_share(self) -> float | None:
+        """The z-loss relative to the cross-entropy, with which it is computed together; None where it stands alone."""
+        return self.config.z / self.config.answer if self.config.answer else None if self.config.z else 0.0
 
     def terms(self, output: Output, batch: Batch, scale: float = 1.0) -> dict[str, Term]:
         """Logits are taken to float32 first: bf16 log-softmax loses three digits."""
-        targets = batch.target_BT[batch.target_BT != IGNORE]
-        logits_AV = output.answer_AV.float()
-        answer_A = F.cross_entropy(logits_AV, targets, reduction="none")
         logits_RC = own_classes(output.label_RC.float(), batch.task_R, self.allowed)
         label_R = F.cross_entropy(logits_RC, batch.label_R, ignore_index=IGNORE, reduction="none")
+        answer, each_A, square = self._answers(output, batch)
         terms = {
-            "answer": Term(answer_A.sum(), scale * self.config.answer, answer_A.detach()),
+            "answer": Term(answer, scale * self.config.answer, each_A),
             "label": Term(label_R.sum(), scale * self.config.label, label_R.detach()),
         }
         if self.config.z:
-            terms["z"] = Term(logits_AV.logsumexp(-1).square().sum(), scale * self.config.z)
+            terms["z"] = Term(square, scale * self.config.z)
         return terms
+
+    def _answers(self, output: Output, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Summed cross-entropy, that of each token, and the summed squares of log Σexp."""
+        if output.answer is not None:
+            square = output.answer.log_z_A.square().sum()
+            # the gradient of the z-loss came with that of the cross-entropy; here the two values are told apart
+            return output.answer.sum - (self.z_share or 0.0) * square, output.answer.each_A, square
+        logits_AV = output.answer_AV.float()
+        answer_A = F.cross_entropy(logits_AV, batch.target_BT[batch.target_BT != IGNORE], reduction="none")
+        return answer_A.sum(), answer_A.detach(), logits_AV.logsumexp(-1).square().sum()
 
 
 class Distilling:

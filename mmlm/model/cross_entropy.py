@@ -1,0 +1,90 @@
+"""The head over the vocabulary, and its loss without the logits of all positions at once.
+
+Axes: A answer position, C position of a piece, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+LOGITS = 1 << 24
+"""Logits that exist at a time, at most (64 MB in float32), unless one position alone has more."""
+
+
+class AnswerLoss(NamedTuple):
+    sum: torch.Tensor
+    """Scalar float32, differentiable: cross-entropy, plus z · log²Σexp where a z-loss was asked for (PaLM, Chowdhery et
+    al. 2022, section 5), summed over all positions."""
+    each_A: torch.Tensor
+    """Cross-entropy of each position, float32, not differentiable."""
+    log_z_A: torch.Tensor
+    """log Σexp of each position's logits, float32, not differentiable."""
+
+
+class AnswerHead(nn.Linear):
+    """Logits, or with targets their loss."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__(width, vocabulary, bias=False)
+
+    def forward(  # type: ignore[override]
+        self, x_AD: torch.Tensor, target_A: torch.Tensor | None = None, z: float = 0.0
+    ) -> torch.Tensor | AnswerLoss:
+        if target_A is None:
+            return super().forward(x_AD)
+        return AnswerLoss(*_CrossEntropy.apply(x_AD, self.weight, target_A, z, LOGITS))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The gradients are made along with the loss, piece by piece: nothing but them is kept for the backward pass.
+
+    In a piece, ∂/∂logit = p (1 + 2 z log Z) - [target], in float32, then rounded to the type of the weights, as the
+    gradient of plain logits would be. Pieces are summed in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_AD: torch.Tensor, weight_VD: torch.Tensor, target_A: torch.Tensor, z: float, limit: int
+    ) -> Any:
+        rows = max(1, limit // len(weight_VD))
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        wide = torch.promote_types(x_AD.dtype, torch.float32)
+        each_A, log_z_A = (torch.empty(len(x_AD), dtype=wide, device=x_AD.device) for _ in range(2))
+        dx_AD = torch.empty_like(x_AD) if needs_x else None
+        dweight_VD = None
+        for first in range(0, len(x_AD), rows):
+            here = slice(first, first + rows)
+            logits_CV = x_AD[here] @ weight_VD.T
+            target_C1 = target_A[here, None]
+            log_p_CV = logits_CV.log_softmax(-1, dtype=wide)
+            chosen_C1 = log_p_CV.gather(1, target_C1)
+            each_A[here] = -chosen_C1[:, 0]
+            log_z_A[here] = (logits_CV.gather(1, target_C1) - chosen_C1)[:, 0]
+            if not needs_x and not needs_weight:
+                continue
+            d_CV = log_p_CV.exp_()
+            if z:
+                d_CV *= 1 + 2 * z * log_z_A[here, None]
+            d_CV.scatter_add_(1, target_C1, torch.full_like(chosen_C1, -1.0))
+            d_CV = d_CV.to(x_AD.dtype)
+            if dx_AD is not None:
+                dx_AD[here] = d_CV @ weight_VD
+            if needs_weight:
+                made = d_CV.T @ x_AD[here]
+                if dweight_VD is None:
+                    dweight_VD = made if rows >= len(x_AD) else made.to(wide)
+                else:
+                    dweight_VD += made
+        if needs_weight and dweight_VD is None:
+            dweight_VD = torch.zeros_like(weight_VD)
+        ctx.save_for_backward(dx_AD, None if dweight_VD is None else dweight_VD.to(weight_VD.dtype))
+        ctx.mark_non_differentiable(each_A, log_z_A)
+        return (each_A + z * log_z_A.square()).sum(), each_A, log_z_A
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        dx_AD, dweight_VD = (None if d is None else d * gradients[0].to(d.dtype) for d in ctx.saved_tensors)
+        return dx_AD, dweight_VD, None, None, None

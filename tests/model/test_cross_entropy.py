@@ -1,0 +1,83 @@
+"""The loss made piece by piece against the plain one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmlm.model import cross_entropy
+from mmlm.model.cross_entropy import AnswerHead
+
+
+def plain(head: AnswerHead, x: torch.Tensor, target: torch.Tensor, z: float) -> torch.Tensor:
+    logits = head(x).float() if x.dtype == torch.bfloat16 else head(x)
+    return F.cross_entropy(logits, target, reduction="sum") + z * logits.logsumexp(-1).square().sum()
+
+
+@pytest.mark.parametrize("z", [0.0, 1e-2])
+@pytest.mark.parametrize("limit", [50, 7 * 50, 1 << 20])  # pieces of 1 and of 7 rows, and one piece
+def test_values_and_gradients_equal_the_plain_ones(z: float, limit: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cross_entropy, "LOGITS", limit)
+    torch.manual_seed(0)
+    head = AnswerHead(16, 50).double()
+    x = torch.randn(30, 16, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 50, (30,))
+    loss = head(x, target, z)
+    wanted = plain(head, x, target, z)
+    assert loss.sum.item() == pytest.approx(wanted.item(), rel=1e-12)
+    assert torch.allclose(loss.each_A, F.cross_entropy(head(x), target, reduction="none"))
+    assert torch.allclose(loss.log_z_A, head(x).logsumexp(-1))
+    made = torch.autograd.grad(0.3 * loss.sum, (x, head.weight))
+    for a, b in zip(made, torch.autograd.grad(0.3 * wanted, (x, head.weight)), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_bfloat16_gradients_are_nearly_as_good_as_the_plain_ones(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    head, x, target = AnswerHead(64, 500), torch.randn(300, 64), torch.randint(0, 500, (300,))
+    x.requires_grad_()
+    exact = torch.autograd.grad(plain(head, x, target, 0.0), (x, head.weight))
+    low, y = AnswerHead(64, 500).bfloat16(), x.detach().bfloat16().requires_grad_()
+    low.load_state_dict(head.state_dict())
+    monkeypatch.setattr(cross_entropy, "LOGITS", 500 * 40)
+    made = torch.autograd.grad(low(y, target).sum, (y, low.weight))
+    usual = torch.autograd.grad(plain(low, y, target, 0.0), (y, low.weight))
+    for right, ours, theirs in zip(exact, made, usual, strict=True):
+        assert (ours - right).norm() <= 1.25 * (theirs - right).norm()
+
+
+def test_no_rows_and_no_gradients():
+    head = AnswerHead(8, 20)
+    loss = head(torch.zeros(0, 8, requires_grad=True), torch.zeros(0, dtype=torch.int64))
+    loss.sum.backward()
+    assert loss.sum.item() == 0 and head.weight.grad is not None and not head.weight.grad.any()
+    with torch.no_grad():
+        assert head(torch.randn(3, 8), torch.tensor([1, 2, 3])).sum.isfinite()
+
+
+PEAK = """
+import resource, sys, torch
+from mmlm.model.cross_entropy import AnswerHead
+from torch.nn import functional as F
+torch.set_num_threads(1)
+head, x = AnswerHead(32, 32_000), torch.randn(2_048, 32, requires_grad=True)
+target = torch.randint(0, 32_000, (2_048,))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loss = head(x, target).sum if sys.argv[1] == "pieces" else F.cross_entropy(head(x), target, reduction="sum")
+loss.backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_the_logits_of_a_large_vocabulary_never_exist_whole():
+    """2,048 positions of 32,000 logits are 262 MB in float32, and their gradient as much again."""
+    peak = {}
+    for name in ("pieces", "plain"):
+        done = subprocess.run([sys.executable, "-c", PEAK, name], capture_output=True, text=True, check=True)
+        peak[name] = int(done.stdout) / 1e3  # MB
+    assert peak["plain"] > 500
+    assert peak["pieces"] < 220
