@@ -67,10 +67,10 @@ def test_bfloat16_is_as_near_as_its_eight_bits_allow(prefix: bool):
     segment, prompt = layout([[50, 33, 60], [QUERIES + 60]])
     torch.manual_seed(0)
     q, k, v = torch.randn(3, int((segment >= 0).sum()), 4, 16, dtype=torch.float64)
-    low = [x.bfloat16() for x in (q, k, v)]
-    made = arrange(segment, prompt, prefix=prefix, dtype=torch.bfloat16).attend(*low)
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    made = arrange(segment, prompt, prefix=prefix, dtype=torch.bfloat16).attend(q, k, v)
     assert made.dtype == torch.bfloat16
-    wanted = textbook(*(x.double() for x in low), segment, prompt, prefix)
+    wanted = textbook(q.double(), k.double(), v.double(), segment, prompt, prefix)
     assert (made.double() - wanted).abs().max() < 0.03
 
 
