@@ -56,6 +56,7 @@ def on_rank(
     torch.manual_seed(settings.seed)
     spec = feature_spec.load(Path(shards))
     student = weights.build(settings.model, spec)
+    student.set_up(recompute=settings.recompute, compiled=settings.compile)
     objective: Objective = Answering(settings.loss, spec)
     if teacher:
         leader = weights.load_model(Path(teacher), spec).eval().requires_grad_(False).to(device)

@@ -124,6 +124,7 @@ class Grouped:
         back = None if groups[0].rows is None else torch.from_numpy(place).to(device)
         return cls(tuple(groups), back)
 
+    @torch.compiler.disable
     def attend(self, q_XNH: torch.Tensor, k_XKH: torch.Tensor, v_XKH: torch.Tensor) -> torch.Tensor:
         return _Attend.apply(q_XNH, k_XKH, v_XKH, self)
 

@@ -82,6 +82,13 @@ class FusedTransformer(nn.Module):
         self.label = nn.Linear(D, max(classes, 1))
         initialise(self)
 
+    def set_up(self, *, recompute: int = 0, compiled: bool = False) -> None:
+        """How training is to be carried out; changes no number."""
+        self.recompute = recompute
+        if compiled:
+            for block in self.blocks:
+                block.compile()
+
     def forward(self, batch: Inputs, z_loss: float | None = None) -> Output:
         """With a `z_loss` (0 for none), the loss of the answers takes the place of their logits."""
         target_X = batch.target_BT[batch.valid_BT]

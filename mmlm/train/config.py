@@ -213,6 +213,11 @@ class LoopConfig(Config):
     """Of weights, activations and gradients; the optimizer always works on float32 weights."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches into which each rank's share of a step is cut; more take less memory, the loss stays the same."""
+    recompute: int = Field(0, ge=0)
+    """Activation checkpointing: every how manieth block keeps only its input and is run again in the backward pass; 1 is
+    every block, 0 none. Less memory, up to a third more time, the same numbers."""
+    compile: bool = False
+    """torch.compile for each block: pays on GPUs, not on CPUs; not at ZeRO stage 3."""
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = AdamWConfig()
     """How gradients become updates."""
@@ -238,6 +243,12 @@ class LoopConfig(Config):
     validation: ValidationConfig = ValidationConfig()
     log_every: int = Field(10, ge=1)
     """Steps between rows of `metrics.jsonl`."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        if self.compile and self.zero.stage == 3:
+            raise ValueError("compile does not work at zero.stage 3, where a block's parameters come and go")
+        return self
 
 
 class TrainConfig(LoopConfig):

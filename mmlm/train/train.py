@@ -81,6 +81,7 @@ def on_rank(config: dict[str, Any], shards: str, out: str, where: dict[str, Any]
     torch.manual_seed(settings.seed)
     spec = feature_spec.load(Path(shards))
     model = weights.build(settings.model, spec)
+    model.set_up(recompute=settings.recompute, compiled=settings.compile)
     objective = Answering(settings.loss, spec)
     counts = fit(model, objective, settings, Path(shards), Path(out), "train", Where(**(where or {})))
     write_counts(Path(out), counts, model)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.nn import functional as F
 
 from mmlm.data.collate import IGNORE, collate, field_rows
 from mmlm.data.modalities import keep_modalities
@@ -14,15 +17,16 @@ from mmlm.model.transformer import FusedTransformer, count_parameters
 from tests.small import SPEC, sample
 
 
-def model(attention: str = "prefix") -> FusedTransformer:
+def model(attention: str = "prefix", **changes: Any) -> FusedTransformer:
     torch.manual_seed(0)
-    config = ModelConfig(width=32, layers=2, heads=4, attention=attention)  # type: ignore[arg-type]
+    config = ModelConfig(**{"width": 32, "layers": 2, "heads": 4, "attention": attention, **changes})
     return FusedTransformer(config, SPEC, len(field_rows(SPEC))).eval()
 
 
 @pytest.mark.parametrize("attention", ["causal", "prefix"])
-def test_generation_with_cache_equals_full_forward(attention: str):
-    net = model(attention)
+@pytest.mark.parametrize("changes", [{}, {"kv_heads": 2, "qk_norm": True}, {"kv_heads": 1}])
+def test_generation_with_cache_equals_full_forward(attention: str, changes: dict[str, Any]):
+    net = model(attention, **changes)
     samples = [sample(i, given) for i, given in enumerate([("image", "audio"), ("audio",), (), ("fields", "context")])]
     ids, score, label = generate(net, collate(samples, SPEC, pad_left=True, with_answer=False), limit=6)
     assert any(ids)
@@ -74,6 +78,51 @@ def test_a_batch_without_a_modality_gives_that_modality_zero_gradients():
         assert parameter.grad is not None, name  # ZeRO needs a gradient of every parameter on every rank
     assert net.audio.project.weight.grad is not None and not net.audio.project.weight.grad.any()
     assert net.image.project.weight.grad is not None and net.image.project.weight.grad.any()
+
+
+def losses(net: FusedTransformer, **options: Any) -> list[torch.Tensor]:
+    """The loss of some records, and its gradients."""
+    net.zero_grad()
+    net.train().set_up(**options)
+    out = net(collate([sample(0), sample(1, ()), sample(2, ("audio",))], SPEC), z_loss=0.0)
+    assert out.answer is not None
+    loss = out.answer.sum + out.label_RC.square().sum()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_recomputing_blocks_changes_nothing(every: int):
+    net = model(layers=3)
+    for a, b in zip(losses(net), losses(net, recompute=every), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow  # 40 s of compilation
+def test_a_compiled_model_computes_the_same():
+    net = model()
+    for a, b in zip(losses(net), losses(net, compiled=True), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_the_loss_is_that_of_the_logits():
+    net = model()
+    batch = collate([sample(0), sample(1, ()), sample(2, ("audio",))], SPEC)
+    out, asked = net(batch), net(batch, z_loss=1e-3)
+    targets = batch.target_BT[batch.target_BT != IGNORE]
+    wanted = F.cross_entropy(out.answer_AV, targets, reduction="none")
+    assert torch.allclose(asked.answer.each_A, wanted, atol=1e-6)
+    z = out.answer_AV.logsumexp(-1).square().sum() * 1e-3
+    assert asked.answer.sum.item() == pytest.approx((wanted.sum() + z).item(), rel=1e-6)
+    assert torch.equal(out.label_RC, asked.label_RC)
+
+
+def test_normalised_queries_and_keys_do_not_grow_with_the_weights():
+    net = model(qk_norm=True)
+    batch = collate([sample(0)], SPEC)
+    before = net.trunk(batch)
+    dict(net.named_parameters())["blocks.0.attention.qkv.weight"].data[: 2 * 32] *= 50  # queries and keys, not values
+    assert torch.allclose(net.trunk(batch), before, atol=1e-4)
 
 
 def test_parameter_count_is_what_the_sizes_say():
