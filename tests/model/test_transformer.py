@@ -14,6 +14,8 @@ from mmlm.features.spec import EOS
 from mmlm.model.config import ModelConfig
 from mmlm.model.generation import generate, words_only
 from mmlm.model.transformer import FusedTransformer, count_parameters
+from mmlm.train.config import LossConfig
+from mmlm.train.objectives import Answering, loss_of
 from tests.small import SPEC, sample
 
 
@@ -115,6 +117,21 @@ def test_the_loss_is_that_of_the_logits():
     z = out.answer_AV.logsumexp(-1).square().sum() * 1e-3
     assert asked.answer.sum.item() == pytest.approx((wanted.sum() + z).item(), rel=1e-6)
     assert torch.equal(out.label_RC, asked.label_RC)
+
+
+@pytest.mark.parametrize("z", [0.0, 0.02])
+def test_the_terms_of_the_loss_are_those_of_the_logits(z: float):
+    net, objective = model(), Answering(LossConfig(answer=0.5, z=z), SPEC)
+    batch = collate([sample(0), sample(1, ()), sample(2, ("audio",))], SPEC)
+    made = []
+    for terms in (objective(net, batch), objective.terms(net(batch), batch)):
+        loss = loss_of(terms, objective.counts(batch))
+        made.append((terms, loss, torch.autograd.grad(loss, list(net.parameters()))))
+    (ours, loss, gradients), (plain, wanted, others) = made
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert {n: t.sum.item() for n, t in ours.items()} == pytest.approx({n: t.sum.item() for n, t in plain.items()})
+    for a, b in zip(gradients, others, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_normalised_queries_and_keys_do_not_grow_with_the_weights():
