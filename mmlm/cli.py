@@ -318,7 +318,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _explain(arguments: argparse.Namespace) -> int:
     from mmlm import story as stories
-    from mmlm.corpus import explain
+    from mmlm.corpus import explain, explain_words
     from mmlm.storage import is_remote
 
     path = Path(arguments.story)
@@ -331,7 +331,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     else:
         found = explain.explain_files(arguments.story)
     shown = str(story.folder) if is_story else ""
-    print(json.dumps(found, ensure_ascii=False, indent=1) if arguments.json else explain.words(found, shown))
+    print(json.dumps(found, ensure_ascii=False, indent=1) if arguments.json else explain_words.words(found, shown))
     return 0
 
 

@@ -12,9 +12,7 @@ Another `batch` may change the last bits, which the rounding to float16 mostly h
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +27,7 @@ from mmlm.features.config import EncoderConfig, FeaturesConfig
 from mmlm.features.sample import Sample
 from mmlm.features.spec import AudioSpec, EncoderSpec, FeatureSpec, ImageSpec
 from mmlm.shards.codec import pack_features
-from mmlm.storage import sha256_file, sha256_json
+from mmlm.shards.encoder_files import digest, folder_of, read_json
 
 IMAGE_MODELS = ("clip", "clip_vision_model", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "siglip",
                 "siglip_vision_model", "vit")  # fmt: skip
@@ -39,10 +37,6 @@ AHEAD = 2
 """Batches of one encoder that are computed while the next are being read."""
 HELD_BYTES = 64 << 20
 """Bytes of samples that wait for their features; beyond, batches are filled up and sent."""
-MAX_JSON = 16 << 20
-"""Bytes of a checkpoint's JSON file, at most."""
-_SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors.index.json")
-
 Features = list[np.ndarray]
 """For each item (tokens, dim) float16."""
 
@@ -55,11 +49,6 @@ class Ask(Protocol):
     def submit(self, items: list[np.ndarray]) -> Callable[[], Features]:
         """Begin with at most `batch` items; what is returned waits for the result."""
         ...
-
-
-def digest(config: EncoderConfig) -> str:
-    """sha256 over the names and bytes of the files of a checkpoint that are read. Raises ConfigError."""
-    return sha256_json({path.name: sha256_file(path) for path in _files(config)})
 
 
 def digests(config: FeaturesConfig) -> dict[str, dict[str, str]]:
@@ -107,7 +96,7 @@ def make_encoders(config: FeaturesConfig, spec: FeatureSpec) -> dict[str, Pretra
     for kind, one in sorted(spec.encoders.items()):
         stored = getattr(spec, kind)
         settings = config.encoders[kind]  # type: ignore[index]
-        found[kind] = PretrainedEncoder(settings.model_copy(update={"folder": _absolute(settings)}), one, stored)
+        found[kind] = PretrainedEncoder(settings.model_copy(update={"folder": folder_of(settings)}), one, stored)
     return found
 
 
@@ -269,9 +258,9 @@ class _Pictures:
                 f"the encoder in {config.folder} reads {self.channels} channels",
                 wanted=f"3, or the {stored.channels} of features.image", cure="use another checkpoint",
             )  # fmt: skip
-        given = _read_json(config, "preprocessor_config.json")
+        given = read_json(config, "preprocessor_config.json")
         if given is None:
-            given = (_read_json(config, "processor_config.json") or {}).get("image_processor")
+            given = (read_json(config, "processor_config.json") or {}).get("image_processor")
         if not isinstance(given, dict):
             raise ConfigError(
                 f"{config.folder} has no preprocessor_config.json", wanted="the size, mean and deviation it was trained on",
@@ -356,7 +345,7 @@ def _describe(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> EncoderSp
 
 
 def _reader(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> _Pictures | _Sounds:
-    settings = _read_json(config, "config.json") or {}
+    settings = read_json(config, "config.json") or {}
     kind, models = ("audio", AUDIO_MODELS) if isinstance(stored, AudioSpec) else ("image", IMAGE_MODELS)
     model = settings.get("model_type")
     if model == "timm_wrapper" or (model is None and "architecture" in settings):
@@ -394,53 +383,6 @@ def _size(given: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _absolute(config: EncoderConfig) -> str:
-    return os.path.abspath(os.path.expanduser(config.folder))
-
-
-def _files(config: EncoderConfig) -> list[Path]:
-    """The files of a checkpoint that are read, sorted. Raises ConfigError when it is none, or has only pickles."""
-    folder = Path(_absolute(config))
-    if not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "is no folder"
-        raise ConfigError(
-            f"{config.folder} {what}", wanted="a checkpoint folder of transformers on local disk (config.json, *.safetensors)",
-            cure="check features.encoders; `save_pretrained` of transformers writes such a folder",
-        )  # fmt: skip
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickles = sorted(
-            p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5")
-        )
-        raise ConfigError(
-            f"{config.folder} has no *.safetensors" + (f", only {', '.join(pickles)}" if pickles else ""),
-            wanted="weights as safetensors: pickles can run code and are never opened",
-            cure="convert it where you trust it: load it with transformers, then `save_pretrained`",
-        )
-    index = _read_json(config, "model.safetensors.index.json")
-    named = set((index or {}).get("weight_map", {}).values())
-    if strange := sorted(map(str, named - {path.name for path in weights})):
-        raise ConfigError(f"the index of {config.folder} names {strange[0]!r}", wanted="files that lie in the folder")
-    return sorted([*(folder / name for name in _SETTINGS if (folder / name).is_file()), *weights])
-
-
-def _read_json(config: EncoderConfig, name: str) -> dict[str, Any] | None:
-    path = Path(_absolute(config)) / name
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON + 1)
-        if len(data) > MAX_JSON:
-            raise ValueError("it is too long")
-        found = json.loads(data)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read ({error})", wanted="a JSON file") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds {type(found).__name__}", wanted="an object")
-    return found
-
-
 def _torch() -> Any:
     import torch
 
@@ -470,7 +412,7 @@ def _transformers() -> Any:
 
 def _settings(config: EncoderConfig) -> Any:
     """The checkpoint's own settings; of a pair of encoders those of its vision part. Raises ConfigError."""
-    folder = _absolute(config)
+    folder = folder_of(config)
     try:
         found = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ConfigError:
@@ -499,7 +441,7 @@ def _load_model(config: EncoderConfig, reader: _Pictures | _Sounds) -> Any:
     settings, torch = _settings(config), _torch()
     try:
         model, report = _transformers().AutoModel.from_pretrained(
-            _absolute(config), config=settings, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            folder_of(config), config=settings, local_files_only=True, trust_remote_code=False, use_safetensors=True,
             dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True,
         )  # fmt: skip
     except Exception as error:

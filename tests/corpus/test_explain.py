@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from mmlm import scaffold
 from mmlm.cli import main
 from mmlm.config import parse
-from mmlm.corpus import explain
+from mmlm.corpus import explain, explain_words
 from mmlm.corpus.config import ScanConfig
 from tests.corpus.samples import Scan, png, wav, write_lines
 from tests.corpus.test_folders import fill
@@ -44,8 +44,8 @@ SOURCE: dict[str, Any] = {
 def explained(folder: Path, *sources: dict[str, Any], **settings: Any) -> dict[str, Any]:
     found = explain.explain(parse(ScanConfig, {"sources": list(sources), **settings}, "test"), folder)
     json.dumps(found)  # JSON values and nothing else
-    shown = explain.words(found)
-    assert max(cell_len(line) for line in shown.splitlines()) <= explain.WIDTH
+    shown = explain_words.words(found)
+    assert max(cell_len(line) for line in shown.splitlines()) <= explain_words.WIDTH
     return found
 
 
@@ -105,7 +105,7 @@ def test_a_column_that_is_not_there_stops_the_scan_and_is_told(tmp_path: Path) -
     found = explained(tmp_path, wrong)
     assert column(found["sources"][0], "goup")["filled"] == 0
     assert "no row of t.jsonl has anything at `goup`" in found["sources"][0]["stops"]
-    assert "never" in explain.words(found)
+    assert "never" in explain_words.words(found)
 
 
 def test_class_folders_and_chat(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_the_command_writes_nothing(
         assert main(["scan", what, "--explain"]) == 0
         text = capsys.readouterr().out
         assert "map.image" in text and "nothing was" in text
-        assert max(map(cell_len, text.splitlines())) <= explain.WIDTH
+        assert max(map(cell_len, text.splitlines())) <= explain_words.WIDTH
         assert ("mmlm new" in text) == what.startswith("data")
         assert main(["scan", what, "--explain", "--json"]) == 0
         assert len(json.loads(capsys.readouterr().out)["sources"][0]["records"]) == 3
@@ -176,12 +176,12 @@ def test_names_that_are_not_utf8_are_shown_escaped(tmp_path: Path) -> None:
     (tmp_path / "a" / "\udcb9.png").write_bytes(png(9))
     (source,) = explained(tmp_path, {"kind": "folders"})["sources"]
     assert source["refused"]["reasons"] == {"bad_name": 1}
-    explain.words({"data": "", "sources": [source]}).encode()
+    explain_words.words({"data": "", "sources": [source]}).encode()
 
 
 def test_wide_characters_and_long_values_fit(tmp_path: Path) -> None:
     rows = [{"编号": i, "文本": f"很长的评论，{'真的非常长' * 60}{i}", "一个名字特别特别特别长的列": i, "情感": "正负"[i % 2]}
             for i in range(20)]  # fmt: skip
-    shown = explain.words(explain.explain_files(write_lines(tmp_path / "t.jsonl", rows)))
-    assert max(map(cell_len, shown.splitlines())) <= explain.WIDTH
+    shown = explain_words.words(explain.explain_files(write_lines(tmp_path / "t.jsonl", rows)))
+    assert max(map(cell_len, shown.splitlines())) <= explain_words.WIDTH
     assert "ask[0].text" in shown and "→ label     正" in shown

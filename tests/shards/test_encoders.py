@@ -30,6 +30,7 @@ from mmlm.shards.codec import pack, unpack
 from mmlm.shards.config import ShardConfig
 from mmlm.shards.shard import shard
 from mmlm.shards.verify import rebuild, verify
+from mmlm.storage import sha256_json
 from tests.shards.conftest import CONFIG, make_records, shas, write_manifest
 
 SIDE, MEAN, DEVIATION = 24, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -180,7 +181,7 @@ def test_without_encoders_nothing_changes(corpus, shards: Artifact, tmp_path: Pa
     assert "encoders" not in plain.extra
     old = spec.model_dump(mode="json")
     del old["encoders"]
-    assert FeatureSpec.model_validate(old).digest == spec.digest == encoders.sha256_json(old)
+    assert FeatureSpec.model_validate(old).digest == spec.digest == sha256_json(old)
     assert encoders.recipe(config.features, spec) == {}
     other = stored_samples(shards.path)
     for key, sample in stored_samples(plain.path).items():
