@@ -32,15 +32,16 @@ PATIENCE = 120.0
 """Seconds that a run may take to a point or to its end; an idle machine needs less than 15."""
 
 NOTICE = {
-    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_initial_delay_ms": "5000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_grpc_client_keepalive_time_ms": "2000",
-    "RAY_grpc_client_keepalive_timeout_ms": "3000",
+    "RAY_health_check_timeout_ms": "6000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_grpc_client_keepalive_time_ms": "5000",
+    "RAY_grpc_client_keepalive_timeout_ms": "10000",
 }
-"""For a cluster and its drivers: a frozen node is given up after 20 seconds. By default its driver, whose connection to
-the frozen worker stays open, would wait for the keep-alive of 5 + 2 minutes, although the cluster knows better."""
+"""For a cluster and its drivers: a frozen node is given up after some 30 seconds. By default its driver, whose connection
+to the frozen worker stays open, would wait for the keep-alive of 5 + 2 minutes, although the cluster knows better. With
+2 seconds for an answer, three times, live nodes were given up where 25 processes shared 2 cores."""
 
 
 def wait_for(what: str, true: Callable[[], object], seconds: float = PATIENCE, found: Callable[[], str] = str) -> None:
