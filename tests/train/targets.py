@@ -1,4 +1,4 @@
-"""What test ranks run: hangs of two kinds, and a training with poisoned records."""
+"""What test ranks run: hangs of two kinds, a training with poisoned records, one look at the validation split."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from mmlm import world as worlds
 from mmlm.config import parse
 from mmlm.data.collate import Batch
 from mmlm.features import spec as feature_spec
+from mmlm.storage import write_json
 from mmlm.train import engine, weights
 from mmlm.train.config import TrainConfig
 from mmlm.train.control import Stop, Where
 from mmlm.train.loop import fit
 from mmlm.train.objectives import Answering, Term
 from mmlm.train.train import write_counts
+from mmlm.train.validation import Validation
 from mmlm.train.watchdog import Watchdog
 
 
@@ -62,4 +64,17 @@ def train_poisoned(config: dict[str, Any], shards: str, out: str, ids: list[str]
     objective.ids, objective.loss = frozenset(ids), loss
     counts = fit(model, objective, settings, Path(shards), Path(out), "train", Where(ledger=True))
     write_counts(Path(out), counts, model)
+    engine.stop()
+
+
+def look(config: dict[str, Any], shards: str, out: str) -> None:
+    """One look at the validation split with an untrained model; its values go to `out`/val-RANKS.json from every rank."""
+    settings = parse(TrainConfig, config, "train")
+    world = worlds.from_environment()
+    device = engine.start(world)
+    torch.manual_seed(settings.seed)
+    model = weights.build(settings.model, feature_spec.load(Path(shards)))
+    trainer = engine.DeepSpeedEngine(model, settings, world)
+    values = Validation(Path(shards), settings, world, device).run(trainer, 1)
+    write_json(Path(out) / f"val-{world.size}-{world.rank}.json", values)
     engine.stop()

@@ -1,0 +1,96 @@
+"""The validation split while training: the same on any number of ranks, early stop, the best weights; telemetry's rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmlm.artifacts import Artifact
+from mmlm.config import parse
+from mmlm.data.collate import IGNORE, pack
+from mmlm.errors import ConfigError
+from mmlm.launch.local import ranks
+from mmlm.tracking import NullTracker
+from mmlm.train import checkpoint
+from mmlm.train.config import TrainConfig
+from mmlm.train.telemetry import GIVEN, given_of_targets, resident_bytes
+from mmlm.train.train import train
+from mmlm.train.validation import Validation
+from mmlm.world import World
+from tests.small import SPEC, sample
+from tests.train.runs import SMALL
+
+
+def test_every_number_of_ranks_sees_the_same(keypad_shards: Artifact, tmp_path: Path):
+    config = {**SMALL, "zero": {"stage": 3}, "validation": {"every": 1, "records": 50}}
+    for count in (1, 2):
+        arguments = {"config": config, "shards": str(keypad_shards.path), "out": str(tmp_path)}
+        ranks(count)("tests.train.targets:look", arguments, log=tmp_path / "logs")
+    alone, *two = [json.loads((tmp_path / f"val-{n}.json").read_text()) for n in ("1-0", "2-0", "2-1")]
+    assert two == [alone, alone]
+    assert alone["val/loss"] == alone["val/loss_answer"] + alone["val/loss_label"]
+
+
+def test_training_that_gets_worse_stops_and_the_best_becomes_the_model(keypad_shards: Artifact, tmp_path: Path):
+    changes: dict[str, Any] = {
+        "steps": 60,
+        "optimizer": {"lr": 0.3},
+        "schedule": {"warmup": 0.1},
+        "spikes": {"deviations": 0},
+        "validation": {"every": 3, "records": 20, "patience": 3, "export": "best"},
+    }
+    settings = parse(TrainConfig, {**SMALL, **changes}, "test")
+    made = train(settings, keypad_shards, out=tmp_path / "model", launch=ranks(1), tracker=NullTracker())
+    assert made.counts["steps"] < 60
+    rows = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
+    looks = {row["step"]: row["metrics"]["val/loss"] for row in rows if "val/loss" in row["metrics"]}
+    best = min(looks, key=lambda step: looks[step])
+    assert made.counts["exported_step"] == best
+    assert made.counts["steps"] == best + 3 * 3  # three looks without a better one
+    saved = checkpoint.best(made.path / "checkpoints")
+    assert saved is not None and saved.step == best and saved.state["score"] == looks[best]
+    model = load_file(made.path / "model.safetensors")
+    for name, tensor in saved.tensors()["weight"].items():
+        assert torch.equal(model[name], tensor), name
+    newest = checkpoint.newest(made.path / "checkpoints")
+    assert newest is not None and newest.state["validation"] == {"best": looks[best], "best_step": best, "stale": 3}
+
+
+def test_patience_goes_through_a_checkpoint(keypad_shards: Artifact):
+    changes = {"validation": {"every": 2, "patience": 2, "metric": "label_accuracy"}}
+    settings = parse(TrainConfig, {**SMALL, **changes}, "test")
+    one, other = (Validation(keypad_shards.path, settings, World(), torch.device("cpu")) for _ in range(2))
+    for step, accuracy in ((2, 0.5), (4, 0.75), (6, 0.7)):
+        one._note({"val/label_accuracy": accuracy}, step)
+    assert (one.best, one.best_step, one.stale, one.over) == (0.25, 4, 1, False)
+    other.load(json.loads(json.dumps(one.state())))
+    other._note({"val/label_accuracy": 0.75}, 8)  # as good is not better
+    assert other.over and not other.improved
+
+
+def test_what_cannot_be_chosen_is_refused():
+    with pytest.raises(ConfigError, match="need `every`"):
+        parse(TrainConfig, {"validation": {"patience": 2}}, "test")
+
+
+def test_losses_are_told_apart_by_what_their_record_gives():
+    given = [("image", "audio"), (), ("image",), ("audio", "fields"), ("context",)]
+    samples = [sample(n, parts) for n, parts in enumerate(given)]
+    batch = pack([samples[:3], samples[3:]], SPEC)
+    kinds = [GIVEN[k] for k in given_of_targets(batch).tolist()]
+    answers = [len(s.tokens) - 1 - s.answer_at for s in samples]
+    wanted = ["image+audio", "text", "image", "audio", "text"]
+    assert kinds == [name for name, count in zip(wanted, answers, strict=True) for _ in range(count)]
+    assert len(kinds) == int((batch.target_BT != IGNORE).sum())
+
+
+def test_resident_memory_grows_with_what_is_held():
+    before = resident_bytes()
+    held = torch.ones(16 << 20)
+    after = resident_bytes()
+    assert after[1] - before[1] > 0.9 * held.numel() * 4
