@@ -44,7 +44,7 @@ check: venv ## format, lint, types, who may import whom
 faults: venv ## kill it in every stage, and see it recover (slow)
 	@command -v strace >/dev/null || { test "`id -u`" = 0 && command -v apt-get >/dev/null && apt-get install -y -qq strace >/dev/null; } \
 	  || echo "no strace here: the cells that need it skip themselves (on Debian or Ubuntu: apt-get install strace)"
-	@$(BIN)/python -m pytest -m slow tests/faults tests/launch tests/shards tests/stories
+	@$(BIN)/python -m pytest -m slow tests/faults tests/launch tests/shards tests/stories tests/train
 
 bench: venv ## ours against peers, side by side
 	@found=`ls benchmarks/[a-z]*.py 2>/dev/null`; test -n "$$found" || echo "no benchmarks yet"; mkdir -p runs/bench; \

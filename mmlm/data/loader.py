@@ -17,6 +17,7 @@ from mmlm.data.plan import by_of, find_plan, needs_plan
 from mmlm.data.pool import Pool
 from mmlm.data.reader import ShardReader
 from mmlm.errors import ConfigError, DataError
+from mmlm.progress import tell
 from mmlm.world import World, cores
 
 CACHE_BYTES = 512 << 20
@@ -69,7 +70,7 @@ class Loader:
         self._require(1)
         if world.is_main:
             for line in self.describe(steps):
-                print(line, file=sys.stderr, flush=True)
+                tell(line)
 
     def _require(self, pieces: int) -> None:
         if self.config.batch < self.world.size * pieces:
