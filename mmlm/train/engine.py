@@ -20,6 +20,7 @@ from mmlm.errors import ConfigError, DataError
 from mmlm.train import zero
 from mmlm.train.config import LoopConfig
 from mmlm.train.groups import frozen, parameter_groups
+from mmlm.train.memory import bound_kernels
 from mmlm.train.optimizer import Optimizer
 from mmlm.train.shares import Share
 from mmlm.world import World
@@ -41,6 +42,7 @@ def start(world: World) -> torch.device:
     os.environ.setdefault("MASTER_PORT", "29511")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        bound_kernels()
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed  # after the environment says which accelerator

@@ -22,6 +22,7 @@ from mmlm.features.spec import AUDIO, IMAGE, FeatureSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.flops import Shape, training_flops
 from mmlm.train import engine
+from mmlm.train.memory import Trimmer, resident_bytes
 from mmlm.train.objectives import Term
 from mmlm.train.peak import peak_flops
 from mmlm.world import World
@@ -63,6 +64,7 @@ class Telemetry:
         self.config, self.spec = model, spec
         self.peak = peak_flops(device, torch.float32 if precision == "fp32" else torch.bfloat16)
         self.clock = Clock()
+        self._trimmer = Trimmer()
         self.longest = 0.0
         """Seconds of the longest step, saves and validation left out."""
         self._cpu = time.process_time()
@@ -105,6 +107,7 @@ class Telemetry:
         """Write the figures since the last row beside `values`. Returns all of them."""
         seconds, spent = self.clock.reset()
         cpu, self._cpu = time.process_time() - self._cpu, time.process_time()
+        self._trimmer.look()
         memory = [*resident_bytes(), self._cuda_bytes()]
         mine = [self._tokens, self._positions, self._records, self._flops, cpu, *memory]
         tokens, positions, records, flops, cpu, rss, own, cuda, *given = engine.total(
@@ -168,14 +171,6 @@ def given_of_targets(batch: Batch) -> torch.Tensor:
     kinds[record_BT[batch.tokens_BT == IMAGE]] += 1  # an index counts once, however often it stands there
     kinds[record_BT[batch.tokens_BT == AUDIO]] += 2
     return kinds[record_BT[batch.target_BT != IGNORE]]
-
-
-def resident_bytes() -> tuple[float, float]:
-    """Resident memory of this process, and what of it is its own: no pages of mapped files. 0 where there is no /proc."""
-    found = {}
-    with contextlib.suppress(OSError), open("/proc/self/status") as f:
-        found = {line.split(":")[0]: float(line.split()[1]) * 1024 for line in f if line.startswith(("VmRSS", "Rss"))}
-    return found.get("VmRSS", 0.0), found.get("RssAnon", 0.0) + found.get("RssShmem", 0.0)
 
 
 def _step_of(line: str) -> int:

@@ -18,7 +18,8 @@ from mmlm.launch.local import ranks
 from mmlm.tracking import NullTracker
 from mmlm.train import checkpoint
 from mmlm.train.config import TrainConfig
-from mmlm.train.telemetry import GIVEN, given_of_targets, resident_bytes
+from mmlm.train.memory import resident_bytes
+from mmlm.train.telemetry import GIVEN, given_of_targets
 from mmlm.train.train import train
 from mmlm.train.validation import Validation
 from mmlm.world import World
