@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from typing import Any
 
 CAPACITY = 64
 """Kernels that oneDNN keeps."""
@@ -37,12 +38,11 @@ class Trimmer:
 
     def __init__(self) -> None:
         self.floor = 0.0
-        try:
+        self._trim: Any = None
+        with contextlib.suppress(AttributeError, OSError):  # another C library than glibc has none
             self._trim = ctypes.CDLL(None).malloc_trim
-        except (AttributeError, OSError):  # another C library than glibc
-            self._trim = None
 
     def look(self) -> None:
-        if self._trim is not None and resident_bytes()[1] > self.floor + SLACK:
+        if self._trim and resident_bytes()[1] > self.floor + SLACK:
             self._trim(0)
             self.floor = resident_bytes()[1]
