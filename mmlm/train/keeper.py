@@ -3,6 +3,11 @@
 The engine's state is gathered while all wait; rank 0 then hashes and writes it in a thread while training goes on. The
 thread takes part in nothing collective, so a slow or full disk cannot hang the other ranks: what went wrong is told to
 all of them at the next save, or at once when this one has to be safe on the disk before going on (`wait`).
+
+Measured with 57 million parameters on 2 ranks of a busy CPU (one run): gathering 5.5 s, hashing and writing 4.5 s, during
+which a step of 5.6 s took 6.9, so the thread takes 1 s where waiting would take 4.5. DeepSpeed's own shards of the same
+state were written in 5.2 s (ZeRO 2, 804 MB against 689) and 3.5 s (ZeRO 3), without hashes and with all ranks waiting:
+no gain that would pay for a second format, which could be resumed on the same ranks and stage only.
 """
 
 from __future__ import annotations

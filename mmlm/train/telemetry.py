@@ -82,6 +82,7 @@ class Telemetry:
             temporary.write_text("".join(line + "\n" for line in rows))
             temporary.replace(self.path)
         self.clock.reset()
+        self._cpu = time.process_time()
 
     def begin(self) -> None:
         """A step begins."""
