@@ -1,14 +1,15 @@
 """The pack plan: which records make which sequence. Made once, by one process, beside the shards, and then read by all.
 
-`<shards>/packs/<key>.parquet` has a row for each piece, in order of streams and sequences; its metadata tell the streams,
-the counts and the digest. The key covers the shards, the settings and the recipe. A lock keeps the other ranks waiting
-while one makes it; it appears whole or not at all.
+`<shards>/packs/<key>.parquet` (below the cache of shards where that cannot be written) has a row for each piece, in order of
+streams and sequences; its metadata tell the streams, the counts and the digest. The key covers the shards, the settings and
+the recipe. A lock keeps the other ranks waiting while one makes it; it appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from mmlm.data.bestfit import BestFit
 from mmlm.data.config import BestFitPacking, By, NaturalMixture, NoPacking, PackConfig
+from mmlm.data.objects import cache_folder
 from mmlm.data.reader import ShardReader
 from mmlm.errors import ArtifactError, ConfigError, DataError
 from mmlm.progress import Progress
@@ -87,10 +89,12 @@ def find_plan(reader: ShardReader, pack: PackConfig, by: By | None) -> Plan:
         "recipe": RECIPE, "shards": reader.artifact.digest, "splits": list(reader.splits),
         "pack": pack.model_dump(mode="json"), "by": by,
     }  # fmt: skip
-    folder = reader.path / FOLDER
-    path = folder / f"{sha256_json(told)[:16]}.parquet"
+    folder, name = reader.path / FOLDER, f"{sha256_json(told)[:16]}.parquet"
+    if not (folder / name).exists() and not os.access(reader.path, os.W_OK):  # shards that are only lent
+        folder = cache_folder() / FOLDER
+    path = folder / name
     if not path.exists():
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():  # while we waited, another process made it
