@@ -152,14 +152,13 @@ class Loader:
         """What is to be known before training: the padding of the plan, and how often each stream is gone through."""
         if not self.plan:
             return []
-        counts = self.plan.counts
+        counts, order = self.plan.counts, self.maker.order
+        taken = order.taken(steps).tolist()
         lines = [
-            f"pack: {counts['records']:,} records in {counts['sequences']:,} sequences, padding {self.plan.padding:.2%}; "
+            f"pack: {counts['records']:,} records in {counts['sequences']:,} sequences, padding {self.plan.padding(taken):.2%}; "
             f"{counts['split']:,} long records split into {counts['pieces']:,} pieces, {counts['refused']:,} left out"
         ]
-        order = self.maker.order
-        taken = order.taken(steps)
-        for name, size, count in zip(order.names, order.sizes.tolist(), taken.tolist(), strict=True):
+        for name, size, count in zip(order.names, order.sizes.tolist(), taken, strict=True):
             lines.append(
                 f"mixture: {name}: {count / (steps * order.batch):.1%} of {steps:,} batches, "
                 f"{size:,} sequences {count / max(size, 1):.2f} times"

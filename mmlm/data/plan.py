@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,13 @@ class Plan:
         """stream → sequences."""
         return {name: counts["sequences"] for name, counts in self.streams.items()}
 
-    @property
-    def padding(self) -> float:
-        """Share of all positions that hold nothing, when nothing is dropped."""
-        return 1 - self.counts["tokens"] / max(self.counts["positions"], 1)
+    def padding(self, taken: Sequence[int] | None = None) -> float:
+        """Share of positions that hold nothing, when each stream gives `taken` sequences (by default all it has, once) and
+        no modality is dropped; 0 where sequences have no length of their own."""
+        held = [s["tokens"] / s["sequences"] if s["sequences"] else 0.0 for s in self.streams.values()]
+        counts = list(self.sizes.values()) if taken is None else taken
+        positions = sum(counts) * (self.length or 0)
+        return 1 - sum(h * n for h, n in zip(held, counts, strict=True)) / positions if positions else 0.0
 
     def rows(self, sequence: int) -> range:
         return range(int(self.starts[sequence]), int(self.starts[sequence + 1]))

@@ -100,7 +100,10 @@ def test_what_is_told_before_training(mixed: Artifact, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ""
     loader(mixed.path, PACKED)
     said = capsys.readouterr().err
-    assert "padding" in said and "long records split into" in said and "mixture: chat: 50.0% of 50 batches" in said
+    batches = [loader(mixed.path, {**PACKED, "modality_dropout": 0}).batch(step).valid_BT for step in range(50)]
+    told = float(said.partition("padding ")[2].partition("%")[0]) / 100
+    assert told == pytest.approx(1 - float(torch.cat(batches).float().mean()), abs=0.003)
+    assert "long records split into" in said and "mixture: chat: 50.0% of 50 batches" in said
 
 
 def damage(folder: Path, number: int, ending: str = "json") -> str:

@@ -68,7 +68,7 @@ def test_sequences_hold_every_record_once_and_every_target_of_a_long_one(mixed: 
     assert set(seen.values()) == {1}
     assert plan.counts["split"] == len(pieces) > 5 and plan.counts["pieces"] == sum(map(len, pieces.values()))
     assert plan.counts["refused"] == plan.counts["damaged"] == 0
-    assert plan.padding < 0.03
+    assert plan.padding() < 0.03
 
 
 def test_long_records_are_refused_if_so_wanted_and_counted(mixed: Artifact):
