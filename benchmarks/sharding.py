@@ -42,7 +42,7 @@ class Amounts:
     """What the ratios go by: `cpu` or `wall`; two workers always go by the wall clock."""
 
 
-FULL = Amounts(runs=3, pictures=600, copies=10, clips=400, texts=3000, copied=3000)
+FULL = Amounts(runs=3, pictures=600, copies=6, clips=400, texts=3000, copied=3000)
 QUICK = Amounts(runs=1, pictures=60, copies=4, clips=60, texts=300, copied=300)
 WARM = Amounts(runs=1, pictures=16, copies=1, clips=16, texts=50, copied=50)
 
@@ -61,6 +61,7 @@ def pictures(amounts: Amounts, log: Log) -> list[dict[str, Any]]:
     bare = [
         Contestant("simplejpeg + OpenCV, decoded at 224 px or more", "bare", {**SHRINK, "scale": 1}),
         Contestant("simplejpeg + OpenCV, decoded at 448 px or more", "bare", {**SHRINK, "scale": 2}),
+        Contestant("simplejpeg + OpenCV as ours", "bare", {**SHRINK, "scale": 2, "kept": True}),
         Contestant("Pillow draft", "bare_pillow", {**SHRINK, "way": "draft"}, "pillow"),
         Contestant("pyvips", "bare_pyvips", SHRINK, "pyvips"),
     ]
@@ -162,11 +163,14 @@ def sound(amounts: Amounts, log: Log) -> list[dict[str, Any]]:
             for extractor, storage in (("Fbank", "lilcom_chunky"), ("Fbank", "shar"), ("WhisperFbank", "lilcom_chunky"))
         ]  # fmt: skip
         source, warm = inputs.clips(amounts.clips, ending), inputs.clips(WARM.clips, ending)
-        found = contest([ours, *peers], source, warm, amounts.runs, log)
+        whisper = Contestant("ours, Whisper's scale", "sound", {**options, "scale": "whisper"})
+        found = contest([ours, *peers, whisper], source, warm, amounts.runs, log)
         unit, mine, theirs = "audio s/s a core", found[OURS], [found[peer.name] for peer in peers]
         rows += [
             row(f"sound, {ending.upper()}", unit, mine, theirs, goal=2.0, clock=amounts.clock, of="audio_seconds"),
             row(f"sound, {ending.upper()}, scan and shard", unit, mine, theirs, laps=("scan", "work"),
+                clock=amounts.clock, of="audio_seconds"),
+            row(f"sound, {ending.upper()}, Whisper's scale", unit, found[whisper.name], theirs[-1:],
                 clock=amounts.clock, of="audio_seconds"),
             *(row(f"sound, {ending.upper()}: {peer.contestant.name}", unit, mine, [peer],
                   clock=amounts.clock, of="audio_seconds") for peer in theirs),

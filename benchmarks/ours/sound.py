@@ -29,8 +29,8 @@ def work(source: Path, out: Path, options: dict[str, Any], watch: Watch) -> dict
         split=SplitConfig(val=0, test=0, fill=False),
     )  # fmt: skip
     sharding = ShardConfig(
-        features=FeaturesConfig(max_len=512, audio=AudioSpec(n_mels=80)), shard_records=options["per_shard"],
-        ray_from=ALONE,
+        features=FeaturesConfig(max_len=512, audio=AudioSpec(n_mels=80, scale=options.get("scale", "relative"))),
+        shard_records=options["per_shard"], ray_from=ALONE,
     )  # fmt: skip
     with watch.lap("scan"):
         manifest = scan(scanning, data=source, out=out / "manifest")
