@@ -26,6 +26,7 @@ from mmlm.corpus.readers.rows import ENDINGS
 from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, TEXT_ENDINGS, VIDEO_ENDINGS, Header, read_header
 from mmlm.errors import DataError
 from mmlm.storage import is_remote, read_uri
+from mmlm.stores import unsigned
 
 SAMPLE = 200
 """Media whose headers are read."""
@@ -75,6 +76,11 @@ def look(path: Path | str) -> Guess:
 
 
 def _look_elsewhere(uri: str) -> Guess:
+    if "?" in uri:
+        raise DataError(
+            f"{unsigned(uri)} is signed, and a story remembers its data", wanted="an address without a signature",
+            cure="give credentials by the environment, or a copy",
+        )  # fmt: skip
     above, _, name = uri.rstrip("/").rpartition("/")
     folder = remote.scheme_of(uri) != "http" and bool(remote.below(uri.rstrip("/") + "/"))
     only = name if not folder and remote.scheme_of(uri) == "http" else ""

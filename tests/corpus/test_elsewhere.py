@@ -151,6 +151,11 @@ def test_the_commands_take_addresses(
         ).encode()
         assert cli.main(["new", str(tmp_path / "web"), "--data", f"{site.url}/reviews.csv"]) == 0
         assert f"data: {site.url}" in (tmp_path / "web/story.yaml").read_text()
+        capsys.readouterr()
+        assert (
+            cli.main(["new", str(tmp_path / "signed"), "--data", f"{site.url}/reviews.csv?X-Amz-Signature=secret"]) == 2
+        )
+        assert "secret" not in "".join(capsys.readouterr())
 
 
 def test_media_named_by_whole_addresses_are_seen_to_change(
