@@ -180,7 +180,7 @@ def test_the_loss_and_its_gradient_do_not_depend_on_packing_or_cutting():
         "micro-batches": [collate([s], SPEC) for s in samples],
         "packed micro-batches": [pack([samples[2:]], SPEC), pack([samples[:2]], SPEC)],
     }
-    objective = Answering(config().loss, SPEC)
+    objective = Answering(config(loss={"z": 0.01}).loss, SPEC)
     found = {}
     for way, batches in ways.items():
         net = model()
@@ -194,10 +194,28 @@ def test_the_loss_and_its_gradient_do_not_depend_on_packing_or_cutting():
             counts,
         )
     loss, gradient, counts = found["one batch"]
-    assert counts["label"] == 3 and counts["answer"] > 10
+    assert counts["label"] == 3 and counts["z"] == counts["answer"] > 10
     for way, (other, its, same) in found.items():
         assert other == pytest.approx(loss, rel=1e-6) and same == counts, way
         assert float((its - gradient).norm() / gradient.norm()) < 1e-5, way
+
+
+def test_the_z_loss_is_the_mean_square_of_log_z():
+    batch = collate([sample(i) for i in range(5)], SPEC)
+    gradients, losses = [], []
+    for objective in (Answering(config(loss={"z": 0.1, "label": 0.0}).loss, SPEC), None):
+        net = model()
+        if objective:
+            loss = loss_of(objective(net, batch), objective.counts(batch))
+        else:
+            logits_AV = net(batch).answer_AV
+            answer = torch.nn.functional.cross_entropy(logits_AV, batch.target_BT[batch.target_BT != IGNORE])
+            loss = answer + 0.1 * logits_AV.exp().sum(-1).log().square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for n, p in net.named_parameters() if "label" not in n]))  # type: ignore
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-5
 
 
 def test_terms_give_the_loss_of_each_item():
@@ -219,5 +237,5 @@ def test_a_batch_without_targets_or_labels_has_a_loss_of_zero_and_all_gradients(
     batch = collate([one], SPEC)
     loss = loss_of(objective(net, batch), objective.counts(batch))
     loss.backward()
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
