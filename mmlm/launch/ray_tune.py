@@ -131,6 +131,9 @@ class Said(tune.Callback):
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune keeps its callbacks in its state, and a terminal cannot be pickled
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         value = (trial.last_result or {}).get("value", math.nan)
         self.progress.add(1, f"trial {trial.config['plan']['number']}: {value:.5g}")
