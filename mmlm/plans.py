@@ -5,6 +5,7 @@ The shard set of `--out` gives the real lengths; without one, every sequence is 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,8 @@ def work_of(what: Subject) -> Workload:
 
     config = what.config
     if what.shards:
-        return probe.workload(Loader(what.shards, config.data, config.seed, World(1, 2), config.steps), config)
+        with contextlib.closing(Loader(what.shards, config.data, config.seed, World(), config.steps)) as loader:
+            return probe.workload(loader, config)
     rows, length = config.data.batch, getattr(config.data.pack, "length", None) or what.spec.max_len
     patches = what.spec.image.tokens if what.spec.image else 0
     audio = what.spec.audio
@@ -109,13 +111,12 @@ def table(what: Subject, device: Device, counts: Sequence[int], stages: Sequence
 
 
 def _possible(stage: int) -> dict[str, Any]:
-    """The settings of a stage: what it cannot offload stays."""
-    off: dict[str, Any] = {"stage": stage}
-    if stage == 0 and "offload_optimizer" in ZeroConfig.model_fields:
-        off["offload_optimizer"] = False
-    if stage < 3 and "offload_parameters" in ZeroConfig.model_fields:
-        off["offload_parameters"] = False
-    return off
+    """The settings of a stage; what it cannot offload stays."""
+    return (
+        {"stage": stage}
+        | ({"offload_optimizer": False} if stage == 0 else {})
+        | ({"offload_parameters": False} if stage < 3 else {})
+    )
 
 
 def stages_of(given: str | None) -> list[int]:

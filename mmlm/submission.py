@@ -19,7 +19,7 @@ from mmlm.errors import ConfigError
 from mmlm.story import Story
 
 C = TypeVar("C", bound=Config)
-FLAGS = ("workers", "ranks", "retry", "mirror", "time_limit", "hang", "trials", "parallel", "metric", "mode")
+FLAGS = ("workers", "ranks", "shards", "retry", "mirror", "time_limit", "hang", "trials", "parallel", "metric", "mode")
 SWITCHES = ("replace", "require_promotion", "ledger", "resume", "json")
 
 

@@ -170,8 +170,7 @@ def tune(config: TuneConfig, base: TrainConfig, shards: Artifact, where: Where, 
     if work.artifact:
         return work.artifact
     every, refused = _trials(config, base)
-    validates = getattr(getattr(base, "validation", None), "every", 0)
-    metric = config.metric or ("val/loss" if validates else "loss")
+    metric = config.metric or ("val/loss" if base.validation.every else "loss")
     objective = ray_tune.Objective(
         metric=metric, mode=config.mode, mean_of=1 if metric.startswith("val/") else 5, steps=base.steps,
         grace=max(1, int(base.steps * config.grace)), reduction=config.reduction,

@@ -166,8 +166,8 @@ def low_bytes(config: LoopConfig) -> int:
 
 
 def moments(config: LoopConfig) -> int:
-    """Bytes of optimizer state a parameter, beside its float32 master."""
-    return 4 if config.optimizer.kind == "lion" else 8
+    """Bytes of optimizer state a parameter, beside its float32 master; of Muon what its matrices take."""
+    return 4 if config.optimizer.kind in ("lion", "muon") else 8
 
 
 def memory_of(
@@ -177,14 +177,14 @@ def memory_of(
     stage, b, on_node = config.zero.stage, low_bytes(config), min(ranks, device.per_node)
     part = P / ranks if stage >= 1 else P
     state = (4 + moments(config)) * part
-    offloaded = getattr(config.zero, "offload_optimizer", False)
-    offloaded_weights = getattr(config.zero, "offload_parameters", False)
+    offloaded = config.zero.offload_optimizer
+    offloaded_weights = config.zero.offload_parameters
     memory = {
         "weights": b * P if stage < 3 else (0 if offloaded_weights else b * P / ranks) + b * min(P, LIVE),
         "gradients": b * P if stage < 2 else b * P / ranks,
         "buffers": 0.0 if stage == 0 else b * min(P, BUCKET) * (1 if device.is_cpu else 2),
         "optimizer": 0.0 if offloaded else state + 4 * part,
-        "average": 4 * part if getattr(config, "ema", None) else 0.0,
+        "average": 4 * part if config.ema else 0.0,
         "activations": activation_bytes(config, model, spec, mine, device),
     }
     # every rank takes part in gathering a checkpoint, and holds it in the host's memory

@@ -12,6 +12,7 @@ from mmlm import artifacts
 from mmlm.artifacts import Artifact
 from mmlm.errors import ArtifactError
 from mmlm.features import spec as feature_spec
+from mmlm.train import expected
 from mmlm.train.config import LoopConfig, TrainConfig
 from mmlm.train.control import Where
 
@@ -52,6 +53,7 @@ def run_ranks(
     with tracker.run(verb, config, work) as run:
         launch(target, arguments, log=work.path / "logs")
         counts = json.loads((work.path / "counts.json").read_text())
+        counts |= expected.compared(work.path, counts["parameters"])
         artifact = work.finish(
             counts=counts, digest_of=("model.safetensors", "config.json", feature_spec.FILE, "tokenizer.json")
         )
@@ -78,8 +80,9 @@ def on_rank(config: dict[str, Any], shards: str, out: str, where: dict[str, Any]
     settings = parse(TrainConfig, config, "train")
     world = worlds.from_environment()
     engine.start(world)
-    torch.manual_seed(settings.seed)
     spec = feature_spec.load(Path(shards))
+    expected.write(settings, spec, Path(shards), Path(out), world)
+    torch.manual_seed(settings.seed)
     model = weights.build(settings.model, spec)
     model.set_up(recompute=settings.recompute, compiled=settings.compile)
     objective = Answering(settings.loss, spec)

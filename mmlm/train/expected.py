@@ -1,0 +1,80 @@
+"""The plan of a training beside what came of it: written before the first step, compared after the last."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mmlm.features.spec import FeatureSpec
+from mmlm.storage import write_json
+from mmlm.train.config import TrainConfig
+from mmlm.world import World
+
+FILE = "plan.json"
+
+
+def write(config: TrainConfig, spec: FeatureSpec, shards: Path, out: Path, world: World) -> None:
+    """Plan this training from rank 0, once: an attempt that goes on keeps the first plan. Never ends a training."""
+    if not world.is_main or (out / FILE).exists():
+        return
+    try:
+        write_json(out / FILE, _planned(config, spec, shards, world))
+    except Exception as error:
+        print(f"train: no plan could be made ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+
+
+def _planned(config: TrainConfig, spec: FeatureSpec, shards: Path, world: World) -> dict[str, Any]:
+    from mmlm.data.loader import Loader
+    from mmlm.train import devices, probe
+    from mmlm.train.planning import forecast
+
+    device = devices.find(None)
+    with contextlib.redirect_stderr(io.StringIO()):  # it would tell of its packing twice
+        loader = Loader(shards, config.data, config.seed, World(), config.steps)
+    with contextlib.closing(loader):
+        work = probe.workload(loader, config, sequences=256)
+    measured = probe.measure(config, spec, shards, world.size) if device.is_cpu else None
+    plan = forecast(config, config.model, spec, work, replace(device), world.size, measured)
+    return {
+        "parameters": plan.parameters,
+        "step_seconds": plan.step,
+        "memory_bytes": world.size * (plan.bytes - plan.memory.get("checkpoint", 0.0)),
+        "device": plan.device,
+        "seconds": plan.seconds,
+        "memory": plan.memory,
+    }
+
+
+def compared(out: Path, parameters: int) -> dict[str, Any]:
+    """`predicted`, `measured` and a line `plan` for people; empty without a plan. Memory is that of all ranks together:
+    resident on a CPU, allocated on a GPU."""
+    try:
+        planned = json.loads((out / FILE).read_text(encoding="utf-8"))
+        rows = [json.loads(line)["metrics"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError, KeyError):
+        return {}
+    steps = [row["step_seconds"] for row in rows if "step_seconds" in row]
+    held = [row.get("memory_cuda_bytes") or row.get("memory_rss_bytes", 0.0) for row in rows if "step_seconds" in row]
+    if not steps:
+        return {}
+    names = ("parameters", "step_seconds", "memory_bytes")
+    predicted = {name: planned[name] for name in names}
+    # the first row holds the start as well
+    measured = {
+        "parameters": parameters,
+        "step_seconds": statistics.median(steps[1:] or steps),
+        "memory_bytes": max(held),
+    }
+    ratio = {name: measured[name] / predicted[name] for name in names}
+    line = (
+        f"{measured['step_seconds'] * 1e3:.1f} ms a step (planned {predicted['step_seconds'] * 1e3:.1f}), "
+        f"{measured['memory_bytes'] / 1e9:.2f} GB (planned {predicted['memory_bytes'] / 1e9:.2f}), "
+        f"parameters {'as planned' if ratio['parameters'] == 1 else 'not as planned'}"
+    )
+    return {"predicted": predicted, "measured": measured, "plan": line}
