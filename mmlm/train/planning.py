@@ -27,7 +27,9 @@ import torch
 
 from mmlm.features.spec import FeatureSpec
 from mmlm.model.config import ModelConfig
+from mmlm.model.cross_entropy import LOGITS
 from mmlm.model.flops import Shape, training_flops
+from mmlm.model.packed import KEPT
 from mmlm.train import weights
 from mmlm.train.config import LoopConfig
 from mmlm.train.devices import NODE_LINK, Device
@@ -68,6 +70,7 @@ class Workload:
             answers=math.ceil(self.shape.answers * f),
             patches=math.ceil(self.shape.patches * f),
             mels=math.ceil(self.shape.mels * f),
+            read=None if self.shape.read is None else math.ceil(self.shape.read * f),
         )
         return Workload(shape, rows, self.length, self.source)
 
@@ -182,7 +185,7 @@ def memory_of(
     memory = {
         "weights": b * P if stage < 3 else (0 if offloaded_weights else b * P / ranks) + b * min(P, LIVE),
         "gradients": b * P if stage < 2 else b * P / ranks,
-        "buffers": 0.0 if stage == 0 else b * min(P, BUCKET) * (1 if device.is_cpu else 2),
+        "buffers": b * min(P, BUCKET) * (0, 1, 1, 3)[stage],  # of what is sent; stage 3 fetches ahead as well
         "optimizer": 0.0 if offloaded else state + 4 * part,
         "average": 4 * part if config.ema else 0.0,
         "activations": activation_bytes(config, model, spec, mine, device),
@@ -205,31 +208,31 @@ def memory_of(
 def activation_bytes(
     config: LoopConfig, model: ModelConfig, spec: FeatureSpec, mine: Workload, device: Device
 ) -> float:
-    """Bytes that autograd keeps of one micro-batch, and the heads' logits, which come on top at the end."""
-    b, positions = low_bytes(config), mine.rows * mine.length
-    logits = mine.shape.targets * spec.vocab_size * (b + 4 + 4 + 4)  # low precision, float32, its log-softmax, gradient
-    ends = positions * (
-        norm_bytes(model, b, device) + model.width * b
-    )  # the last norm, and embeddings with filled slots
-    return layer_bytes(config, model, mine, device) * model.layers + logits + ends
+    """Bytes that autograd keeps of one micro-batch, and what the heads need on top at the end."""
+    b, D, shape = low_bytes(config), model.width, mine.shape
+    attention, fed = attention_bytes(model, mine, b, device), (2 * D + 4 * model.feed_forward) * b
+    read = shape.targets if shape.read is None else shape.read
+    block = attention + shape.tokens * fed
+    last = attention + read * fed  # its feed-forward works where a head reads
+    every = config.recompute
+    whole = [n for n in range(model.layers) if not every or n % every]
+    kept = sum(last if n == model.layers - 1 else block for n in whole)
+    if every:  # the others keep their input, and one at a time is run again
+        kept += (model.layers - len(whole)) * shape.tokens * D * b + block
+    # embeddings with filled slots (which a block that is run again keeps as its input), what the heads read, the
+    # vocabulary head's own gradient, a piece of logits
+    ends = ((0 if every else shape.tokens) + 4 * read) * D * b + spec.vocab_size * D * (4 + b)
+    return kept + ends + min(LOGITS, shape.targets * spec.vocab_size) * (b + 8)
 
 
-def layer_bytes(config: LoopConfig, model: ModelConfig, mine: Workload, device: Device) -> float:
-    """Bytes that autograd keeps of one block for a micro-batch."""
-    b, D, positions = low_bytes(config), model.width, mine.rows * mine.length
-    by_hand = device.is_cpu and b == 2  # products instead of a fused kernel, see model/attention.py
-    # q, k, v and what the output map reads; the fused kernel keeps the rotated q and k beside all three, and its output
-    attention = 4 * D if by_hand else 7 * D
-    kept = positions * (2 * norm_bytes(model, b, device) + (attention + 4 * model.feed_forward) * b)
-    if by_hand:  # the float32 softmax, and its copy
-        kept += mine.rows * model.heads * mine.length**2 * (4 + b)
-    return float(kept)
-
-
-def norm_bytes(model: ModelConfig, b: int, device: Device) -> int:
-    """Bytes of a position that one norm keeps: what went in and what came out; on a CPU both in float32, and what came
-    out once more as the next map reads it."""
-    return model.width * (4 + 4 + b if device.is_cpu else 2 * b)
+def attention_bytes(model: ModelConfig, mine: Workload, b: int, device: Device) -> float:
+    """Of one block's attention: norm in and out, queries, keys, values, what the output map reads; the probabilities of
+    short records on a CPU (model/packed.py), on a GPU the matrix of all three and the rotated queries and keys."""
+    tokens, D = mine.shape.tokens, model.width
+    if not device.is_cpu:
+        return float(tokens * 8 * D * b + (tokens * 2 * D * b if model.qk_norm else 0))
+    seen = sum(length**2 for length in mine.shape.lengths if length <= KEPT)
+    return float(tokens * (6 + 2 * model.qk_norm) * D * b + seen * model.heads * b)
 
 
 def seconds_of(
@@ -250,7 +253,8 @@ def seconds_of(
     bandwidth = device.bandwidth
     if device.is_cpu:  # the ranks share the machine
         peak, bandwidth = peak / ranks, bandwidth / ranks
-    arithmetic = training_flops(model, spec, mine.shape) / peak
+    flops, again = (training_flops(model, spec, mine.shape, recomputed=yes) for yes in (False, True))
+    arithmetic = (flops + ((again - flops) / config.recompute if config.recompute else 0)) / peak
     # what is kept is written once and read once, and gradients of it are written and read as well
     moved = 4 * activation_bytes(config, model, spec, mine, device) / bandwidth
     started = KERNELS * (model.layers + 5) * device.launch

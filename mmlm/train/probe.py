@@ -35,7 +35,7 @@ def workload(loader: Loader, config: LoopConfig, sequences: int = 512) -> Worklo
     def mean(name: str) -> int:
         return round(statistics.mean(getattr(shape, name) for shape in shapes))
 
-    shape = Shape(tuple(lengths), mean("targets"), mean("answers"), mean("patches"), mean("mels"))
+    shape = Shape(tuple(lengths), *(mean(name) for name in ("targets", "answers", "patches", "mels", "read")))
     rows, length = (round(statistics.mean(b.tokens_BT.shape[i] for b in batches)) for i in (0, 1))
     return Workload(shape, rows, length, f"the mean of {steps} batches of the shards")
 
