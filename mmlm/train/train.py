@@ -58,6 +58,8 @@ def run_ranks(
             counts=counts, digest_of=("model.safetensors", "config.json", feature_spec.FILE, "tokenizer.json")
         )
         run.metrics({"parameters": counts["parameters"], "seconds": artifact.seconds})
+        for what in ("predicted", "measured"):
+            run.metrics({f"plan/{what}_{name}": value for name, value in counts.get(what, {}).items()})
         run.noun(artifact)
     return artifact
 
