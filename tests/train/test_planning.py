@@ -191,7 +191,9 @@ def test_a_finished_training_says_what_was_planned(keypad_shards: Artifact, tmp_
     expected.write(config, _spec(keypad_shards), keypad_shards.path, tmp_path, World(0, 2))
     planned = json.loads((tmp_path / "plan.json").read_text())
     assert planned["step_seconds"] > 0 and planned["memory_bytes"] > 2 * 400e6
-    rows = [{"step": n, "metrics": {"step_seconds": s, "memory_rss_bytes": 2e9}} for n, s in ((1, 9.0), (2, 0.1), (3, 0.3))]
+    rows = [
+        {"step": n, "metrics": {"step_seconds": s, "memory_rss_bytes": 2e9}} for n, s in ((1, 9.0), (2, 0.1), (3, 0.3))
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = expected.compared(tmp_path, planned["parameters"])
     assert told["measured"] == {"parameters": planned["parameters"], "step_seconds": 0.2, "memory_bytes": 2e9}
