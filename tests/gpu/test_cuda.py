@@ -16,6 +16,7 @@ from mmlm.launch.local import ranks
 from mmlm.tracking import NullTracker
 from mmlm.train.config import TrainConfig
 from mmlm.train.train import train
+from tests.train.test_parity import ALL_RULES, FP16, compare, zero
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,3 +43,10 @@ def test_a_gpu_answers_like_the_cpu(trained: Artifact, keypad_shards: Artifact):
     here, there = Answerer(trained.path, "cpu").answer(samples), Answerer(trained.path, "cuda").answer(samples)
     for a, b in zip(here, there, strict=True):
         assert a.label_scores == pytest.approx(b.label_scores, abs=1e-3)
+
+
+def test_every_stage_precision_and_rule_equals_plain_pytorch_on_the_cpu(tmp_path: Path):
+    rules = [zero(s, 2, optimizer={"kind": k}, **ALL_RULES) for s, k in ((0, "muon"), (2, "lion"), (3, "muon"))]
+    matrix = [zero(s, 2, precision=p) for s in (0, 1, 2, 3) for p in ("fp32", "bf16")] + [zero(2, 1, **FP16)]
+    offloaded = {"zero": {"stage": 3, "offload_optimizer": True, "offload_parameters": True}, "precision": "bf16"}
+    compare(1, tmp_path, [{"config": c} for c in [*matrix, *rules, offloaded]], steps=7)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from mmlm import world as worlds
 from mmlm.config import parse
 from mmlm.data.collate import IGNORE, Batch, collate
+from mmlm.errors import ConfigError
 from mmlm.features.sample import Sample
 from mmlm.features.spec import ANSWER, EOS, FIELDS
 from mmlm.model.transformer import FusedTransformer
@@ -73,7 +74,9 @@ def settings(changes: dict[str, Any]) -> TrainConfig:
 
 def build(config: TrainConfig) -> FusedTransformer:
     torch.manual_seed(3)
-    return weights.build(config.model, SPEC)
+    model = weights.build(config.model, SPEC)
+    model.set_up(recompute=config.recompute)
+    return model
 
 
 def loss_of_all(model: FusedTransformer, step: int) -> torch.Tensor:
@@ -182,7 +185,8 @@ class Run:
     def __init__(self, changes: dict[str, Any]) -> None:
         self.config, self.world = settings(changes), worlds.from_environment()
         self.objective = Answering(self.config.loss, SPEC)
-        self.trainer = engine.DeepSpeedEngine(build(self.config), self.config, self.world)
+        self.device = engine.device_of(self.world)
+        self.trainer = engine.DeepSpeedEngine(build(self.config).to(self.device), self.config, self.world)
         self.gradients: dict[str, torch.Tensor] = {}
         self.trainer.rules.register_step_pre_hook(self._note_gradients)
 
@@ -192,7 +196,7 @@ class Run:
         counts = dict.fromkeys(self.objective.names, 0.0)
         for batch, name in itertools.product(batches, counts):
             counts[name] += self.objective.counts(batch)[name]
-        summed = engine.total(list(counts.values()), torch.device("cpu"))
+        summed = engine.total(list(counts.values()), self.device)
         counts = dict(zip(counts, summed, strict=True))
         loss = 0.0
         for batch in batches:
@@ -202,12 +206,15 @@ class Run:
         self.gradients = {}
         rate = learning_rate(step, self.config.steps, self.config.optimizer.lr, self.config.schedule)
         norm = self.trainer.update(rate)
-        return engine.total([loss], torch.device("cpu"))[0], norm
+        return engine.total([loss], self.device)[0], norm
 
     def batches(self, step: int) -> list[Batch]:
         mine = np.array_split(np.arange(RECORDS), self.world.size)[self.world.rank]
         all_records = records(step)
-        return [collate([all_records[i] for i in cut], SPEC) for cut in np.array_split(mine, self.config.accumulate)]
+        return [
+            collate([all_records[i] for i in cut], SPEC).to(self.device)
+            for cut in np.array_split(mine, self.config.accumulate)
+        ]
 
     def close(self) -> None:
         self.trainer.model.destroy()
@@ -217,15 +224,24 @@ class Run:
             for parameter in group["params"]:
                 share = self.trainer.rules.shares[parameter]
                 for number, whole in share.wholes(parameter.grad):
-                    self.gradients[share.runs[number].name] = whole.clone()
+                    self.gradients[share.runs[number].name] = whole.cpu().clone()
 
 
-def start(world: worlds.World) -> None:
-    """Join the ranks. DeepSpeed wants a CPU with AVX-512 FP16 for fp16; any computes in it, slowly, which will do here."""
+def start(world: worlds.World) -> str:
+    """Join the ranks. DeepSpeed wants a CPU with AVX-512 FP16 for fp16; any computes in it, slowly, which will do here.
+
+    Returns how the engine refuses fp16 on a processor without it.
+    """
     engine.start(world)
     from deepspeed.accelerator import get_accelerator
 
+    get_accelerator().is_fp16_supported = lambda: False
+    try:
+        Run({"precision": "fp16"})
+    except ConfigError as error:
+        said = str(error)
     get_accelerator().is_fp16_supported = lambda: True
+    return said
 
 
 def compare(out: str, combinations: list[dict[str, Any]], steps: int) -> None:
@@ -287,8 +303,8 @@ def guard(out: str, settings: list[dict[str, Any]], overflowing: list[dict[str, 
     """On every rank: what `_poisoned` and `_overflowing` note about each of their settings."""
     torch.set_num_threads(1)
     world = worlds.from_environment()
-    start(world)
-    notes = {"poisoned": _poisoned(world, settings), "overflowing": _overflowing(overflowing)}
+    refused = start(world)
+    notes = {"refused": refused, "poisoned": _poisoned(world, settings), "overflowing": _overflowing(overflowing)}
     Path(out, f"rank-{world.rank}.json").write_text(json.dumps(notes))
     engine.stop()
 

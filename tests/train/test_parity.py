@@ -78,6 +78,7 @@ def test_a_gradient_that_is_no_number_changes_nothing_on_any_rank(tmp_path: Path
     ]
     fp16: dict[str, Any] = {"precision": "fp16", "scaling": {"initial_power": 18, "window": 3}}
     notes = on_ranks(2, "guard", tmp_path, settings=settings, overflowing=[zero(0, **fp16), zero(2, **fp16)])
+    assert "fp16 on a processor" in notes["refused"] and "bf16 or fp32" in notes["refused"]
     for note in notes["poisoned"]:
         assert not note["norm"] < float("inf"), note
         assert note["same"] and note["loss"] > 0 and 0 < note["good"] < float("inf"), note
