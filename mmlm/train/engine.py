@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,9 @@ def start(world: World) -> torch.device:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=world.rank, world_size=world.size)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    # ZeRO 3 calls them a few times a step, and each call says so: a line in the rank's log every time
+    old = "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=old, category=FutureWarning)
     return device
 
 

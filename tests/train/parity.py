@@ -111,7 +111,7 @@ def reference(config: TrainConfig, steps: int) -> Trained:
             group["lr"] = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return Trained(losses, gradients, {"weight": {n: p.detach() for n, p in model.named_parameters()}})
 
 
@@ -148,7 +148,7 @@ def textbook(config: TrainConfig, steps: int) -> Trained:
                     p.mul_(1 - rate * factor * decay).sub_(rate * factor * change)
                 keep = min(config.ema.decay if config.ema else 0.0, (2 + step) / (11 + step))
                 average[n] = keep * average[n] + (1 - keep) * p
-        losses.append(float(loss))
+        losses.append(loss.item())
         gradients.append(grad)
     states = {"weight": {n: p.detach() for n, p in named.items()}}
     return Trained(losses, gradients, states | ({"ema": average} if config.ema else {}))
