@@ -36,7 +36,7 @@ PEERS = {
 class Amounts:
     runs: int
     pairs: int
-    starts: int = 20
+    starts: int = 60
     clock: str = "wall"
 
 
