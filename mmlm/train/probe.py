@@ -21,7 +21,7 @@ from mmlm.world import World, cores
 
 LARGEST = 300_000_000
 """Parameters of the largest model that is tried out."""
-LONGEST = 2e11
+LONGEST = 5e10
 """FLOPs of the largest micro-batch that is tried out; a larger one is cut, and its time multiplied."""
 
 
