@@ -46,7 +46,7 @@ class Size:
 
 ON_CPU = (
     Size("10 M", width=256, layers=4, heads=4, batch=16, steps=4),
-    Size("100 M", width=768, layers=12, heads=12, batch=4, steps=2),
+    Size("100 M", width=768, layers=12, heads=12, batch=8, steps=4),
 )
 DOCUMENTS = 400
 
