@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -11,6 +12,24 @@ from mmlm.storage import is_remote
 
 ORIGIN = ".origin"
 """In a folder that stands for a set elsewhere: its address."""
+
+
+def as_hash(told: object) -> str:
+    """`told`, which names a file of the cache. Raises ArtifactError unless it is a sha256, and so no path to elsewhere."""
+    if isinstance(told, str) and re.fullmatch("[0-9a-f]{64}", told):
+        return told
+    raise ArtifactError(
+        f"the shard set tells a hash {told!r}", wanted="64 digits out of 0-9a-f", cure="do not trust who published it"
+    )
+
+
+def as_name(told: object) -> str:
+    """`told`, which names a shard. Raises ArtifactError unless it is the plain name of a file, and so no path to elsewhere."""
+    if isinstance(told, str) and re.fullmatch(r"\w[\w.-]*", told, re.ASCII):
+        return told
+    raise ArtifactError(
+        f"the shard set tells a shard {told!r}", wanted="the plain name of a file", cure="do not trust who made it"
+    )
 
 
 @dataclass
@@ -63,7 +82,7 @@ class LocalFiles:
         self.folder = folder
 
     def tar(self, row: dict[str, Any]) -> Opened:
-        path = self.folder / row["path"]
+        path = self.folder / as_name(row["path"])
         try:
             size = path.stat().st_size
         except OSError as error:
@@ -78,4 +97,4 @@ class LocalFiles:
         return Opened(path)
 
     def index(self, row: dict[str, Any]) -> Opened:
-        return Opened((self.folder / row["path"]).with_suffix(".index.parquet"))
+        return Opened((self.folder / as_name(row["path"])).with_suffix(".index.parquet"))

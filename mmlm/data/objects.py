@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from mmlm import remote
-from mmlm.data.files import Opened
+from mmlm.data.files import Opened, as_hash
 from mmlm.errors import ArtifactError, ConfigError, DataError, LaunchError, explain_os_error
 from mmlm.stores import blank
 
@@ -44,7 +44,8 @@ class Objects:
         self._added = limit  # so that the first one makes us look
 
     def path(self, sha256: str) -> Path:
-        return self.folder / sha256[:2] / sha256
+        """Raises ArtifactError when that is no sha256: a manifest from elsewhere must not choose a path on this machine."""
+        return self.folder / as_hash(sha256)[:2] / sha256
 
     def get(self, uri: str, sha256: str) -> Opened:
         """The object at `uri`, whose content has that sha256; it stays until it is closed.

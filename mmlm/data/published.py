@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlm import artifacts, remote
-from mmlm.data.files import ORIGIN, Opened
+from mmlm.data.files import ORIGIN, Opened, as_hash, as_name
 from mmlm.data.objects import Objects, cache_folder, cache_limit
 from mmlm.errors import ArtifactError, DataError
 from mmlm.shards.verify import TABLES
@@ -33,7 +33,7 @@ def view(uri: str) -> Path:
     uri = uri.rstrip("/")
     try:
         artifact = json.loads(remote.read(f"{uri}/{artifacts.NAME}"))
-        folder = cache_folder() / "sets" / str(artifact["digest"])[:32]
+        folder = cache_folder() / "sets" / as_hash(artifact["digest"])[:32]
         if (folder / ORIGIN).exists() and (folder / ORIGIN).read_text() == uri:
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,8 +82,8 @@ class PublishedFiles:
         self.objects = Objects(cache_folder(), cache_limit())
 
     def tar(self, row: dict[str, Any]) -> Opened:
-        return self.objects.get(f"{self.uri}/{row['path']}", row["sha256"])
+        return self.objects.get(f"{self.uri}/{as_name(row['path'])}", row["sha256"])
 
     def index(self, row: dict[str, Any]) -> Opened:
-        name = str(row["path"]).removesuffix(".tar") + ".index.parquet"
+        name = as_name(row["path"]).removesuffix(".tar") + ".index.parquet"
         return self.objects.get(f"{self.uri}/{name}", row["index_sha256"])

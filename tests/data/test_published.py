@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mmlm.artifacts import Artifact
+from mmlm.data.files import open_files
 from mmlm.data.objects import Objects
-from mmlm.data.published import view
+from mmlm.data.published import DIGEST_OF, view
 from mmlm.data.reader import ShardReader
 from mmlm.errors import ArtifactError
 from mmlm.shards.mirror import mirror
+from mmlm.storage import sha256_file, sha256_json
 from tests.clouds import Cloud, s3
 from tests.data.test_loader import PACKED, loader, rows
 
@@ -133,3 +138,47 @@ def test_the_flag_that_names_a_published_set(published: str, mixed: Artifact, tm
 
     places = Places(out=tmp_path, data=tmp_path, launch=print, tracker=None, shards=published)
     assert noun(places, "shard").digest == mixed.digest
+
+
+OUTSIDE = "no shard at all"
+
+
+@pytest.mark.parametrize("column", ["path", "sha256", "index_sha256"])
+@pytest.mark.parametrize("how", ["absolute", "upwards"])
+def test_a_hostile_manifest_opens_no_file_of_this_machine(
+    cloud: Cloud, mixed: Artifact, tmp_path: Path, column: str, how: str
+):
+    secret = tmp_path / "secret"
+    secret.write_text(OUTSIDE)
+    folder = Path(shutil.copytree(mixed.path, tmp_path / "hostile"))
+    table = pq.read_table(folder / "manifest.parquet")
+    there = {"absolute": str(secret), "upwards": os.path.relpath(secret, tmp_path / "shards/??")}[how]
+    told = [there] * len(table)
+    table = table.set_column(table.column_names.index(column), column, pa.array(told, table.schema.field(column).type))
+    if column == "path":  # so that a folder of this machine would be read as well
+        table = table.set_column(table.column_names.index("bytes"), "bytes", pa.array([len(OUTSIDE)] * len(table)))
+    pq.write_table(table, folder / "manifest.parquet")
+    (row, *_) = table.to_pylist()
+    for files in [open_files(_signed(folder, cloud))] + [open_files(folder)] * (column == "path"):
+        for read in (
+            (files.tar, files.index) if column == "path" else (files.tar,) if column == "sha256" else (files.index,)
+        ):
+            with pytest.raises(ArtifactError, match=re.escape(repr(there))):
+                read(row)
+
+
+def _signed(folder: Path, cloud: Cloud) -> str:
+    """The set with a digest that fits its tables, as whoever publishes it can make it; its address."""
+    told = json.loads((folder / "artifact.json").read_text())
+    told["digest"] = sha256_json({name: sha256_file(folder / name) for name in sorted(DIGEST_OF)})
+    (folder / "artifact.json").write_text(json.dumps(told))
+    return cloud.upload(folder, "hostile")
+
+
+def test_a_digest_that_is_a_path_is_refused(cloud: Cloud, tmp_path: Path):
+    uri = f"{cloud.root}/elsewhere"
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted" / ".origin").write_text(uri)
+    cloud.put("elsewhere/artifact.json", json.dumps({"digest": "../../planted"}).encode())
+    with pytest.raises(ArtifactError, match=r"a hash '\.\./\.\./planted'"):
+        view(uri)
