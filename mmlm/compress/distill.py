@@ -8,6 +8,7 @@ from typing import Any
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
 from mmlm.compress.config import DistillConfig
+from mmlm.data.files import address, open_files
 from mmlm.features import spec as feature_spec
 from mmlm.train.train import Launch, run_ranks, write_counts
 
@@ -29,7 +30,7 @@ def distill(
         return work.artifact
     arguments = {
         "config": config.model_dump(mode="json"),
-        "shards": str(shards.path),
+        "shards": address(shards.path),
         "teacher": str(teacher.path) if teacher else None,
         "out": str(out),
     }
@@ -40,7 +41,7 @@ def distill(
 def on_rank(
     config: dict[str, Any], shards: str, teacher: str | None, out: str, where: dict[str, Any] | None = None
 ) -> None:
-    """What each rank runs."""
+    """What each rank runs. `shards` is a folder that all ranks see, or the address of a published set."""
     import torch
 
     from mmlm import world as worlds
@@ -54,7 +55,8 @@ def on_rank(
     world = worlds.from_environment()
     device = engine.start(world)
     torch.manual_seed(settings.seed)
-    spec = feature_spec.load(Path(shards))
+    folder = open_files(shards).folder
+    spec = feature_spec.load(folder)
     student = weights.build(settings.model, spec)
     student.set_up(recompute=settings.recompute, compiled=settings.compile)
     objective: Objective = Answering(settings.loss, spec)
@@ -64,6 +66,6 @@ def on_rank(
             leader = leader.bfloat16()
         objective = Distilling(settings.loss, spec, leader, settings.temperature, settings.task)
     name = "distill" if teacher else "scratch"
-    counts = fit(student, objective, settings, Path(shards), Path(out), name, Where(**(where or {})))
+    counts = fit(student, objective, settings, folder, Path(out), name, Where(**(where or {})))
     write_counts(Path(out), counts, student)
     engine.stop()

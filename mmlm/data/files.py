@@ -75,6 +75,12 @@ def open_files(path: Path | str) -> ShardFiles:
     return LocalFiles(folder)
 
 
+def address(folder: Path) -> str:
+    """What names the set of `folder` on every machine, for `open_files`: where it was published, or else the folder."""
+    origin = folder / ORIGIN
+    return origin.read_text() if origin.exists() else str(folder)
+
+
 class LocalFiles:
     remote = False
 

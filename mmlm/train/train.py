@@ -10,6 +10,7 @@ from typing import Any
 
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
+from mmlm.data.files import address, open_files
 from mmlm.errors import ArtifactError
 from mmlm.features import spec as feature_spec
 from mmlm.train import expected
@@ -31,7 +32,7 @@ def train(config: TrainConfig, shards: Artifact, *, out: Path, launch: Launch, t
     work = artifacts.begin(out, "checkpoint", recipe=RECIPE, config=config, parents={"shards": shards})
     if work.artifact:
         return work.artifact
-    arguments = {"config": config.model_dump(mode="json"), "shards": str(shards.path), "out": str(out)}
+    arguments = {"config": config.model_dump(mode="json"), "shards": address(shards.path), "out": str(out)}
     return run_ranks(work, config, "mmlm.train.train:on_rank", arguments, launch, tracker, "train")
 
 
@@ -70,7 +71,7 @@ def check_metrics_room(folder: Path) -> None:
 
 
 def on_rank(config: dict[str, Any], shards: str, out: str, where: dict[str, Any] | None = None) -> None:
-    """What each rank runs."""
+    """What each rank runs. `shards` is a folder that all ranks see, or the address of a published set."""
     import torch
 
     from mmlm import world as worlds
@@ -82,13 +83,14 @@ def on_rank(config: dict[str, Any], shards: str, out: str, where: dict[str, Any]
     settings = parse(TrainConfig, config, "train")
     world = worlds.from_environment()
     engine.start(world)
-    spec = feature_spec.load(Path(shards))
-    expected.write(settings, spec, Path(shards), Path(out), world)
+    folder = open_files(shards).folder
+    spec = feature_spec.load(folder)
+    expected.write(settings, spec, folder, Path(out), world)
     torch.manual_seed(settings.seed)
     model = weights.build(settings.model, spec)
     model.set_up(recompute=settings.recompute, compiled=settings.compile)
     objective = Answering(settings.loss, spec)
-    counts = fit(model, objective, settings, Path(shards), Path(out), "train", Where(**(where or {})))
+    counts = fit(model, objective, settings, folder, Path(out), "train", Where(**(where or {})))
     write_counts(Path(out), counts, model)
     engine.stop()
 

@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mmlm.artifacts import Artifact
+from mmlm.config import parse
 from mmlm.data.files import open_files
 from mmlm.data.objects import Objects
 from mmlm.data.published import DIGEST_OF, view
@@ -182,3 +184,30 @@ def test_a_digest_that_is_a_path_is_refused(cloud: Cloud, tmp_path: Path):
     cloud.put("elsewhere/artifact.json", json.dumps({"digest": "../../planted"}).encode())
     with pytest.raises(ArtifactError, match=r"a hash '\.\./\.\./planted'"):
         view(uri)
+
+
+@pytest.mark.parametrize("verb", ["train", pytest.param("distill", marks=pytest.mark.slow)])
+def test_ranks_of_another_node_have_a_cache_of_their_own(
+    published: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+):
+    from mmlm.compress.config import DistillConfig
+    from mmlm.compress.distill import distill
+    from mmlm.launch.local import ranks
+    from mmlm.story import Places, noun
+    from mmlm.tracking import NullTracker
+    from mmlm.train.config import TrainConfig
+    from mmlm.train.train import train
+
+    def elsewhere(target: str, arguments: dict[str, Any], *, log: Path) -> None:
+        shutil.move(cache, tmp_path / "not-on-that-node")
+        monkeypatch.setenv("MMLM_SHARD_CACHE", str(tmp_path / "there"))
+        ranks(1)(target, arguments, log=log)
+
+    config = {"steps": 2, "model": {"width": 32, "layers": 1, "heads": 2}, "data": {"batch": 4}}
+    places = Places(out=tmp_path / "out", data=tmp_path, launch=elsewhere, tracker=NullTracker(), shards=published)
+    told: dict[str, Any] = {"out": places.out, "launch": places.launch, "tracker": places.tracker}
+    if verb == "train":
+        made = train(parse(TrainConfig, config, "test"), noun(places, "shard"), **told)
+    else:
+        made = distill(parse(DistillConfig, config, "test"), noun(places, "shard"), None, **told)
+    assert made.counts["parameters"] > 0 and list((tmp_path / "there").glob("??/*")) and not cache.exists()
