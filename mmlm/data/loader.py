@@ -137,6 +137,10 @@ class Loader:
 
     def probe(self, size: int = 32) -> Batch:
         """A fixed batch, the same at every call and every world size, for proving that a resumed model is the saved one."""
+        # the reader is safe to use from one thread, and the pinning one may be making the next batch
+        return self._thread.submit(self._probe, size).result() if self._thread else self._probe(size)
+
+    def _probe(self, size: int) -> Batch:
         count = min(size, len(self.reader))
         return collate([self.reader[i] for i in range(count)], self.reader.spec)
 

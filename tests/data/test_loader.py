@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
 import time
 import tracemalloc
 from collections import Counter
@@ -200,3 +201,23 @@ def test_a_shard_set_of_very_many_shards_is_opened_at_once(tmp_path: Path, mixed
     tracemalloc.stop()
     assert len(reader) > 3_000_000 and len(reader._starts) > 100_000
     assert seconds < 2 and peak < 30_000_000  # a row of the manifest each, and nothing for each sample
+
+
+def test_one_thread_reads_though_another_asks_for_the_probe(mixed: Artifact):
+    """With a GPU and no workers, the thread that pins the next batch reads; the probe waits for its turn on it."""
+
+    class Watched(ShardReader):
+        def members(self, i: int) -> dict[str, bytes]:
+            threads.add(threading.get_ident())
+            return super().members(i)
+
+    threads: set[int] = set()
+    config = parse(DataConfig, PLAIN, "test")
+    pinned, plain = (Loader(mixed.path, config, 5, World(), steps=50, workers=0, pin=pin) for pin in (True, False))
+    for each in (pinned, plain):
+        each.reader = Watched(mixed.path)
+    probe = pinned.probe()
+    assert len(threads) == 1 and threading.get_ident() not in threads
+    assert rows(probe) == rows(plain.probe())
+    assert threading.get_ident() in threads
+    pinned.close()
