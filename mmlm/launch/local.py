@@ -24,7 +24,8 @@ from mmlm.storage import write_json
 from mmlm.world import cores, quiet_environment
 
 SAVE_SECONDS = 60.0
-"""How long ranks may take to finish their step and save after a stop was forwarded to them."""
+"""How long the other ranks may take to end once one has ended after a stop: they save together. Saving itself has no
+limit: a large model takes minutes, and a second stop (or the watchdog of a hung step) ends what does not come."""
 GRACE_SECONDS = 10.0
 """How long the other ranks may take to end after one of them failed."""
 STOPPED = Interrupted.exit_code
@@ -183,8 +184,9 @@ class _Group:
             self.look()
             if (self.stopping or self.failed) and not forwarded:
                 forwarded = True
-                kill_at = time.monotonic() + SAVE_SECONDS
                 self.send(signal.SIGTERM)
+            if self.stopping and any(p.poll() is not None for p in self.processes):
+                kill_at = min(kill_at, time.monotonic() + SAVE_SECONDS)
             if self.failed:
                 kill_at = min(kill_at, time.monotonic() + GRACE_SECONDS)
             if time.monotonic() > kill_at or self.signals > 1:

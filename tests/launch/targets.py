@@ -54,15 +54,19 @@ def kill_self(rank: int) -> None:
     time.sleep(60)
 
 
-def save_on_stop(folder: str, stop: bool = False) -> None:
-    """Like training: a signal finishes the step, saves and ends resumable. With `stop` rank 0 signals the parent."""
+def save_on_stop(folder: str, stop: bool = False, seconds: float = 0.0) -> None:
+    """Like training: a signal finishes the step, saves (for `seconds`) and ends resumable. With `stop` rank 0 signals
+    the parent."""
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     Path(folder, f"up-{os.environ['RANK']}").write_text(str(os.getpid()))
+    while stop and len(list(Path(folder).glob("up-*"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.02)
     if stop and os.environ["RANK"] == "0":
         os.kill(os.getppid(), signal.SIGTERM)
     while not asked:
         time.sleep(0.02)
+    time.sleep(seconds)
     Path(folder, f"saved-{os.environ['RANK']}").touch()
     raise Interrupted("training was stopped and saved at step 7", cure="run the same command again")
 

@@ -68,6 +68,14 @@ def test_a_stop_is_forwarded_and_all_ranks_save(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_save_may_take_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "SAVE_SECONDS", 1.5)
+    arguments = {"folder": str(tmp_path), "stop": True, "seconds": 3.0}
+    with pytest.raises(Interrupted, match="saved at step 7"):
+        local.ranks(2)(f"{TARGETS}:save_on_stop", arguments, log=tmp_path / "log")
+    assert (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists()
+
+
 def test_ranks_die_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\nfrom mmlm.launch import local\n"
