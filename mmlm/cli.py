@@ -115,6 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--replace", action="store_true", help="set aside what other settings or data made there, as `run` does"
         )
+        if verb in ("train", "distill"):  # `run` and `tune` begin trainings that have no checkpoint yet
+            command.add_argument("--resume", action="store_true", help="training must find a checkpoint to go on from")
         if verb in ("train", "distill", "evaluate"):
             command.add_argument(
                 "--shards",
@@ -182,7 +184,6 @@ def _training_flags(command: Any) -> None:
     )  # fmt: skip
     command.add_argument("--hang", metavar="TIME", help="a training step that takes longer is a hang (default: 30m)")
     command.add_argument("--ledger", action="store_true", help="write the ids of every step's records into ledger/")
-    command.add_argument("--resume", action="store_true", help="training must find a checkpoint to go on from")
 
 
 def _training_environment(arguments: argparse.Namespace) -> None:
@@ -194,7 +195,7 @@ def _training_environment(arguments: argparse.Namespace) -> None:
     if arguments.hang:
         os.environ["MMLM_HANG_SECONDS"] = str(seconds_of(arguments.hang))
     for flag in ("ledger", "resume"):
-        if getattr(arguments, flag):
+        if getattr(arguments, flag, False):
             os.environ[f"MMLM_{flag.upper()}"] = "1"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmlm.cli import main
+from mmlm.cli import build_parser, main
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -56,6 +56,16 @@ def test_all_problems_of_a_config_are_listed_at_once(capsys: pytest.CaptureFixtu
     )
     assert code == 2
     assert all(key in said for key in ("sede", "steps", "ray_form"))
+
+
+@pytest.mark.parametrize(("verb", "takes"), [("train", True), ("distill", True), ("run", False), ("tune", False)])
+def test_only_a_single_training_can_be_told_to_resume(verb: str, takes: bool, capsys: pytest.CaptureFixture[str]):
+    """A story has several trainings, a search many: those that have not begun hold no checkpoint."""
+    if takes:
+        assert build_parser().parse_args([verb, "demo", "--resume"]).resume
+    else:
+        code, said = run(capsys, verb, "demo", "--resume")
+        assert code == 2 and "--resume" in said
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):

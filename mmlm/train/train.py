@@ -50,7 +50,10 @@ def run_ranks(
     How long and how watched it runs is read here, from the environment (`control.Where`), and told to every rank.
     """
     check_metrics_room(work.path)
-    arguments = {**arguments, "where": Where.from_environment().plain()}
+    where = Where.from_environment().plain()
+    if verb == "distill-scratch":  # begins after the student that `mmlm distill --resume` means
+        where["resume"] = False
+    arguments = {**arguments, "where": where}
     with tracker.run(verb, config, work) as run:
         launch(target, arguments, log=work.path / "logs")
         counts = json.loads((work.path / "counts.json").read_text())
