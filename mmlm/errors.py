@@ -1,7 +1,7 @@
 """One drawn hierarchy of errors. A message says what was found, what was wanted, and what to do.
 
 Exit codes: 0 done, 1 our fault (anything that is not an MmlmError), 2 wrong input, 3 failed gate,
-4 interrupted but resumable.
+4 interrupted or lost, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -56,6 +56,18 @@ class LaunchError(MmlmError):
     """A cluster, a tracking server, a rank or this machine does not do what was asked."""
 
 
+class Interrupted(MmlmError):
+    """A signal stopped the work after it was saved; running the same command again continues it."""
+
+    exit_code = 4
+
+
+class WorkLost(LaunchError):
+    """A rank, a worker or a step was lost on the way (killed, or hung); running the same command again continues it."""
+
+    exit_code = Interrupted.exit_code
+
+
 class ServeError(MmlmError):
     """A request to a served model, or the server itself, is wrong."""
 
@@ -64,12 +76,6 @@ class GateFailed(MmlmError):
     """The champion stays and the caller asked for a promotion."""
 
     exit_code = 3
-
-
-class Interrupted(MmlmError):
-    """A signal stopped the work after it was saved; running the same command again continues it."""
-
-    exit_code = 4
 
 
 def explain_os_error(error: OSError) -> MmlmError | None:

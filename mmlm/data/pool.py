@@ -16,7 +16,7 @@ import numpy as np
 
 from mmlm.data.channel import Memory, arrays_of, rebuild, receive, send
 from mmlm.data.making import Share
-from mmlm.errors import LaunchError
+from mmlm.errors import WorkLost
 
 AHEAD = 2
 """Batches that each worker is asked for before the first of them is wanted."""
@@ -36,7 +36,7 @@ class _Worker:
 class Pool:
     """`workers` processes with a Maker each. What it gives out is theirs until nothing refers to it any more.
 
-    Raises what a worker raised, or LaunchError when one ended.
+    Raises what a worker raised, or WorkLost when one ended.
     """
 
     def __init__(self, told: dict[str, Any], workers: int) -> None:
@@ -97,9 +97,9 @@ class Pool:
         self._finalizer()
         self._asked.clear()
 
-    def _dead(self, worker: _Worker) -> LaunchError:
+    def _dead(self, worker: _Worker) -> WorkLost:
         code = worker.process.wait(END_SECONDS)
-        return LaunchError(
+        return WorkLost(
             f"a process that makes batches ended with {code}",
             cure="is there enough memory? take fewer with MMLM_DATA_WORKERS; the same command again goes on",
         )

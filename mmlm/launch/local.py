@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from mmlm.errors import Interrupted, LaunchError
+from mmlm.errors import Interrupted, LaunchError, WorkLost
 from mmlm.launch import rank as rank_process
 from mmlm.progress import Progress
 from mmlm.storage import write_json
@@ -36,7 +36,7 @@ class Launch(Protocol):
     """Runs `target` ("package.module:function") with JSON-able `args` on `ranks` ranks and returns when all are done.
 
     Raises Interrupted when a signal stopped the ranks after they saved, the MmlmError that a rank raised, or
-    LaunchError when a rank died. What the ranks say goes to `log/rank-N.log`.
+    WorkLost when a rank died. What the ranks say goes to `log/rank-N.log`.
     """
 
     @property
@@ -197,9 +197,14 @@ class _Group:
     def look(self) -> None:
         """Note who stopped and who failed. Of ranks seen to fail together the killed one comes first, as the cause."""
         codes = {rank: p.returncode for rank, p in enumerate(self.processes) if p.returncode is not None}
-        failed = [rank for rank, code in codes.items() if code not in (0, STOPPED) and rank not in self.failed]
+        stopped = {rank for rank, code in codes.items() if code == STOPPED and not self.lost(rank)}
+        failed = [rank for rank, code in codes.items() if code and rank not in stopped and rank not in self.failed]
         self.failed += sorted(failed, key=lambda rank: codes[rank] != -signal.SIGKILL)
-        self.stopping |= self.signals > 0 or STOPPED in codes.values()
+        self.stopping |= self.signals > 0 or bool(stopped)
+
+    def lost(self, rank: int) -> bool:
+        """Whether the rank left word of a loss: it ends with the code of a stop, but the others will not."""
+        return isinstance(read_error(self.log, rank), WorkLost)
 
     def send(self, number: int) -> None:
         for process in self.processes:
@@ -230,7 +235,7 @@ class _Group:
         """A rank that left no word: killed, or crashed in native code."""
         code, path = self.processes[rank].returncode, self.log / f"rank-{rank}.log"
         if code == -signal.SIGKILL:
-            return LaunchError(
+            return WorkLost(
                 f"rank {rank} was killed (signal 9), often for lack of memory",
                 cure=f"free memory or give a smaller batch; {AGAIN}",
             )

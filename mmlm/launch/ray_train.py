@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmlm.errors import LaunchError
+from mmlm.errors import LaunchError, WorkLost
 from mmlm.launch.local import AGAIN, Launch, RankCrashed, read_error
 from mmlm.world import quiet_environment
 
@@ -66,7 +66,7 @@ class RayRanks:
         except Exception as error:  # Ray Train wraps whatever happened in kinds of its own
             said = [e for rank in range(self.ranks) if (e := read_error(log, rank))]
             meant = [e for e in said if not isinstance(e, RankCrashed)]
-            lost = LaunchError(
+            lost = WorkLost(
                 f"the ranks were lost {RESTARTS + 1} times: {_innermost(error)}", cure=f"see {log}; {AGAIN}"
             )
             raise (meant + said + [lost])[0] from None
@@ -104,19 +104,21 @@ class RayRanks:
 
 def run_rank(config: dict[str, Any]) -> None:
     """One worker: call the target; leave what went wrong beside the log, where the driver finds it."""
-    from mmlm.errors import MmlmError
+    from mmlm.errors import MmlmError, WorkLost
     from mmlm.launch.rank import describe, resolve
     from mmlm.storage import write_json
 
     log = Path(config["log"])
+    mine = log / f"rank-{os.environ['RANK']}.error.json"
     for rank in range(int(os.environ["WORLD_SIZE"])):
         earlier = read_error(log, rank)
-        if isinstance(earlier, MmlmError) and not isinstance(earlier, RankCrashed):
-            raise earlier  # Ray restarts the group after any error; bad input stays bad
+        if isinstance(earlier, MmlmError) and not isinstance(earlier, RankCrashed | WorkLost):
+            raise earlier  # Ray restarts the group after any error; bad input stays bad, a hang need not come back
+    mine.unlink(missing_ok=True)
     try:
         resolve(config["target"])(**config["args"])
     except Exception as error:
-        write_json(log / f"rank-{os.environ['RANK']}.error.json", describe(error))
+        write_json(mine, describe(error))
         raise
 
 

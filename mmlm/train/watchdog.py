@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from mmlm.errors import LaunchError
+from mmlm.errors import WorkLost
 from mmlm.progress import tell
 from mmlm.storage import write_json
 from mmlm.world import World
@@ -24,7 +24,7 @@ GRACE = 3.0
 
 
 class Watchdog:
-    """`with Watchdog(...) as dog: dog.beat("step 7")`; no beat for `seconds` ends the process with code 2."""
+    """`with Watchdog(...) as dog: dog.beat("step 7")`; no beat for `seconds` ends the process with code 4."""
 
     def __init__(self, seconds: float, logs: Path, world: World, name: str) -> None:
         self.seconds, self.logs, self.world, self.name = seconds, logs, world, name
@@ -78,7 +78,7 @@ class Watchdog:
         if self._ended.is_set() or time.monotonic() - self._beat < self.seconds:
             return  # it came forward after all
         silent = [rank for rank in range(self.world.size) if not self._dumped(rank)]
-        error = LaunchError(
+        error = WorkLost(
             f"{self.name} hangs: nothing came forward for {self.seconds:g} s in {self.what}"
             + (f", and rank {silent[0]} does not even answer" if silent else ""),
             wanted=f"a step within {self.seconds:g} s (--hang)",
@@ -86,7 +86,7 @@ class Watchdog:
             "the last checkpoint",
         )
         tell(f"mmlm: {error}" if self.world.is_main else f"rank {self.world.rank}: {error}")
-        kind = f"{LaunchError.__module__}:{LaunchError.__qualname__}"
+        kind = f"{WorkLost.__module__}:{WorkLost.__qualname__}"
         said = {"kind": kind, "found": error.found, "wanted": error.wanted, "cure": error.cure, "exit": error.exit_code}
         write_json(self.logs / f"rank-{self.world.rank}.error.json", said)
         os._exit(error.exit_code)

@@ -20,7 +20,7 @@ from mmlm.config import parse
 from mmlm.data.channel import describe, rebuild
 from mmlm.data.config import DataConfig
 from mmlm.data.loader import Loader
-from mmlm.errors import ArtifactError, ConfigError, DataError, LaunchError, MmlmError
+from mmlm.errors import ArtifactError, ConfigError, DataError, MmlmError, WorkLost
 from mmlm.features.failures import SampleError
 from mmlm.world import World
 from tests.data.test_loader import PACKED, damage, features, rows
@@ -135,8 +135,9 @@ def test_a_worker_that_is_killed_is_missed(mixed: Artifact):
     one.batch(0)
     assert one._pool
     os.kill(one._pool._workers[0].process.pid, signal.SIGKILL)
-    with pytest.raises(LaunchError, match="ended with -9"):
+    with pytest.raises(WorkLost, match="ended with -9") as caught:
         [one.batch(step) for step in range(1, 20)]
+    assert caught.value.exit_code == 4  # the same command goes on
 
 
 def test_damage_is_told_by_whoever_meets_it(tmp_path: Path, mixed: Artifact, capfd: pytest.CaptureFixture[str]):

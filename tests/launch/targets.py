@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlm.artifacts import ArtifactConflict
-from mmlm.errors import ArtifactError, Interrupted
+from mmlm.errors import ArtifactError, Interrupted, WorkLost
 from mmlm.progress import Progress
 
 
@@ -36,6 +36,12 @@ def sum_of_ranks(folder: str) -> None:
 def refuse(rank: int) -> None:
     if int(os.environ["RANK"]) == rank:
         raise ArtifactError("found this", wanted="that", cure="do so")
+    time.sleep(60)
+
+
+def lose(rank: int) -> None:
+    if int(os.environ["RANK"]) == rank:
+        raise WorkLost("a worker ended", cure="again")
     time.sleep(60)
 
 

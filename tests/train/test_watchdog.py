@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmlm.errors import LaunchError
+from mmlm.errors import WorkLost
 from mmlm.launch.local import ranks
 from mmlm.train.watchdog import GRACE, Watchdog
 from mmlm.world import World
@@ -16,10 +16,10 @@ from mmlm.world import World
 @pytest.mark.parametrize("locked", [False, True])
 def test_a_hang_leaves_the_stacks_of_all_ranks(tmp_path: Path, locked: bool):
     arguments = {"out": str(tmp_path), "seconds": 2.0, "locked": locked}
-    with pytest.raises(LaunchError, match=r"hangs: nothing came forward for 2 s in step 3") as caught:
+    with pytest.raises(WorkLost, match=r"hangs: nothing came forward for 2 s in step 3") as caught:
         ranks(2)("tests.train.targets:hang", arguments, log=tmp_path / "logs")
     assert "run the same command again" in caught.value.cure
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 4
     for rank in range(2):
         assert "_stuck" in (tmp_path / "logs" / f"rank-{rank}.stacks").read_text(), rank
 
