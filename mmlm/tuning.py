@@ -29,7 +29,7 @@ from pydantic import Field, field_validator
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
 from mmlm.config import Config, apply_override, parse, read_yaml, resolved
-from mmlm.errors import ConfigError, LaunchError, MmlmError
+from mmlm.errors import ConfigError, Interrupted, LaunchError, MmlmError
 from mmlm.storage import write_bytes, write_json
 from mmlm.tracking import Run, Tracker
 from mmlm.train.config import TrainConfig
@@ -119,14 +119,19 @@ class Where:
     def choose(
         cls, out: Path, tracking_uri: str, parallel: int | None, ranks: int | None, *, inside_ray: bool = False
     ) -> Where:
-        """Trials side by side: as many as asked for, or one a GPU, or one a core. Raises LaunchError for none."""
+        """Trials side by side: as many as asked for, or as the GPUs or cores suffice for with `ranks` each.
+
+        Raises LaunchError for none, and for more ranks than there are GPUs: Ray would wait for them for ever.
+        """
         from mmlm.launch.local import gpus
 
-        here = gpus()
-        parallel = parallel if parallel is not None else here or cores()
+        here, each = gpus(), max(1, ranks or 1)
+        if here and each > here and not inside_ray:
+            raise LaunchError(f"{each} ranks", wanted=f"at most {here}, one per GPU", cure="give a smaller --ranks")
+        parallel = parallel if parallel is not None else max(1, (here or cores()) // each)
         if parallel < 1:
             raise LaunchError(f"{parallel} trials at a time", wanted="at least 1")
-        return cls(out, tracking_uri, parallel, ranks or 1, here > 0, inside_ray)
+        return cls(out, tracking_uri, parallel, each, here > 0, inside_ray)
 
 
 def read(folder: Path, search: Sequence[str], **given: Any) -> TuneConfig:
@@ -159,7 +164,8 @@ def _number(value: Any) -> Any:
 def tune(config: TuneConfig, base: TrainConfig, shards: Artifact, where: Where, tracker: Tracker) -> Artifact:
     """ShardSet → Search: `results.json`, and `best.yaml` with the settings of the best trial.
 
-    Raises LaunchError when every trial failed.
+    Raises LaunchError when every trial failed, Interrupted when a time limit came first, ConfigError for a metric that
+    training does not write.
     """
     from mmlm.launch import ray_tune
 
@@ -178,12 +184,16 @@ def tune(config: TuneConfig, base: TrainConfig, shards: Artifact, where: Where, 
     with tracker.run("tune", config, work):
         plans = [_plan(number, every[number], shards, where, tracker) for number in sorted(every)]
         with _session(where):
-            outcomes = ray_tune.search(plans, objective, parallel=where.parallel, gpu=where.gpu, storage=out / "ray")
+            outcomes = ray_tune.search(
+                plans, objective, parallel=where.parallel, ranks=where.ranks, gpu=where.gpu, storage=out / "ray"
+            )
         shutil.rmtree(out / "ray", ignore_errors=True)
         rows = _rows(config, outcomes, refused)
         if all(row["error"] for row in rows):
             raise LaunchError(f"all {len(rows)} trials failed; the first: {rows[0]['error']}", cure=f"see {out}/trials")
-        best = min((r for r in rows if r["value"] is not None), key=lambda r: r["value"] * _sign(config))
+        if rows[0]["value"] is None:
+            raise LaunchError(f"no trial had a {metric} that is a number", cure=f"see {out}/trials")
+        best = rows[0]
         write_json(out / "results.json", {"metric": metric, "mode": config.mode, "trials": rows, "best": best["trial"]})
         write_bytes(out / "best.yaml", _override(best, metric).encode())
         counts = {
@@ -275,34 +285,20 @@ def _override(best: dict[str, Any], metric: str) -> str:
 @contextlib.contextmanager
 def _session(where: Where) -> Iterator[None]:
     """A Ray of this machine that leaves no process behind, or the cluster that this process belongs to."""
-    import logging
-    import signal
-
-    import ray
-
+    from mmlm.launch import ray_tune
     from mmlm.shards import reaper
 
-    handler = signal.getsignal(signal.SIGTERM)  # Ray would put its own in place of the caller's
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if where.inside_ray:
-        ray.init(**quiet)
-        try:
+        with ray_tune.connected():
             yield
-        finally:
-            ray.shutdown()
         return
     folder, tag = Path(tempfile.mkdtemp(prefix=f"mmlm-ray-{os.getpid()}-", dir="/tmp")), uuid.uuid4().hex
     process = reaper.start(tag, folder)
     os.environ[reaper.TAG] = tag
     try:
-        ray.init(
-            address="local", num_cpus=where.parallel, include_dashboard=False, object_store_memory=100 << 20,
-            _temp_dir=str(folder), **quiet,
-        )  # fmt: skip
-        signal.signal(signal.SIGTERM, handler)
-        yield
+        with ray_tune.connected(folder, where.parallel * where.ranks):
+            yield
     finally:
-        ray.shutdown()
         os.environ.pop(reaper.TAG, None)
         reaper.finish(process)
 
@@ -353,7 +349,7 @@ def trial(told: dict[str, Any]) -> int:
         )  # fmt: skip
     except MmlmError as error:
         print(f"mmlm: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return Interrupted.exit_code if isinstance(error, Interrupted) else 2  # a lost trial failed, the others go on
     return 0
 
 

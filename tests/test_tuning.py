@@ -6,6 +6,8 @@ import json
 import os
 import random
 import shutil
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from mmlm import tuning
 from mmlm.artifacts import Artifact
 from mmlm.cli import main
 from mmlm.config import parse
-from mmlm.errors import ConfigError
+from mmlm.errors import ConfigError, Interrupted
 from mmlm.launch import ray_tune
 from mmlm.tuning import TuneConfig
+from mmlm.world import cores
 
 SPACES = {"train.optimizer.lr": "log(1e-4,1e-2)", "train.model.layers": "int(1,3)", "train.model.width": [64, 128]}
 
@@ -66,6 +69,51 @@ def test_rows_that_are_half_written_wait(tmp_path: Path) -> None:
     path.write_text('{"step": 1, "metrics": {"loss": 2}}\n{"step": 0, "metrics": {"loss": 1}}\n{"step": 2, "metr')
     assert ray_tune.values(path, "loss") == [(1, 2.0)]
     assert ray_tune.values(path, "val/loss") == []
+
+
+WRITER = """
+import json, sys, time
+for step in range(1, 3):
+    print(json.dumps({"step": step, "time": step, "metrics": {"loss": 1.0, "lr": 0.1}}), file=open(sys.argv[1], "a"))
+if sys.argv[2] == "4":
+    sys.exit(4)  # as a training that its time limit stopped
+time.sleep(60)
+"""
+
+
+def test_a_search_ends_for_a_time_limit_and_for_a_metric_that_is_none(tmp_path: Path) -> None:
+    where = tuning.Where(tmp_path, "", parallel=1, ranks=2)
+    with tuning._session(where):
+        for number, (metric, error, said) in enumerate(
+            [("loss", Interrupted, "the search was stopped"), ("los", ConfigError, "wanted one of loss, lr")]
+        ):
+            objective = ray_tune.Objective(metric, "min", mean_of=1, steps=10, grace=1, reduction=3)
+            plans = [
+                ray_tune.TrialPlan(
+                    n, [sys.executable, "-c", WRITER, f"{tmp_path}/{number}-{n}", "4" if metric == "loss" else "0"], {},
+                    rows=f"{tmp_path}/{number}-{n}", done=f"{tmp_path}/none", log=f"{tmp_path}/log",
+                )
+                for n in range(3)
+            ]  # fmt: skip
+            start = time.monotonic()
+            with pytest.raises(error, match=said):
+                ray_tune.search(plans, objective, parallel=1, ranks=2, gpu=False, storage=tmp_path / "ray")
+            assert time.monotonic() - start < 40 and len(list(tmp_path.glob(f"{number}-*"))) < 3
+
+
+def test_a_metric_of_validation_may_come_later(tmp_path: Path) -> None:
+    rows = tmp_path / "metrics.jsonl"
+    assert ray_tune.missing(rows, "loss", done=False) == []
+    rows.write_text('{"step": 1, "metrics": {"loss": 2, "lr": 1}}\n')
+    assert ray_tune.missing(rows, "val/loss", done=False) == []
+    assert ray_tune.missing(rows, "val/loss", done=True) == ["loss", "lr"]  # the story does not validate
+    rows.write_text('{"step": 1, "metrics": {"loss": 2, "val/loss": 1}}\n')
+    assert ray_tune.missing(rows, "val/los", done=False) == ["loss", "val/loss"]
+
+
+def test_trials_of_several_ranks_stand_fewer_side_by_side(tmp_path: Path) -> None:
+    assert tuning.Where.choose(tmp_path, "", None, cores()).parallel == 1
+    assert tuning.Where.choose(tmp_path, "", None, None).parallel == cores()
 
 
 def test_best_settings_are_an_override(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

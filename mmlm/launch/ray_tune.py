@@ -22,13 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 
+from mmlm.errors import ConfigError, Interrupted
 from mmlm.progress import Progress
 
 STOP_SECONDS = 60.0
 """How long a stopped trial may take to save."""
 POLL_SECONDS = 0.2
+HALT = "halt"
+"""In the report of a trial: why the whole search ends."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,18 @@ class Trial(tune.Trainable):
                 self.reported += 1
                 self.recent.append(value)
                 mean = sum(self.recent) / len(self.recent)
-                self.last = {"step": step, "value": mean if math.isfinite(mean) else _worst(self.objective.mode)}
+                self.last = self.last | {
+                    "step": step,
+                    "value": mean if math.isfinite(mean) else _worst(self.objective.mode),
+                }
                 return self.last
-            if over and Path(self.plan.done).exists():
+            done = over and Path(self.plan.done).exists()
+            if unknown := missing(Path(self.plan.rows), self.objective.metric, done):
+                return {**self.last, HALT: f"columns: {', '.join(unknown)}", "done": True}
+            if done:
                 return {**self.last, "done": True}
+            if over and self.process and self.process.returncode == Interrupted.exit_code:
+                return {**self.last, HALT: last_words(Path(self.plan.log)), "done": True}
             if over:
                 raise RuntimeError(last_words(Path(self.plan.log)))
             time.sleep(POLL_SECONDS)
@@ -123,6 +135,20 @@ class Trial(tune.Trainable):
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+class Halt(tune.Stopper):
+    """Ends the search at the first trial that says so: it was interrupted, or the metric is none."""
+
+    def __init__(self) -> None:
+        self.why = ""
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        self.why = self.why or result.get(HALT, "")
+        return False
+
+    def stop_all(self) -> bool:
+        return bool(self.why)
 
 
 class Said(tune.Callback):
@@ -157,6 +183,17 @@ def values(path: Path, metric: str) -> list[tuple[int, float]]:
     return found
 
 
+def missing(path: Path, metric: str, done: bool) -> list[str]:
+    """The columns of the rows that should have the metric, when none has it; none as long as it may still come."""
+    with contextlib.suppress(OSError, ValueError):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        columns = {name for row in rows if row.get("step") for name in row["metrics"]}
+        looked = any(name.startswith("val/") for name in columns) or not metric.startswith("val/")
+        if columns and metric not in columns and (looked or done):
+            return sorted(columns)
+    return []
+
+
 def last_words(log: Path) -> str:
     """What a failed command said at its end: its `mmlm: …` line if there is one."""
     try:
@@ -171,8 +208,34 @@ def _worst(mode: str) -> float:
     return 1e30 if mode == "min" else -1e30
 
 
-def search(plans: list[TrialPlan], objective: Objective, *, parallel: int, gpu: bool, storage: Path) -> list[Outcome]:
-    """Run all trials on the Ray that this process is connected to, `parallel` at a time; failures are outcomes, too."""
+@contextlib.contextmanager
+def connected(folder: Path | None = None, cpus: int = 1) -> Iterator[None]:
+    """This process on a Ray of its own with `cpus`, whose files lie in `folder`; without one on that of its job."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    handler = signal.getsignal(signal.SIGTERM)  # Ray would put its own in place of the caller's
+    try:
+        if folder is None:
+            ray.init(**quiet)
+        else:
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=100 << 20,
+                _temp_dir=str(folder), **quiet,
+            )  # fmt: skip
+            signal.signal(signal.SIGTERM, handler)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def search(
+    plans: list[TrialPlan], objective: Objective, *, parallel: int, ranks: int, gpu: bool, storage: Path
+) -> list[Outcome]:
+    """Run all trials of `ranks` ranks on the Ray that this process is connected to, `parallel` at a time.
+
+    Failures are outcomes, too.
+
+    Raises Interrupted when a trial was stopped before its end (a time limit), ConfigError when no row has the metric.
+    """
     from ray.tune.schedulers import AsyncHyperBandScheduler
 
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -183,18 +246,40 @@ def search(plans: list[TrialPlan], objective: Objective, *, parallel: int, gpu: 
         grace_period=objective.grace, reduction_factor=objective.reduction,
         stop_last_trials=False,  # the last row comes before the model is written
     )  # fmt: skip
-    each = {"CPU": 1.0, "GPU": 1.0} if gpu else {"CPU": 1.0}
+    each = {kind: float(ranks) for kind in ("CPU", *["GPU"] * gpu)}
     logging.getLogger("ray.tune").setLevel(
         logging.CRITICAL
     )  # it shows tracebacks of trials, whose errors are told below
+    halt = Halt()
     with _quiet(), Progress("tune", len(plans), "trials") as progress:
         grid = tune.Tuner(
             tune.with_resources(Trial, each),
             param_space={"plan": tune.grid_search([vars(plan) for plan in plans]), "objective": vars(objective)},
             tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=parallel),
-            run_config=tune.RunConfig(storage_path=str(storage), name="trials", verbose=0, callbacks=[Said(progress)]),
+            run_config=tune.RunConfig(
+                storage_path=str(storage),
+                name="trials",
+                verbose=0,
+                callbacks=[Said(progress)],
+                stop=halt,
+            ),
         ).fit()
+    _look(halt.why, objective)
     return [_outcome(grid[at], objective) for at in range(len(grid))]
+
+
+def _look(why: str, objective: Objective) -> None:
+    """Raise what ended the whole search, if something did."""
+    if why.startswith("columns: "):
+        raise ConfigError(
+            f"no row of metrics.jsonl has the metric {objective.metric!r}",
+            wanted=f"one of {why.removeprefix('columns: ')}",
+            cure="give it with --metric, and --replace",
+        )
+    if why:
+        raise Interrupted(
+            f"the search was stopped: {why.partition('; ')[0]}", cure="run the same command again to go on"
+        )
 
 
 def _outcome(result: Any, objective: Objective) -> Outcome:
