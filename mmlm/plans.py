@@ -128,13 +128,14 @@ def stages_of(given: str | None) -> list[int]:
     return wanted
 
 
-def numbers(text: str, flag: str) -> list[int]:
+def numbers(text: str, flag: str, least: int = 0) -> list[int]:
+    """`1,2,4` → numbers. Raises ConfigError for what is none, or below `least`."""
     try:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:
         found = []
-    if not found or found[0] < 0:
-        raise ConfigError(f"{flag} {text}", wanted="numbers such as 1,2,4")
+    if not found or found[0] < least:
+        raise ConfigError(f"{flag} {text}", wanted=f"numbers such as 1,2,4, at least {least}")
     return found
 
 

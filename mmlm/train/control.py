@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -35,6 +36,20 @@ def seconds_of(text: str) -> float:
     return sum(parts[unit] * factor for unit, factor in _UNITS.items())
 
 
+def number_of(name: str, default: float = 0.0, *, positive: bool = False) -> float:
+    """A number out of the environment. Raises ConfigError when it is none, or below 0 (with `positive` 0 itself)."""
+    told = os.environ.get(name)
+    if not told:
+        return default
+    try:
+        number = float(told)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number < 0 or (positive and not number):
+        raise ConfigError(f"{name} is {told!r}", wanted="a number above 0" if positive else "a number of at least 0")
+    return number
+
+
 @dataclass(frozen=True)
 class Where:
     """Arguments of a run that change nothing of what comes out; they travel to the ranks beside the config."""
@@ -52,12 +67,15 @@ class Where:
 
     @classmethod
     def from_environment(cls) -> Where:
-        """What the command's flags, the user's environment and Slurm say (`SLURM_JOB_END_TIME`)."""
+        """What the command's flags, the user's environment and Slurm say (`SLURM_JOB_END_TIME`).
+
+        Raises ConfigError for a variable that is no number.
+        """
         env = os.environ
-        ends = [float(env[name]) for name in ("MMLM_DEADLINE", "SLURM_JOB_END_TIME") if env.get(name)]
+        ends = [number_of(name) for name in ("MMLM_DEADLINE", "SLURM_JOB_END_TIME") if env.get(name)]
         return cls(
             deadline=min(ends) if ends else None,
-            hang_seconds=float(env.get("MMLM_HANG_SECONDS") or cls.hang_seconds),
+            hang_seconds=number_of("MMLM_HANG_SECONDS", cls.hang_seconds),
             ledger=env.get("MMLM_LEDGER", "") not in ("", "0"),
             stop_file=env.get("MMLM_STOP_FILE") or None,
             resume=env.get("MMLM_RESUME", "") not in ("", "0"),

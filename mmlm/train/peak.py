@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import torch
+
+from mmlm.train.control import number_of
 
 SHEETS = {
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
@@ -17,10 +18,12 @@ SIDE = 1024
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of one rank's device: `MMLM_PEAK_TFLOPS`, the data sheet of a GPU, or else measured."""
-    given = os.environ.get("MMLM_PEAK_TFLOPS")
-    if given:
-        return float(given) * 1e12
+    """Operations per second of one rank's device: `MMLM_PEAK_TFLOPS`, the data sheet of a GPU, or else measured.
+
+    Raises ConfigError when the variable is no number.
+    """
+    if given := number_of("MMLM_PEAK_TFLOPS", positive=True):
+        return given * 1e12
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, flops in SHEETS.items():

@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmlm.errors import ConfigError
 from mmlm.train.control import START_SECONDS, Stop, Where, seconds_of
+from mmlm.train.peak import peak_flops
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,20 @@ def test_durations(text: str, seconds: float):
 def test_what_is_no_duration_is_refused(text: str):
     with pytest.raises(ConfigError, match="3:59:00"):
         seconds_of(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("MMLM_HANG_SECONDS", "30m"), ("MMLM_DEADLINE", "soon"), ("SLURM_JOB_END_TIME", "nan"), ("MMLM_DEADLINE", "-1"),
+        ("MMLM_PEAK_TFLOPS", "0"), ("MMLM_PEAK_TFLOPS", "989T"),
+    ],
+)  # fmt: skip
+def test_a_variable_that_is_no_number_is_named(name: str, told: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, told)
+    read = Where.from_environment if "PEAK" not in name else lambda: peak_flops(torch.device("cpu"), torch.float32)
+    with pytest.raises(ConfigError, match=f"{name} is '{told}'"):
+        read()
 
 
 def test_a_time_limit_leaves_room_for_the_step_and_the_save():

@@ -144,6 +144,9 @@ def test_a_lone_train_yaml_is_planned(tmp_path: Path) -> None:
     assert what.config.steps == 9 and what.config.model.width == 64 and what.shards is None
     with pytest.raises(ConfigError, match="numbers such as"):
         plans.numbers("a,b", "--gpus")
+    with pytest.raises(ConfigError, match="at least 1"):
+        plans.numbers("0,1", "--gpus", least=1)
+    assert main(["plan", "demo", "--gpu", "h100", "--gpus", "0"]) == 2
 
 
 @pytest.mark.slow
