@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 from mmlm import story as stories
 from mmlm.config import Config, apply_override, parse, read_yaml, split_override
 from mmlm.errors import ConfigError
+from mmlm.storage import is_remote
 from mmlm.story import Story
 
 C = TypeVar("C", bound=Config)
 FLAGS = ("workers", "ranks", "shards", "retry", "mirror", "time_limit", "hang", "trials", "parallel", "metric", "mode")
+TRACKING = "MLFLOW_TRACKING_URI"
 SWITCHES = ("replace", "require_promotion", "ledger", "resume", "json")
 
 
@@ -37,7 +39,7 @@ def _ray(arguments: argparse.Namespace, verb: str, story: Story) -> int:
     out = (arguments.out or Path("runs") / story.name).resolve()
     command = [sys.executable, "-m", "mmlm.cli", *_here(arguments, verb, story, out), "--inside-ray"]
     address = arguments.address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
-    ray_jobs.submit(command, address, stop_on_interrupt=arguments.stop_on_interrupt)
+    ray_jobs.submit(command, address, env=_tracking(arguments), stop_on_interrupt=arguments.stop_on_interrupt)
     return 0
 
 
@@ -53,7 +55,7 @@ def _slurm(arguments: argparse.Namespace, verb: str, story: Story) -> int:
         )
     out = (arguments.out or Path("runs") / story.name).resolve()
     command = [sys.executable, "-m", "mmlm.cli", *_here(arguments, verb, story, out)]
-    script = slurm.render(config, command, f"mmlm-{verb}-{story.name}", _checkout())
+    script = slurm.render(config, command, f"mmlm-{verb}-{story.name}", _checkout() | _tracking(arguments))
     print(script.rstrip() if arguments.print else f"job {slurm.submit(script)} submitted to Slurm")
     return 0
 
@@ -63,17 +65,18 @@ def _kuberay(arguments: argparse.Namespace, verb: str, story: Story) -> int:
     from mmlm.launch import kuberay
 
     config = settings(kuberay.KubeRayConfig, arguments.cluster)
-    uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri or uri.startswith(("sqlite:", "file:")):
+    uri = arguments.tracking_uri or os.environ.get(TRACKING)
+    secret = TRACKING in config.secrets
+    if not secret and (not uri or uri.startswith(("sqlite:", "file:"))):
         raise ConfigError(
             f"tracking to {uri or 'the default file'} from Kubernetes",
             wanted="a tracking server that its pods reach",
-            cure="--tracking-uri http://mlflow.mlflow.svc:5000",
+            cure=f"--tracking-uri http://mlflow.mlflow.svc:5000, or --cluster secrets.{TRACKING}=SECRET/KEY",
         )
     name = re.sub(r"[^a-z0-9]+", "-", f"mmlm-{verb}-{story.name}".lower())[:47].strip("-")
     out = str(arguments.out or Path(config.mount) / story.name)
     command = ["mmlm", *_command(arguments, verb, arguments.story, out, arguments.data), "--inside-ray"]
-    text = kuberay.render(config, command, name, {"MLFLOW_TRACKING_URI": uri})
+    text = kuberay.render(config, command, name, {} if secret or not uri else {TRACKING: uri})
     print(text.rstrip() if arguments.print else kuberay.submit(text))
     return 0
 
@@ -97,13 +100,23 @@ def settings(kind: type[C], given: list[str]) -> C:
 
 
 def _here(arguments: argparse.Namespace, verb: str, story: Story, out: Path) -> list[str]:
-    """The command with absolute paths, for nodes that see this machine's files."""
+    """The command with absolute paths, for nodes that see this machine's files. It bears no credentials."""
     folder = story.folder.resolve()
     place = arguments.story if folder.parent == stories.library().resolve() else str(folder)
     data = str(stories.data_folder(story, arguments.data, out)) if arguments.data else None
-    uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    uri = uri or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
-    return [*_command(arguments, verb, place, str(out), data), "--tracking-uri", uri]
+    told = argparse.Namespace(**vars(arguments))
+    told.set = [f"@{Path(given[1:]).resolve()}" if given.startswith("@") else given for given in arguments.set]
+    for flag in ("shards", "mirror"):
+        given = getattr(arguments, flag, None)
+        if given and not is_remote(given):
+            setattr(told, flag, str(Path(given.removeprefix("file://")).resolve()))
+    return _command(told, verb, place, str(out), data)
+
+
+def _tracking(arguments: argparse.Namespace) -> dict[str, str]:
+    """Where the job tracks, as a variable: everybody on a node reads command lines, and the address may hold a password."""
+    uri = arguments.tracking_uri or os.environ.get(TRACKING)
+    return {TRACKING: uri or f"sqlite:///{Path('runs/mlflow.db').resolve()}"}
 
 
 def _command(arguments: argparse.Namespace, verb: str, place: str, out: str, data: str | None) -> list[str]:

@@ -87,6 +87,10 @@ def test_the_command_line_shows_it_and_wants_a_tracking_server(
     job = list(yaml.safe_load_all(capsys.readouterr().out))[1]
     assert job["spec"]["entrypoint"] == "mmlm run demo --out /runs/demo --set train.seed=3 --inside-ray"
     assert job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 3
+    secret = ["--tracking-uri", "http://me:word@mlflow:5000", "--cluster", "secrets.MLFLOW_TRACKING_URI=mlflow/uri"]
+    assert main([*command, *secret]) == 0
+    text = capsys.readouterr().out
+    assert "me:word" not in text and text.count("key: uri") == 2  # head and workers
 
 
 def test_without_kubectl_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -82,8 +82,23 @@ def test_the_command_line_shows_what_it_would_submit(tmp_path: Path, capsys: pyt
     assert main(["train", "demo", "--on", "slurm", "--print", "--out", str(tmp_path / "o"), "--replace", *given]) == 0
     script = capsys.readouterr().out
     assert "--nodes=5\n" in script and "--ntasks-per-node=8\n" in script
-    assert f"train demo --out {tmp_path / 'o'} --set train.seed=3 --replace --tracking-uri" in script
+    assert f"train demo --out {tmp_path / 'o'} --set train.seed=3 --replace &" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_paths_are_resolved_and_the_tracking_servers_password_is_no_argument(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("best.yaml").write_text("train: {seed: 3}\n")
+    given = ["--set", "@best.yaml", "--shards", "made/shards", "--tracking-uri", "http://me:secret@mlflow:5000"]
+    assert main(["train", "demo", "--on", "slurm", "--print", "--out", "o", *given]) == 0
+    script = capsys.readouterr().out
+    (command,) = (line for line in script.splitlines() if line.startswith("srun"))
+    assert f"--set @{tmp_path}/best.yaml --shards {tmp_path}/made/shards" in command
+    assert "secret" not in command and "\nexport MLFLOW_TRACKING_URI=http://me:secret@mlflow:5000\n" in script
+    assert main(["shard", "demo", "--on", "slurm", "--print", "--out", "o", "--mirror", "s3://bucket/set"]) == 0
+    assert "--mirror s3://bucket/set" in capsys.readouterr().out
 
 
 def test_without_slurm_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
