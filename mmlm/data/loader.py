@@ -158,8 +158,16 @@ class Loader:
             return []
         counts, order = self.plan.counts, self.maker.order
         taken = order.taken(steps).tolist()
+        padding, emptied = self.plan.padding(taken), self.maker.emptied(taken)
+        after = ""
+        if self.config.modality_dropout and self.plan.length:
+            after = (
+                " before modality dropout"
+                if emptied is None
+                else f" (about {padding + emptied:.1%} after modality dropout)"
+            )
         lines = [
-            f"pack: {counts['records']:,} records in {counts['sequences']:,} sequences, padding {self.plan.padding(taken):.2%}; "
+            f"pack: {counts['records']:,} records in {counts['sequences']:,} sequences, padding {padding:.2%}{after}; "
             f"{counts['split']:,} long records split into {counts['pieces']:,} pieces, {counts['refused']:,} left out"
         ]
         for name, size, count in zip(order.names, order.sizes.tolist(), taken, strict=True):

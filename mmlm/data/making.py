@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +12,11 @@ import numpy as np
 from mmlm.data.arrays import Empty, assemble
 from mmlm.data.augment import augment
 from mmlm.data.config import BestFitPacking, DataConfig
-from mmlm.data.modalities import drop_modalities
+from mmlm.data.modalities import drop_modalities, expected_loss
 from mmlm.data.order import Order, key_of, share
 from mmlm.data.plan import WHOLE, Plan
 from mmlm.data.reader import ShardReader
-from mmlm.errors import DataError
+from mmlm.errors import DataError, MmlmError
 from mmlm.features.sample import Sample
 
 STAND_INS = 16
@@ -23,6 +25,8 @@ AHEAD = 4
 """Batches whose shards are fetched together, where they lie elsewhere."""
 NEAR = 32
 """Samples of about the wanted length among which a stand-in is chosen."""
+LOOKED_AT = 64
+"""Records of each stream by which it is told beforehand what modality dropout takes away."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,24 @@ class Maker:
             start, stop = self.plan.starts[first], self.plan.starts[first + int(self.order.sizes[stream])]
             self._by_length[stream] = (int(start), np.argsort(self.plan.opened[start:stop], kind="stable"))
         return self._by_length[stream]
+
+    def emptied(self, taken: Sequence[int]) -> float | None:
+        """About which share of the positions modality dropout empties after they were planned, when each stream gives
+        `taken` sequences; None where that cannot be told without fetching shards, or sequences have no length.
+        """
+        plan, rate = self.plan, self.config.modality_dropout
+        if not plan or not plan.length or self.reader.files.remote:
+            return None
+        lost = 0.0
+        with contextlib.suppress(MmlmError):  # a shard that cannot be read is told of when a batch wants it
+            for first, size, count in zip(self.order.offsets, self.order.sizes, taken, strict=True):
+                start, stop = int(plan.starts[first]), int(plan.starts[first + size])
+                looked = np.unique(np.linspace(start, stop - 1, LOOKED_AT).astype(int)).tolist() if count else []
+                found = [s for s in map(self._piece, looked) if s is not None]
+                each = [expected_loss(s, rate, self.reader.spec) for s in found if s.answer_at >= 0]
+                lost += sum(each) / max(len(found), 1) * (stop - start) / max(int(size), 1) * count
+            return lost / max(sum(taken) * plan.length, 1)
+        return None
 
     def _give_up(self, i: int) -> Sample:
         raise DataError(

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from mmlm.features.sample import Sample
-from mmlm.features.spec import AUDIO, FIELDS, IMAGE
+from mmlm.features.spec import AUDIO, FIELDS, IMAGE, FeatureSpec
 
 _SLOTS = {"image": IMAGE, "audio": AUDIO, "fields": FIELDS}
 
@@ -47,3 +47,15 @@ def drop_modalities(sample: Sample, rate: float, rng: np.random.Generator) -> Sa
         return sample
     choice = int(rng.integers(1, 2 ** len(given) - 1))
     return keep_modalities(sample, {name for bit, name in enumerate(given) if choice >> bit & 1})
+
+
+def expected_loss(sample: Sample, rate: float, spec: FeatureSpec) -> float:
+    """Positions that `drop_modalities` takes away from `sample`, on average.
+
+    Of the parts that may be kept, half hold any one modality: so each goes with a probability of `rate` / 2.
+    """
+    from mmlm.features.encode import opened_length  # here, since it brings the decoders of all media
+
+    if len(sample.modalities) < 2 or not rate:
+        return 0.0
+    return rate / 2 * (opened_length(sample, spec) - opened_length(keep_modalities(sample, set()), spec))

@@ -104,6 +104,10 @@ def test_what_is_told_before_training(mixed: Artifact, capsys: pytest.CaptureFix
     batches = [loader(mixed.path, {**PACKED, "modality_dropout": 0}).batch(step).valid_BT for step in range(50)]
     told = float(said.partition("padding ")[2].partition("%")[0]) / 100
     assert told == pytest.approx(1 - float(torch.cat(batches).float().mean()), abs=0.003)
+    batches = [loader(mixed.path, PACKED).batch(step).valid_BT for step in range(50)]
+    after = float(said.partition("(about ")[2].partition("% after modality dropout)")[0]) / 100
+    assert after > told + 0.02
+    assert after == pytest.approx(1 - float(torch.cat(batches).float().mean()), abs=0.01)
     assert "long records split into" in said and "mixture: chat: 50.0% of 50 batches" in said
 
 

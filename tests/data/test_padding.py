@@ -72,3 +72,14 @@ def test_at_most_two_positions_of_a_hundred_hold_nothing(corpora: Artifact, leng
     assert {b.valid_BT.shape[1] for b in batches} <= {length}
     held = sum(int(b.valid_BT.sum()) for b in batches) / sum(b.valid_BT.numel() for b in batches)
     assert 1 - held == pytest.approx(planned, abs=0.005)
+
+
+def test_what_modality_dropout_empties_is_told(corpora: Artifact):
+    told = {"batch": 16, "pack": {"kind": "best_fit", "length": 1024}, "mixture": WEIGHTED, "modality_dropout": 0.25}
+    loader = Loader(corpora.path, parse(DataConfig, told, "test"), 0, World(), STEPS)
+    assert loader.plan
+    taken = loader.maker.order.taken(STEPS).tolist()
+    batches = [loader.batch(step).valid_BT for step in range(0, STEPS, 20)]
+    held = sum(int(b.sum()) for b in batches) / sum(b.numel() for b in batches)
+    emptied = loader.maker.emptied(taken)
+    assert emptied is not None and 1 - held == pytest.approx(loader.plan.padding(taken) + emptied, abs=0.005)
