@@ -1,4 +1,4 @@
-"""What a device can do: peak arithmetic, memory, and the links between devices. Planning reads it; nothing else does."""
+"""What a device can do: peak arithmetic, memory, and the links between devices: the one table, for planning and for MFU."""
 
 from __future__ import annotations
 
@@ -61,6 +61,13 @@ DEVICES = {
         Device("l40s", 366e12, 48 * GB, 0.864e12, 32e9),
         # NVIDIA L4 data sheet (2023): 242 TFLOP/s with sparsity, 24 GB, 300 GB/s, PCIe 4 x16
         Device("l4", 121e12, 24 * GB, 0.3e12, 32e9),
+        # NVIDIA A10 data sheet (2021): 125 TFLOP/s, 24 GB, 600 GB/s, PCIe 4 x16
+        Device("a10", 125e12, 24 * GB, 0.6e12, 32e9),
+        # NVIDIA V100 data sheet (2020), SXM2, fp16: 125 TFLOP/s, 32 or 16 GB, 900 GB/s, NVLink 300 GB/s both ways
+        Device("v100-32", 125e12, 32 * GB, 0.9e12, 150e9),
+        Device("v100-16", 125e12, 16 * GB, 0.9e12, 150e9),
+        # NVIDIA T4 data sheet (2019), fp16: 65 TFLOP/s, 16 GB, 320 GB/s, PCIe 3 x16
+        Device("t4", 65e12, 16 * GB, 0.32e12, 16e9),
         # NVIDIA RTX 4090, Ada white paper (2022): 165.2 TFLOP/s with fp32 accumulation, 24 GB, 1,008 GB/s, PCIe 4 x16
         Device("rtx4090", 165e12, 24 * GB, 1.008e12, 32e9, per_node=4),
         # AMD MI300X data sheet (2023): 1,307 TFLOP/s, 192 GB, 5.3 TB/s, Infinity Fabric 896 GB/s both ways
@@ -76,8 +83,13 @@ def find(name: str | None) -> Device:
     """
     import torch
 
-    if name is None:
-        name = _here() if torch.cuda.is_available() else "cpu"
+    if name is None and torch.cuda.is_available():
+        said, memory = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
+        found = named(said, memory)
+        if found is None:
+            raise ConfigError(f"{said} is not in the table of devices", cure=f"give --gpu: {', '.join(DEVICES)}")
+        return found
+    name = name or "cpu"
     if name == "cpu":
         return measure_cpu()
     if name not in DEVICES:
@@ -85,17 +97,16 @@ def find(name: str | None) -> Device:
     return DEVICES[name]
 
 
-def _here() -> str:
-    import torch
-
-    said = torch.cuda.get_device_name(0).lower()
-    names = {"a100": "a100-80" if torch.cuda.get_device_properties(0).total_memory > 50 * GB else "a100-40"}
-    names |= {"h100 pcie": "h100-pcie"} | {n: n for n in ("h200", "h100", "b200", "l40s", "l4", "mi300x")}
-    names["4090"] = "rtx4090"
-    found = next((device for word, device in names.items() if word in said), None)
-    if found is None:
-        raise ConfigError(f"{said} is not in the table of devices", cure=f"give --gpu: {', '.join(DEVICES)}")
-    return found
+def named(said: str, memory: float) -> Device | None:
+    """The device of the table that a driver calls `said`, such as `NVIDIA A100-SXM4-80GB`, with `memory` bytes."""
+    words = said.lower().replace("-", " ").split()
+    name = next((word for word in words if any(known.partition("-")[0] == word for known in DEVICES)), "")
+    if name == "h100" and "pcie" in words:
+        name = "h100-pcie"
+    if name in ("a100", "v100"):
+        sizes = {"a100": (80, 40), "v100": (32, 16)}[name]
+        name = f"{name}-{sizes[0] if memory > 1.25 * sizes[1] * GB else sizes[1]}"
+    return DEVICES.get("rtx4090" if "4090" in words else name)
 
 
 def measure_cpu(seconds: float = 0.2) -> Device:

@@ -7,12 +7,8 @@ import time
 import torch
 
 from mmlm.train.control import number_of
+from mmlm.train.devices import named
 
-SHEETS = {
-    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
-    "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
-"""Dense bf16 or fp16 with float32 accumulation, from the makers' data sheets; name → operations per second."""
 SIDE = 1024
 """Of the square matrices that are multiplied to measure a CPU: 2 GFLOP, and friendly to its tiles."""
 
@@ -25,10 +21,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if given := number_of("MMLM_PEAK_TFLOPS", positive=True):
         return given * 1e12
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, flops in SHEETS.items():
-            if part in name.replace("-", " ").split():
-                return flops
+        memory = torch.cuda.get_device_properties(device).total_memory
+        if found := named(torch.cuda.get_device_name(device), memory):
+            return found.peak
     return measured(device, dtype)
 
 
