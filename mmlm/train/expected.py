@@ -20,13 +20,22 @@ FILE = "plan.json"
 
 
 def write(config: TrainConfig, spec: FeatureSpec, shards: Path, out: Path, world: World) -> None:
-    """Plan this training from rank 0, once: an attempt that goes on keeps the first plan. Never ends a training."""
-    if not world.is_main or (out / FILE).exists():
+    """Plan this training from rank 0, once for its number of ranks: an attempt on as many keeps the plan. Never ends a
+    training."""
+    if not world.is_main or _ranks(out / FILE) == world.size:
         return
     try:
         write_json(out / FILE, _planned(config, spec, shards, world))
     except Exception as error:
         print(f"train: no plan could be made ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+
+
+def _ranks(file: Path) -> int:
+    """Of the plan that is there; 0 without one."""
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["ranks"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def _planned(config: TrainConfig, spec: FeatureSpec, shards: Path, world: World) -> dict[str, Any]:
@@ -42,6 +51,7 @@ def _planned(config: TrainConfig, spec: FeatureSpec, shards: Path, world: World)
     measured = probe.measure(config, spec, shards, world.size) if device.is_cpu else None
     plan = forecast(config, config.model, spec, work, replace(device), world.size, measured)
     return {
+        "ranks": world.size,
         "parameters": plan.parameters,
         "step_seconds": plan.step,
         "memory_bytes": world.size * (plan.bytes - plan.memory.get("checkpoint", 0.0)),

@@ -138,6 +138,21 @@ def test_the_table_of_a_story_without_shards(capsys: pytest.CaptureFixture[str],
     assert "one of cpu, b200" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("said", "gib", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.2, "h100"), ("NVIDIA H100 PCIe", 79.2, "h100-pcie"), ("NVIDIA H200", 140, "h200"),
+        ("NVIDIA A100-SXM4-80GB", 79.2, "a100-80"), ("NVIDIA A100-PCIE-40GB", 39.4, "a100-40"), ("NVIDIA L40S", 44.4, "l40s"),
+        ("NVIDIA L4", 22, "l4"), ("Tesla V100-SXM2-16GB", 15.8, "v100-16"), ("Tesla V100-SXM2-32GB", 31.7, "v100-32"),
+        ("Tesla T4", 14.6, "t4"), ("NVIDIA GeForce RTX 4090", 23.6, "rtx4090"), ("AMD Instinct MI300X", 192, "mi300x"),
+        ("NVIDIA L40", 44.4, None), ("NVIDIA GeForce GTX 1080", 8, None),
+    ],
+)  # fmt: skip
+def test_a_device_by_the_name_that_its_driver_gives(said: str, gib: float, name: str | None) -> None:
+    found = devices.named(said, gib * 2**30)
+    assert found is (DEVICES[name] if name else None)
+
+
 def test_a_lone_train_yaml_is_planned(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("steps: 7\nmodel: {width: 64, heads: 2}\n")
     what = plans.subject(str(tmp_path / "train.yaml"), ["train.steps=9"], tmp_path / "out")
@@ -194,6 +209,12 @@ def test_a_finished_training_says_what_was_planned(keypad_shards: Artifact, tmp_
     expected.write(config, _spec(keypad_shards), keypad_shards.path, tmp_path, World(0, 2))
     planned = json.loads((tmp_path / "plan.json").read_text())
     assert planned["step_seconds"] > 0 and planned["memory_bytes"] > 2 * 400e6
+    written = (tmp_path / "plan.json").stat().st_mtime_ns
+    expected.write(config, _spec(keypad_shards), keypad_shards.path, tmp_path, World(0, 2))
+    assert (tmp_path / "plan.json").stat().st_mtime_ns == written  # an attempt on as many ranks keeps it
+    expected.write(config, _spec(keypad_shards), keypad_shards.path, tmp_path, World(0, 1))
+    planned = json.loads((tmp_path / "plan.json").read_text())
+    assert planned["ranks"] == 1
     rows = [
         {"step": n, "metrics": {"step_seconds": s, "memory_rss_bytes": 2e9}} for n, s in ((1, 9.0), (2, 0.1), (3, 0.3))
     ]
