@@ -6,13 +6,19 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from mmlm.errors import ConfigError
+from mmlm import artifacts
+from mmlm.config import parse
+from mmlm.errors import ConfigError, Interrupted
+from mmlm.tracking import NullTracker
+from mmlm.train.config import TrainConfig
 from mmlm.train.control import START_SECONDS, Stop, Where, seconds_of
 from mmlm.train.peak import peak_flops
+from mmlm.train.train import run_ranks
 
 
 @pytest.mark.parametrize(
@@ -87,3 +93,20 @@ def test_a_file_and_a_signal_ask_to_stop(tmp_path: Path):
         assert stop.wanted(1, 1)
         assert stop.why == " (SIGUSR1)"
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_the_student_without_a_teacher_need_not_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It begins after the one that `mmlm distill --resume` means, and has no checkpoint then."""
+    monkeypatch.setenv("MMLM_RESUME", "1")
+    told = {}
+
+    def launch(target: str, arguments: dict[str, Any], *, log: Path) -> None:
+        told[target] = arguments["where"]["resume"]
+        raise Interrupted("enough")
+
+    config = parse(TrainConfig, {}, "test")
+    for verb in ("train", "distill", "distill-scratch"):
+        work = artifacts.begin(tmp_path / verb, "checkpoint", recipe=1, config=config, parents={})
+        with pytest.raises(Interrupted):
+            run_ranks(work, config, verb, {}, launch, NullTracker(), verb)
+    assert told == {"train": True, "distill": True, "distill-scratch": False}
