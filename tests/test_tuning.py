@@ -104,6 +104,8 @@ def test_a_search_ends_for_a_time_limit_and_for_a_metric_that_is_none(tmp_path: 
 def test_a_metric_of_validation_may_come_later(tmp_path: Path) -> None:
     rows = tmp_path / "metrics.jsonl"
     assert ray_tune.missing(rows, "loss", done=False) == []
+    rows.write_text('{"step": 1, "metrics": {"skipped": 4, "lr": 1}}\n')
+    assert ray_tune.missing(rows, "loss", done=False) == []  # a trial that diverges does not end the search
     rows.write_text('{"step": 1, "metrics": {"loss": 2, "lr": 1}}\n')
     assert ray_tune.missing(rows, "val/loss", done=False) == []
     assert ray_tune.missing(rows, "val/loss", done=True) == ["loss", "lr"]  # the story does not validate

@@ -184,12 +184,15 @@ def values(path: Path, metric: str) -> list[tuple[int, float]]:
 
 
 def missing(path: Path, metric: str, done: bool) -> list[str]:
-    """The columns of the rows that should have the metric, when none has it; none as long as it may still come."""
+    """The columns of the rows that should have the metric, when none has it; none as long as it may still come.
+
+    A row without `loss` says nothing: all its steps were skipped.
+    """
     with contextlib.suppress(OSError, ValueError):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
         columns = {name for row in rows if row.get("step") for name in row["metrics"]}
-        looked = any(name.startswith("val/") for name in columns) or not metric.startswith("val/")
-        if columns and metric not in columns and (looked or done):
+        validated = metric.startswith("val/") and any(name.startswith("val/") for name in columns)
+        if "loss" in columns and metric not in columns and (done or validated or "/" not in metric):
             return sorted(columns)
     return []
 
