@@ -6,6 +6,7 @@ added up in order of the chunks, so that every number of ranks gives the same va
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class Validation:
         values = {"val/loss": sum(weights[n] * means[n] for n in self.objective.names), **values}
         values["val/label_accuracy"] = float(means["right"])
         self._note(values, step)
-        return {**values, "val/best": float(self.best or 0.0)}
+        return values if self.best is None else {**values, "val/best": self.best}
 
     def _chunk(self, model: torch.nn.Module, numbers: np.ndarray) -> dict[str, tuple[float, float]]:
         """name → (sum, count)."""
@@ -93,15 +94,17 @@ class Validation:
 
     def _note(self, values: dict[str, float], step: int) -> None:
         score = self.score(values)
-        self.improved = self.best is None or score < self.best
+        self.improved = score is not None and (self.best is None or score < self.best)
         if self.improved:
             self.best, self.best_step, self.stale = score, step, 0
         else:
             self.stale += 1
 
-    def score(self, values: dict[str, float]) -> float:
-        """The metric as something to make small."""
+    def score(self, values: dict[str, float]) -> float | None:
+        """The metric as something to make small; None when it is no number, and so never the best."""
         value = values[f"val/{self.config.metric}"]
+        if not math.isfinite(value):
+            return None
         return value if self.config.metric == "loss" else 1.0 - value
 
     def state(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ def test_patience_goes_through_a_checkpoint(keypad_shards: Artifact):
     other.load(json.loads(json.dumps(one.state())))
     other._note({"val/label_accuracy": 0.75}, 8)  # as good is not better
     assert other.over and not other.improved
+
+
+def test_a_look_that_gives_no_number_is_never_the_best(keypad_shards: Artifact):
+    settings = parse(TrainConfig, {**SMALL, "validation": {"every": 2, "patience": 3}}, "test")
+    looks = Validation(keypad_shards.path, settings, World(), torch.device("cpu"))
+    looks._note({"val/loss": math.nan}, 2)
+    assert not looks.improved and looks.best is None and looks.score({"val/loss": math.nan}) is None
+    looks._note({"val/loss": 3.0}, 4)
+    assert (looks.improved, looks.best, looks.best_step, looks.stale) == (True, 3.0, 4, 0)
 
 
 def test_what_cannot_be_chosen_is_refused():
