@@ -12,7 +12,7 @@ from mmlm.data.files import address, open_files
 from mmlm.features import spec as feature_spec
 from mmlm.train.train import Launch, run_ranks, write_counts
 
-RECIPE = 2
+RECIPE = 3
 
 
 def distill(

@@ -11,6 +11,7 @@ import torch
 from mmlm import world as worlds
 from mmlm.data.collate import Batch
 from mmlm.data.loader import Loader
+from mmlm.data.order import key_of
 from mmlm.errors import Interrupted
 from mmlm.progress import Progress
 from mmlm.train import engine
@@ -60,6 +61,7 @@ def fit(
                 continue
             counts, asked = _count(objective, batches, session.wants_to_stop(stop), device)
             with clock.phase("compute"):
+                torch.manual_seed(_seed(config.seed, step, world.rank))
                 sums = torch.zeros(len(objective.names), device=device)
                 for batch in batches:
                     terms = objective(trainer.model, batch.to(device))
@@ -89,6 +91,11 @@ def fit(
                 )
         watchdog.beat("writing the model")
         return session.finish(step)
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    """Of a step's dropout: it follows from the step, as its batch does, so an attempt that goes on draws the same masks."""
+    return int(key_of(seed, 3, step, rank)[0]) & (2**63 - 1)
 
 
 def _count(

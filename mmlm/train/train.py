@@ -17,7 +17,7 @@ from mmlm.train import expected
 from mmlm.train.config import LoopConfig, TrainConfig
 from mmlm.train.control import Where
 
-RECIPE = 2
+RECIPE = 3
 """Bumped when the same config and shards would give another model."""
 
 Launch = Callable[..., None]

@@ -89,6 +89,7 @@ def test_what_is_frozen_averaged_and_made_orthogonal_goes_on_after_a_stop(keypad
         "ema": {"decay": 0.5},
         "zero": {"stage": 3},
         "precision": "fp32",
+        "model": {**SMALL["model"], "dropout": 0.1},  # its masks are those of an uninterrupted training, too
     }
     whole = run(keypad_shards, tmp_path / "whole", 1, **rules)
     out, saves = tmp_path / "model", tmp_path / "whole" / "checkpoints"
