@@ -101,8 +101,7 @@ class Loader:
     def _batches(self, step: int, pieces: int) -> list[Batch]:
         made = [self._make(step, piece, pieces) for piece in range(pieces)]
         for _, _, notes in made:
-            for note in notes:
-                print(f"data: {note}", file=sys.stderr, flush=True)
+            _log(notes)
         batches = [as_batch(arrays, ids) for arrays, ids, _ in made]
         return [batch.pin() for batch in batches] if self.pin else batches
 
@@ -142,7 +141,10 @@ class Loader:
 
     def _probe(self, size: int) -> Batch:
         count = min(size, len(self.reader))
-        return collate([self.reader[i] for i in range(count)], self.reader.spec)
+        samples = [self.maker.record(i) for i in range(count)]
+        notes, self.maker.notes = self.maker.notes, []
+        _log(notes)
+        return collate(samples, self.reader.spec)
 
     def state(self) -> dict[str, str]:
         """Digests of all that a step's batch follows from; the step alone is missing."""
@@ -176,6 +178,11 @@ class Loader:
                 f"{size:,} sequences {count / max(size, 1):.2f} times"
             )
         return lines
+
+
+def _log(notes: list[str]) -> None:
+    for note in notes:
+        print(f"data: {note}", file=sys.stderr, flush=True)
 
 
 def _after(asked: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -79,7 +79,7 @@ class Maker:
 
     def _sequence(self, number: int, place: int) -> list[Sample]:
         """The samples of sequence `number`, changed as training wants it; `place` is its place in the whole training."""
-        samples = self._packed(number) if self.plan else [self._record(number)]
+        samples = self._packed(number) if self.plan else [self.record(number)]
         changed = []
         for n, sample in enumerate(samples):
             rng = np.random.default_rng((self.seed, 2, place, n) if n else (self.seed, 2, place))
@@ -97,7 +97,7 @@ class Maker:
             self.damaged[i] = f"{self.reader.place(i)} is damaged ({error.found})"
             return None
 
-    def _record(self, i: int) -> Sample:
+    def record(self, i: int) -> Sample:
         """Sample `i`; for a damaged one another, the same wherever and whenever it is met."""
         n, found = len(self.reader), self._read(i)
         for attempt in range(STAND_INS):

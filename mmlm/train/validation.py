@@ -7,6 +7,7 @@ added up in order of the chunks, so that every number of ranks gives the same va
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from mmlm.data.collate import IGNORE, collate
 from mmlm.data.loader import CACHE_BYTES
 from mmlm.data.reader import ShardReader
 from mmlm.errors import DataError
+from mmlm.features.sample import Sample
+from mmlm.progress import tell
 from mmlm.train import engine
 from mmlm.train.config import LoopConfig
 from mmlm.train.objectives import Answering, own_classes
@@ -47,6 +50,8 @@ class Validation:
                 cure="give scan.yaml a `split` with `val`, or validation.every=0",
             )
         self.objective = Answering(config.loss, self.reader.spec)
+        self._told: set[int] = set()
+        """Damaged samples that were told of."""
         order = np.random.default_rng((0, 7)).permutation(len(self.reader))
         chosen = np.sort(order[: self.config.records])
         self.chunks = [chosen[at : at + CHUNK] for at in range(0, len(chosen), CHUNK)]
@@ -83,14 +88,35 @@ class Validation:
 
     def _chunk(self, model: torch.nn.Module, numbers: np.ndarray) -> dict[str, tuple[float, float]]:
         """name → (sum, count)."""
-        batch = collate([self.reader[int(n)] for n in numbers], self.reader.spec).to(self.device)
+        samples = self._intact(numbers)
+        batch = collate(samples or [self._any()], self.reader.spec).to(self.device)
         output = model(batch, z_loss=self.objective.z_share)  # a large vocabulary: no whole logits here neither
         counts = self.objective.counts(batch)
         found = {n: (float(t.sum), counts[n]) for n, t in self.objective.terms(output, batch).items()}
         logits_RC = own_classes(output.label_RC.float(), batch.task_R, self.objective.allowed)
         labelled = batch.label_R != IGNORE
         right = (logits_RC.argmax(-1) == batch.label_R) & labelled
-        return {**found, "right": (float(right.sum()), float(labelled.sum()))}
+        found |= {"right": (float(right.sum()), float(labelled.sum()))}
+        return found if samples else dict.fromkeys(found, (0.0, 0.0))
+
+    def _intact(self, numbers: Iterable[int]) -> list[Sample]:
+        """The samples, without damaged ones: raising on the one rank that reads them would leave the others waiting."""
+        samples = []
+        for n in map(int, numbers):
+            try:
+                samples.append(self.reader[n])
+            except DataError as error:
+                if n not in self._told:
+                    self._told.add(n)
+                    tell(f"validation: {self.reader.place(n)} is damaged ({error.found}) and left out")
+        return samples
+
+    def _any(self) -> Sample:
+        """What stands where a whole chunk is damaged: it counts nothing, but all ranks pass all layers."""
+        for n in range(len(self.reader)):
+            for sample in self._intact([n]):
+                return sample
+        raise DataError("no record for validation can be read", cure="run `mmlm verify` on the shard set")
 
     def _note(self, values: dict[str, float], step: int) -> None:
         score = self.score(values)

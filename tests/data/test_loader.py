@@ -111,9 +111,9 @@ def test_what_is_told_before_training(mixed: Artifact, capsys: pytest.CaptureFix
     assert "long records split into" in said and "mixture: chat: 50.0% of 50 batches" in said
 
 
-def damage(folder: Path, number: int, ending: str = "json") -> str:
-    """Overwrite a member of the `number`-th sample of the first training shard; returns its key."""
-    row = next(r for r in pq.read_table(folder / "manifest.parquet").to_pylist() if r["split"] == "train")
+def damage(folder: Path, number: int, ending: str = "json", split: str = "train") -> str:
+    """Overwrite a member of the `number`-th sample of the first shard of `split`; returns its key."""
+    row = next(r for r in pq.read_table(folder / "manifest.parquet").to_pylist() if r["split"] == split)
     index = pq.read_table(folder / row["path"].replace(".tar", ".index.parquet")).to_pylist()
     key = list(dict.fromkeys(m["key"] for m in index))[number]
     member = next(m for m in index if m["key"] == key and m["ext"] == ending)
@@ -142,6 +142,15 @@ def test_a_damaged_sample_has_a_stand_in_that_is_the_same_everywhere(
     assert len([i for row in ids for i in row]) == len(before)
     said = capfd.readouterr().err
     assert all(said.count(f"/{key} is damaged") >= 1 for key in keys)
+
+
+def test_the_probe_has_stand_ins_too(tmp_path: Path, mixed: Artifact, capfd: pytest.CaptureFixture[str]):
+    folder = Path(shutil.copytree(mixed.path, tmp_path / "shards"))
+    before, key = loader(folder, PLAIN).probe(8).ids, damage(folder, 2)
+    one, other = loader(folder, PLAIN), loader(folder, PLAIN, 1, 2)
+    assert one.probe(8).ids == one.probe(8).ids == other.probe(8).ids
+    assert [n for n, (old, new) in enumerate(zip(before, one.probe(8).ids, strict=True)) if old != new] == [2]
+    assert capfd.readouterr().err.count(f"/{key} is damaged") == 2  # once by each loader
 
 
 def test_a_damaged_shard_stops_with_its_name(tmp_path: Path, mixed: Artifact):
@@ -219,7 +228,7 @@ def test_one_thread_reads_though_another_asks_for_the_probe(mixed: Artifact):
     config = parse(DataConfig, PLAIN, "test")
     pinned, plain = (Loader(mixed.path, config, 5, World(), steps=50, workers=0, pin=pin) for pin in (True, False))
     for each in (pinned, plain):
-        each.reader = Watched(mixed.path)
+        each.reader = each.maker.reader = Watched(mixed.path)
     probe = pinned.probe()
     assert len(threads) == 1 and threading.get_ident() not in threads
     assert rows(probe) == rows(plain.probe())

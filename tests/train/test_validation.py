@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from mmlm.artifacts import Artifact
 from mmlm.config import parse
 from mmlm.data.collate import IGNORE, pack
 from mmlm.errors import ConfigError
+from mmlm.features import spec as feature_spec
 from mmlm.launch.local import ranks
 from mmlm.tracking import NullTracker
-from mmlm.train import checkpoint
+from mmlm.train import checkpoint, validation, weights
 from mmlm.train.config import TrainConfig
 from mmlm.train.memory import resident_bytes
 from mmlm.train.telemetry import GIVEN, given_of_targets
 from mmlm.train.train import train
 from mmlm.train.validation import Validation
 from mmlm.world import World
+from tests.data.test_loader import damage
 from tests.small import SPEC, sample
 from tests.train.runs import SMALL
 
@@ -82,6 +85,22 @@ def test_a_look_that_gives_no_number_is_never_the_best(keypad_shards: Artifact):
     assert not looks.improved and looks.best is None and looks.score({"val/loss": math.nan}) is None
     looks._note({"val/loss": 3.0}, 4)
     assert (looks.improved, looks.best, looks.best_step, looks.stale) == (True, 3.0, 4, 0)
+
+
+def test_damaged_samples_are_left_out_on_every_number_of_ranks(
+    keypad_shards: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    folder = Path(shutil.copytree(keypad_shards.path, tmp_path / "shards"))
+    keys = [damage(folder, n, split="val") for n in (0, 1, 5)]
+    monkeypatch.setattr(validation, "CHUNK", 2)  # the first chunk is damaged as a whole
+    settings = parse(TrainConfig, {**SMALL, "zero": {"stage": 0}, "validation": {"every": 1}}, "test")
+    model = weights.build(settings.model, feature_spec.load(folder))
+    looks = Validation(folder, settings, World(), torch.device("cpu"))
+    found = [looks._chunk(model, chunk) for chunk in looks.chunks]
+    assert found[0] == dict.fromkeys(found[0], (0.0, 0.0))
+    assert [row["right"][1] for row in found[:4]] == [0, 2, 1, 2]
+    said = capsys.readouterr().err
+    assert all(said.count(f"{key} is damaged") == 1 for key in keys)
 
 
 def test_what_cannot_be_chosen_is_refused():
