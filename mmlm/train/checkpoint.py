@@ -10,6 +10,7 @@ leftovers (`.*.tmp`) are swept by the next save.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -111,16 +112,17 @@ def scores(folder: Path) -> dict[int, float | None]:
     found: dict[int, float | None] = {}
     for step in steps(folder):
         try:
-            found[step] = json.loads((folder / name_of(step) / STATE).read_text()).get("score")
-        except (OSError, ValueError):
+            score = json.loads((folder / name_of(step) / STATE).read_text())["score"]
+            found[step] = score if math.isfinite(score) else None
+        except (OSError, ValueError, KeyError, TypeError):
             found[step] = None
     return found
 
 
-def best(folder: Path) -> Saved | None:
-    """The checkpoint with the best (lowest) score."""
-    scored = [(score, step) for step, score in scores(folder).items() if score is not None]
-    return read(folder, min(scored)[1]) if scored else None
+def best(folder: Path, say: Callable[[str], None] = tell) -> Saved | None:
+    """The intact checkpoint with the best (lowest) score. Damaged ones are set aside."""
+    scored = sorted((score, step) for step, score in scores(folder).items() if score is not None)
+    return next((saved for _, step in scored if (saved := intact(folder, step, say))), None)
 
 
 def drop(folder: Path, step: int) -> None:
@@ -145,20 +147,25 @@ def read(folder: Path, step: int) -> Saved:
     return Saved(int(state["step"]), float(state["probe"]), state, path)
 
 
-def newest(folder: Path, say: Callable[[str], None] = tell) -> Saved | None:
-    """The newest intact checkpoint, or None. A damaged one is told of and set aside as `damaged-step-…`."""
-    for step in sorted(steps(folder), reverse=True):
-        path = folder / name_of(step)
-        try:
-            saved = read(folder, step)
-            for name, wanted in saved.state["sha256"].items():
-                if sha256_file(path / name) != wanted:
-                    raise ValueError(f"{name} does not match its hash")
-            return saved
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            aside = folder / f"damaged-{path.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-            say(f"the checkpoint {path.name} is damaged ({why}): set aside as {aside.name}, taking the one before it")
-    return None
+def intact(folder: Path, step: int, say: Callable[[str], None] = tell) -> Saved | None:
+    """The checkpoint of `step`, or None when it is damaged: told of, and set aside as `damaged-step-…`."""
+    path = folder / name_of(step)
+    try:
+        saved = read(folder, step)
+        for name, wanted in saved.state["sha256"].items():
+            if sha256_file(path / name) != wanted:
+                raise ValueError(f"{name} does not match its hash")
+        return saved
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        aside = folder / f"damaged-{path.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        say(f"the checkpoint {path.name} is damaged ({why}): set aside as {aside.name}, taking the next one")
+        return None
+
+
+def newest(folder: Path, say: Callable[[str], None] = tell, *, at_most: int | None = None) -> Saved | None:
+    """The newest intact checkpoint, of no later step than `at_most`, or None. Damaged ones are set aside."""
+    wanted = (step for step in sorted(steps(folder), reverse=True) if at_most is None or step <= at_most)
+    return next((saved for step in wanted if (saved := intact(folder, step, say))), None)

@@ -91,9 +91,17 @@ class Keeper:
         """Everything given is on the disk, or LaunchError."""
         self._settle()
 
-    def newest(self) -> Saved | None:
-        """The newest intact checkpoint, looked for and checked by rank 0, which tells of damaged ones."""
-        found = checkpoint.newest(self.folder, lambda text: tell(f"train: {text}")) if self.world.is_main else None
+    def newest(self, at_most: int | None = None) -> Saved | None:
+        """The newest intact checkpoint, of no later step than `at_most`."""
+        return self._checked(lambda say: checkpoint.newest(self.folder, say, at_most=at_most))
+
+    def best(self) -> Saved | None:
+        """The intact checkpoint with the best score."""
+        return self._checked(lambda say: checkpoint.best(self.folder, say))
+
+    def _checked(self, look: Callable[[Callable[[str], None]], Saved | None]) -> Saved | None:
+        """What `look` finds, looked for and checked by rank 0 alone, which tells of damaged ones."""
+        found = look(lambda text: tell(f"train: {text}")) if self.world.is_main else None
         step = engine.broadcast(found.step if found else None)
         return found if step is None or found else checkpoint.read(self.folder, step)
 
@@ -131,13 +139,19 @@ class Keeper:
         return engine.broadcast(sorted(checkpoint.steps(self.folder)))
 
     def back_to(self, step: int) -> Saved:
-        """Restore the checkpoint of `step` and remove those after it: they lead to where training must not go again."""
-        saved = checkpoint.read(self.folder, step)
+        """Restore the newest intact checkpoint up to `step` and remove those after it: they lead to where training must
+        not go again. Raises ArtifactError when there is none."""
+        saved = self.newest(step)
+        if saved is None:
+            raise ArtifactError(
+                f"{self.folder} holds no intact checkpoint up to step {step}", wanted="one to roll back to",
+                cure=f"remove the folder {self.folder} to start over",
+            )  # fmt: skip
         self.restore(saved)
 
         def drop() -> None:
             for later in checkpoint.steps(self.folder):
-                if later > step:
+                if later > saved.step:
                     checkpoint.drop(self.folder, later)
 
         on_main(drop, self.world)

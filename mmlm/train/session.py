@@ -13,7 +13,7 @@ from mmlm.data.collate import Batch
 from mmlm.data.loader import Loader
 from mmlm.errors import ArtifactError
 from mmlm.progress import Progress, tell
-from mmlm.train import checkpoint, engine, weights
+from mmlm.train import engine, weights
 from mmlm.train.config import LoopConfig
 from mmlm.train.control import Stop, Where
 from mmlm.train.guard import Guard
@@ -66,14 +66,15 @@ class Session:
 
     def roll_back(self) -> int:
         """Back to the checkpoint before the bad steps, whose data are not seen again. Returns the step to do next."""
-        to = self.guard.roll_back(self.keeper.steps())
-        saved = self.keeper.back_to(to)
+        saved = self.keeper.back_to(self.guard.roll_back(self.keeper.steps()))
         kept, rollbacks = self.guard.skipped, self.guard.rollbacks
         self._load(saved.state)
         self.guard.bad = []
         if self.world.is_main:
-            tell(f"{self.name}: rolled back to step {to} ({rollbacks} so far); {len(kept)} steps are skipped in all")
-        return self._begin(to)
+            tell(
+                f"{self.name}: rolled back to step {saved.step} ({rollbacks} so far); {len(kept)} steps are skipped in all"
+            )
+        return self._begin(saved.step)
 
     def _load(self, state: dict[str, Any]) -> None:
         if "guard" in state:
@@ -101,7 +102,7 @@ class Session:
     def _exported(self, done: int) -> tuple[dict[str, torch.Tensor], int]:
         """The weights that become the model, and the step that they are of."""
         tensors = self.trainer.result()
-        found = checkpoint.best(self.keeper.folder) if self.config.validation.export == "best" else None
+        found = self.keeper.best() if self.config.validation.export == "best" else None
         if found is None:
             return tensors, done
         kind = "ema" if self.config.ema and self.config.ema.use else "weight"

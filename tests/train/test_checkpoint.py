@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from mmlm.shards.faultpoints import VARIABLE
 from mmlm.storage import sha256_file
 from mmlm.train import checkpoint
-from mmlm.train.checkpoint import Policy
+from mmlm.train.checkpoint import STATE, Policy
 from mmlm.train.weights import write_tensors
 from tests.faults.stage import Hold, wait_for
 
@@ -144,6 +144,22 @@ def test_the_one_before_a_damaged_one_is_taken_and_the_user_told(
     save(tmp_path, 2)
     again = checkpoint.newest(tmp_path)
     assert again is not None and again.step == 2
+
+
+@pytest.mark.parametrize("victim", ["exp_avg.safetensors", "state.json"])
+def test_neither_the_best_nor_the_one_to_go_back_to_is_a_damaged_one(tmp_path: Path, victim: str):
+    scored = {10: 3.0, 20: 1.0, 30: 2.0, 40: float("nan"), 50: None}
+    for step, score in scored.items():
+        save(tmp_path, step, Policy(keep=9), score=score)
+    assert checkpoint.scores(tmp_path) == {**scored, 40: None}
+    data = bytearray((tmp_path / "step-00000020" / victim).read_bytes())
+    (tmp_path / "step-00000020" / victim).write_bytes(b"[]" if victim == STATE else data[:-1] + b"~")
+    said: list[str] = []
+    found = checkpoint.best(tmp_path, said.append)
+    assert found is not None and found.step == 30
+    found = checkpoint.newest(tmp_path, said.append, at_most=20)
+    assert found is not None and found.step == 10
+    assert len(said) == 1 and "step-00000020 is damaged" in said[0]
 
 
 def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path):
