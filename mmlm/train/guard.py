@@ -34,6 +34,8 @@ class Guard:
         """Recent bad steps."""
         self.skipped: dict[int, str] = {}
         """step → why it changes nothing."""
+        self.settled: set[int] = set()
+        """Those that a roll-back went before: they count as bad no more."""
         self.rollbacks = 0
 
     def judge(self, loss: float) -> str:
@@ -56,11 +58,19 @@ class Guard:
 
     def skip(self, step: int, reason: str, evidence: dict[str, Any]) -> None:
         """Step `step` (from 0) changed nothing, for `reason`; keep what is known about it."""
-        self.bad = [s for s in self.bad if s > step - self.config.window] + [step]
+        self._count(step)
         self.skipped[step] = reason
         if self.main:
             write_json(self.folder / f"step-{step + 1:08d}.json", {"step": step + 1, "reason": reason, **evidence})
             self._keep()
+
+    def pass_over(self, step: int) -> None:
+        """Step `step` was skipped by an earlier attempt, and is again: as bad as it was then."""
+        if step not in self.settled:
+            self._count(step)
+
+    def _count(self, step: int) -> None:
+        self.bad = [s for s in self.bad if s > step - self.config.window] + [step]
 
     @property
     def spoiled(self) -> bool:
@@ -80,6 +90,7 @@ class Guard:
         lead = max(max(before), first - len(self.bad))
         for step in range(lead, last + 1):
             self.skipped.setdefault(step, f"before the bad step {first + 1}")
+            self.settled.add(step)
         self.rollbacks += 1
         self.bad = []
         if self.main:
@@ -88,7 +99,8 @@ class Guard:
 
     def _keep(self) -> None:
         rows = {str(step): reason for step, reason in self.skipped.items()}
-        write_json(self.folder / SKIPPED, {"steps": rows, "rollbacks": self.rollbacks})
+        told = {"steps": rows, "rollbacks": self.rollbacks, "settled": sorted(self.settled)}
+        write_json(self.folder / SKIPPED, told)
 
     def kept(self) -> dict[str, Any]:
         """What `evidence/skipped.json` says; {} without one."""
@@ -100,6 +112,7 @@ class Guard:
     def take(self, kept: dict[str, Any]) -> None:
         """Go on with what rank 0 had `kept`."""
         self.skipped = {int(step): reason for step, reason in kept.get("steps", {}).items()}
+        self.settled = set(kept.get("settled", []))
         self.rollbacks = int(kept.get("rollbacks", 0))
 
     def state(self) -> dict[str, Any]:

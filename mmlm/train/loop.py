@@ -56,31 +56,17 @@ def fit(
             session.telemetry.begin()
             with clock.phase("data"):
                 batches = loader.batches(step, config.accumulate)
-            if session.passes_over(step, batches):
-                step += 1
-                continue
             counts, asked = _count(objective, batches, session.wants_to_stop(stop), device)
-            with clock.phase("compute"):
-                torch.manual_seed(_seed(config.seed, step, world.rank))
-                sums = torch.zeros(len(objective.names), device=device)
-                for batch in batches:
-                    terms = objective(trainer.model, batch.to(device))
-                    trainer.backward(loss_of(terms, counts))
-                    sums += torch.stack([terms[n].sum.detach().float() for n in objective.names])
-                    session.telemetry.count(batch, terms)
-                means = _means(terms, counts, sums, device)
-                lr = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
-                bad = session.guard.judge(means["loss"])
-                if bad:
-                    trainer.discard()
-                norm = math.nan if bad else trainer.update(lr)
-            session.telemetry.end()
-            session.note(step, batches, {**means, "lr": lr, "gradient_norm": norm}, bad)
+            figures: dict[str, float] = {}
+            if not session.passes_over(step, batches):
+                figures, bad = _take(session, step, batches, counts)
+                session.note(step, batches, figures, bad)
             if session.guard.spoiled:
                 step = session.roll_back()
                 continue
             step += 1
-            session.log(step, {**means, "lr": lr, "gradient_norm": norm}, progress)
+            if figures:
+                session.log(step, figures, progress)
             session.validate(step)
             over = step == config.steps or session.validation.over
             session.save(step, due=asked or over, wait=asked or over)
@@ -91,6 +77,27 @@ def fit(
                 )
         watchdog.beat("writing the model")
         return session.finish(step)
+
+
+def _take(session: Session, step: int, batches: list[Batch], counts: dict[str, float]) -> tuple[dict[str, float], str]:
+    """Forward, backward and update of one step. Returns its figures, and what is wrong with it when nothing was updated."""
+    config, trainer, objective, device = session.config, session.trainer, session.objective, session.device
+    with session.telemetry.clock.phase("compute"):
+        torch.manual_seed(_seed(config.seed, step, session.world.rank))
+        sums = torch.zeros(len(objective.names), device=device)
+        for batch in batches:
+            terms = objective(trainer.model, batch.to(device))
+            trainer.backward(loss_of(terms, counts))
+            sums += torch.stack([terms[n].sum.detach().float() for n in objective.names])
+            session.telemetry.count(batch, terms)
+        means = _means(terms, counts, sums, device)
+        lr = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
+        bad = session.guard.judge(means["loss"])
+        if bad:
+            trainer.discard()
+        norm = math.nan if bad else trainer.update(lr)
+    session.telemetry.end()
+    return {**means, "lr": lr, "gradient_norm": norm}, bad
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

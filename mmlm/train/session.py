@@ -116,6 +116,7 @@ class Session:
         if reason:
             self.ledger.write(step, _ids(batches), reason)
             self.trainer.pass_over()
+            self.guard.pass_over(step)
         return bool(reason)
 
     def wants_to_stop(self, stop: Stop) -> bool:

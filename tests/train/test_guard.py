@@ -77,6 +77,24 @@ def test_a_roll_back_goes_before_the_first_bad_step_and_skips_what_led_there(tmp
         found.roll_back([10, 20])
 
 
+def test_what_an_earlier_attempt_skipped_is_as_bad_until_a_roll_back_settles_it(tmp_path: Path):
+    changes = {"rollback_after": 3, "window": 10}
+    first = guard(tmp_path, **changes)
+    for step in (30, 31, 33):
+        first.skip(step, "bad", {})
+    killed = guard(tmp_path, **changes)  # before it rolled back
+    killed.take(killed.kept())
+    for step in sorted(killed.skipped):
+        killed.pass_over(step)
+    assert killed.bad == first.bad and killed.spoiled
+    killed.roll_back([20])
+    again = guard(tmp_path, **changes)
+    again.take(again.kept())
+    for step in sorted(again.skipped):
+        again.pass_over(step)
+    assert again.rollbacks == 1 and again.bad == []
+
+
 def test_without_a_checkpoint_before_there_is_no_way_back(tmp_path: Path):
     found = guard(tmp_path, rollback_after=1)
     found.skip(3, "the loss is nan", {})

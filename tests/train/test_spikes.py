@@ -41,6 +41,27 @@ def test_a_poisoned_step_changes_nothing_and_is_kept(keypad_shards: Artifact, tm
     assert all(t.isfinite().all() for named in saved.tensors().values() for t in named.values())
 
 
+def test_going_on_over_a_skipped_step_is_as_never_stopped(keypad_shards: Artifact, tmp_path: Path):
+    config = {**SMALL, "steps": 6, "save_every": 3, "keep": 9, "validation": {"every": 3, "records": 9}}
+    poisoned, out = planned(keypad_shards, config)[2][0], tmp_path / "model"  # the step after which both are due
+    run(keypad_shards, out, 1, config, [poisoned])
+    assert checkpoint.steps(out / "checkpoints") == {3, 6}
+    before = {step: checkpoint.read(out / "checkpoints", step) for step in (3, 6)}
+    rows = looks(out)
+    (out / "checkpoints").rename(tmp_path / "before")  # killed before its first save
+    run(keypad_shards, out, 1, config, [poisoned])
+    assert looks(out) == rows and sorted(rows) == [3, 6]
+    for step, first in before.items():
+        again = checkpoint.read(out / "checkpoints", step).state
+        assert all(again[key] == first.state[key] for key in ("sha256", "guard", "validation", "scalars")), step
+    assert before[3].state["guard"]["bad"] == [2]
+
+
+def looks(out: Path) -> dict[int, dict[str, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["metrics"] for row in rows if "val/loss" in row["metrics"]}
+
+
 def test_many_bad_steps_roll_back_and_are_not_seen_again(keypad_shards: Artifact, tmp_path: Path):
     spikes = {"rollback_after": 3, "window": 10}
     config = {**SMALL, "steps": 16, "save_every": 4, "spikes": spikes}
