@@ -42,41 +42,44 @@ def fit(
     device = engine.device_of(world)
     with (
         Stop(where) as stop,
-        Watchdog(where.hang_seconds, out / "logs", world, name) as watchdog,
-        Progress(name, config.steps, "steps") as progress,
         closing(Loader(shards, config.data, config.seed, world, config.steps, pin=device.type == "cuda")) as loader,
     ):
-        trainer = engine.DeepSpeedEngine(model.to(device), config, world)
-        session = Session(trainer, objective, loader, config, shards, out, name, where, world, device)
-        clock = session.telemetry.clock
-        step = session.resume()
-        progress.resume_at(step)
-        while step < config.steps and not session.validation.over:
-            watchdog.beat(f"step {step + 1}")
-            session.telemetry.begin()
-            with clock.phase("data"):
-                batches = loader.batches(step, config.accumulate)
-            counts, asked = _count(objective, batches, session.wants_to_stop(stop), device)
-            figures: dict[str, float] = {}
-            if not session.passes_over(step, batches):
-                figures, bad = _take(session, step, batches, counts)
-                session.note(step, batches, figures, bad)
-            if session.guard.spoiled:
-                step = session.roll_back()
-                continue
-            step += 1
-            if figures:
-                session.log(step, figures, progress)
-            session.validate(step)
-            over = step == config.steps or session.validation.over
-            session.save(step, due=asked or over, wait=asked or over)
-            if asked and not over:
-                raise Interrupted(
-                    f"{name} was asked to stop and is saved at step {step} of {config.steps}{stop.why}",
-                    cure="run the same command again to go on",
-                )
-        watchdog.beat("writing the model")
-        return session.finish(step)
+        engine.broadcast(None)  # packing and planning take as long as they take: the watch begins when all have done so
+        with (
+            Watchdog(where.hang_seconds, out / "logs", world, name) as watchdog,
+            Progress(name, config.steps, "steps") as progress,
+        ):
+            trainer = engine.DeepSpeedEngine(model.to(device), config, world)
+            session = Session(trainer, objective, loader, config, shards, out, name, where, world, device)
+            clock = session.telemetry.clock
+            step = session.resume()
+            progress.resume_at(step)
+            while step < config.steps and not session.validation.over:
+                watchdog.beat(f"step {step + 1}")
+                session.telemetry.begin()
+                with clock.phase("data"):
+                    batches = loader.batches(step, config.accumulate)
+                counts, asked = _count(objective, batches, session.wants_to_stop(stop), device)
+                figures: dict[str, float] = {}
+                if not session.passes_over(step, batches):
+                    figures, bad = _take(session, step, batches, counts)
+                    session.note(step, batches, figures, bad)
+                if session.guard.spoiled:
+                    step = session.roll_back()
+                    continue
+                step += 1
+                if figures:
+                    session.log(step, figures, progress)
+                session.validate(step)
+                over = step == config.steps or session.validation.over
+                session.save(step, due=asked or over, wait=asked or over)
+                if asked and not over:
+                    raise Interrupted(
+                        f"{name} was asked to stop and is saved at step {step} of {config.steps}{stop.why}",
+                        cure="run the same command again to go on",
+                    )
+            watchdog.beat("writing the model")
+            return session.finish(step)
 
 
 def _take(session: Session, step: int, batches: list[Batch], counts: dict[str, float]) -> tuple[dict[str, float], str]:

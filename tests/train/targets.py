@@ -54,7 +54,9 @@ class Poisoned(Answering):
         return terms
 
 
-def train_poisoned(config: dict[str, Any], shards: str, out: str, ids: list[str], loss: float) -> None:
+def train_poisoned(
+    config: dict[str, Any], shards: str, out: str, ids: list[str], loss: float, hang: float = 1800.0
+) -> None:
     settings = parse(TrainConfig, config, "train")
     engine.start(worlds.from_environment())
     torch.manual_seed(settings.seed)
@@ -62,7 +64,7 @@ def train_poisoned(config: dict[str, Any], shards: str, out: str, ids: list[str]
     model = weights.build(settings.model, spec)
     objective = Poisoned(settings.loss, spec)
     objective.ids, objective.loss = frozenset(ids), loss
-    counts = fit(model, objective, settings, Path(shards), Path(out), "train", Where(ledger=True))
+    counts = fit(model, objective, settings, Path(shards), Path(out), "train", Where(ledger=True, hang_seconds=hang))
     write_counts(Path(out), counts, model)
     engine.stop()
 

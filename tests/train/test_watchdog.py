@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mmlm.artifacts import Artifact
+from mmlm.data.plan import FOLDER
 from mmlm.errors import WorkLost
 from mmlm.launch.local import ranks
 from mmlm.train.watchdog import GRACE, Watchdog
 from mmlm.world import World
+from tests.train.runs import SMALL
 
 
 @pytest.mark.parametrize("locked", [False, True])
@@ -22,6 +29,22 @@ def test_a_hang_leaves_the_stacks_of_all_ranks(tmp_path: Path, locked: bool):
     assert caught.value.exit_code == 4
     for rank in range(2):
         assert "_stuck" in (tmp_path / "logs" / f"rank-{rank}.stacks").read_text(), rank
+
+
+@pytest.mark.slow
+def test_waiting_for_the_pack_plan_is_no_hang(keypad_shards: Artifact, tmp_path: Path):
+    shards = Path(shutil.copytree(keypad_shards.path, tmp_path / "shards"))
+    data = {"batch": 12, "pack": {"kind": "best_fit"}}
+    config = {**SMALL, "steps": 2, "data": data}
+    arguments: dict[str, Any] = {"config": config, "shards": str(shards), "out": str(tmp_path / "model"), "ids": []}
+    folder = shards / FOLDER
+    folder.mkdir(exist_ok=True)
+    with (folder / ".lock").open("w") as lock:  # as another process does that packs
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        threading.Timer(30.0, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
+        began = time.monotonic()
+        ranks(1)("tests.train.targets:train_poisoned", {**arguments, "loss": 1.0, "hang": 5.0}, log=tmp_path / "logs")
+    assert time.monotonic() - began > 30
 
 
 def test_beats_keep_it_quiet_and_nothing_is_left(tmp_path: Path):
