@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -68,19 +69,25 @@ class Telemetry:
         self.longest = 0.0
         """Seconds of the longest step, saves and validation left out."""
         self._cpu = time.process_time()
-        self._steps = 0
-        self._tokens = self._positions = self._records = self._flops = 0.0
         self._each: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Kind and loss of each target since the last row; the losses stay where they are until then."""
+        self._reset()
         self._step_began = time.perf_counter()
 
+    def _reset(self) -> None:
+        """Nothing was counted yet since the last row."""
+        self._steps = 0
+        self._tokens = self._positions = self._records = self._flops = 0.0
+        self._each.clear()
+
     def rewind(self, step: int) -> None:
-        """Training goes on after `step` steps: drop the rows of later ones."""
+        """Training goes on after `step` steps: drop the rows of later ones, and what was counted for the next."""
         if self.world.is_main and self.path.exists():
             rows = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
             temporary = self.path.with_name(self.path.name + ".tmp")
             temporary.write_text("".join(line + "\n" for line in rows))
             temporary.replace(self.path)
+        self._reset()
         self.clock.reset()
         self._cpu = time.process_time()
 
@@ -136,25 +143,26 @@ class Telemetry:
         }
         if cuda:
             figures["memory_cuda_bytes"] = cuda
-        self._steps = 0
-        self._tokens = self._positions = self._records = self._flops = 0.0
-        self._each.clear()
+        self._reset()
         self.write(step, figures)
         return figures
 
     def _by_given(self) -> list[float]:
-        """Summed loss of the targets of each kind in GIVEN, then their numbers."""
+        """Summed loss of the targets of each kind in GIVEN, then their numbers; those without a finite loss left out."""
         if not self._each:
             return [0.0] * 2 * len(GIVEN)
         kinds = torch.cat([kind_A for kind_A, _ in self._each])
         losses = torch.cat([each_A for _, each_A in self._each]).double().cpu()
+        finite = losses.isfinite()
+        kinds, losses = kinds[finite], losses[finite]
         sums = torch.bincount(kinds, losses, len(GIVEN))
         return [*sums.tolist(), *torch.bincount(kinds, minlength=len(GIVEN)).tolist()]
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One row, from rank 0."""
+        """One row, from rank 0; what is no number is left out of it."""
         if self.world.is_main:
-            row = json.dumps({"step": step, "time": int(time.time() * 1000), "metrics": values})
+            numbers = {name: value for name, value in values.items() if math.isfinite(value)}
+            row = json.dumps({"step": step, "time": int(time.time() * 1000), "metrics": numbers})
             with contextlib.suppress(OSError), self.path.open("a") as f:  # figures never stop the training
                 f.write(row + "\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from mmlm.data.collate import IGNORE, pack
 from mmlm.errors import ConfigError
 from mmlm.features import spec as feature_spec
 from mmlm.launch.local import ranks
+from mmlm.model.config import ModelConfig
 from mmlm.tracking import NullTracker
 from mmlm.train import checkpoint, validation, weights
 from mmlm.train.config import TrainConfig
 from mmlm.train.memory import resident_bytes
-from mmlm.train.telemetry import GIVEN, given_of_targets
+from mmlm.train.objectives import Term
+from mmlm.train.telemetry import GIVEN, Telemetry, given_of_targets
 from mmlm.train.train import train
 from mmlm.train.validation import Validation
 from mmlm.world import World
@@ -117,6 +120,31 @@ def test_losses_are_told_apart_by_what_their_record_gives():
     wanted = ["image+audio", "text", "image", "audio", "text"]
     assert kinds == [name for name, count in zip(wanted, answers, strict=True) for _ in range(count)]
     assert len(kinds) == int((batch.target_BT != IGNORE).sum())
+
+
+def test_a_roll_back_and_a_lost_loss_leave_no_trace_in_the_next_row(tmp_path: Path):
+    batch = pack([[sample(0, ("image",))]], SPEC)
+    answers = int((batch.target_BT != IGNORE).sum())
+    telemetry = Telemetry(
+        tmp_path, World(), torch.device("cpu"), "fp32", ModelConfig(width=32, layers=1, heads=2), SPEC
+    )
+
+    def step(loss: float) -> None:
+        telemetry.begin()
+        telemetry.count(batch, {"answer": Term(torch.tensor(loss), 1.0, torch.full((answers,), loss))})
+        telemetry.end()
+
+    for loss in (9.0, 9.0, 9.0):
+        step(loss)
+    telemetry.rewind(0)
+    step(2.0)
+    step(math.nan)
+    time.sleep(0.01)
+    telemetry.row(2, {})
+    telemetry.write(2, {"val/loss": math.nan})
+    first, second = (json.loads(line)["metrics"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first["loss_given/image"] == 2.0 and second == {}
+    assert first["samples_per_second"] * first["step_seconds"] == pytest.approx(1.0)  # two records, two steps
 
 
 def test_resident_memory_grows_with_what_is_held():
