@@ -142,6 +142,12 @@ class FreezeConfig(Config):
     end: int | None = Field(None, ge=1)
     """First step in which they are not any more; none: frozen to the last step."""
 
+    @model_validator(mode="after")
+    def _some_step(self) -> Self:
+        if self.end is not None and self.end <= self.start:
+            raise ValueError(f"end {self.end} must come after start {self.start}: no step would be frozen")
+        return self
+
 
 class EmaConfig(Config):
     """An exponential moving average of the weights, in float32 (Polyak & Juditsky 1992)."""
@@ -222,7 +228,7 @@ class LoopConfig(Config):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = AdamWConfig()
     """How gradients become updates."""
-    lr_factors: dict[str, float] = {}
+    lr_factors: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Module or pattern → factor of its learning rate; the first that fits counts."""
     freeze: list[FreezeConfig] = []
     schedule: ScheduleConfig = CosineConfig()
@@ -249,6 +255,12 @@ class LoopConfig(Config):
     def _compiles(self) -> Self:
         if self.compile and self.zero.stage == 3:
             raise ValueError("compile does not work at zero.stage 3, where a block's parameters come and go")
+        return self
+
+    @model_validator(mode="after")
+    def _scored(self) -> Self:
+        if self.keep_best and not self.validation.every:
+            raise ValueError("keep_best needs validation.every: without a look there is nothing to choose by")
         return self
 
 

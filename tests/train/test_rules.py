@@ -104,6 +104,17 @@ def test_what_zero_cannot_do_is_refused_in_the_config():
         config(schedule={"kind": "wsd", "warmup": 0.5, "decay": 0.6})
 
 
+def test_what_would_do_nothing_or_harm_is_refused_in_the_config():
+    for changes, said in (
+        ({"freeze": [{"modules": ["image"], "start": 9, "end": 9}]}, "end 9 must come after start 9"),
+        ({"lr_factors": {"image": -1.0}}, "lr_factors.image"),
+        ({"keep_best": 3}, "keep_best needs validation.every"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            config(**changes)
+    config(keep_best=3, validation={"every": 5}, lr_factors={"image": 0}, freeze=[{"modules": ["image"], "end": 1}])
+
+
 def test_deepspeeds_config_follows_from_ours_and_the_number_of_ranks():
     ours = config(zero={"stage": 3, "offload_optimizer": True}, precision="fp16", accumulate=2, data={"batch": 16})
     theirs = engine.deepspeed_config(ours, World(1, 4))
