@@ -29,7 +29,8 @@ class Treatment(NamedTuple):
     def name(self) -> str:
         """Distinct, and the same in every run of a config: it names the group's counters in a checkpoint."""
         frozen = "".join(f"-{first}:{'' if last is None else last}" for first, last in self.spans)
-        return f"{self.rule}{'-decay' if self.decays else ''}-x{self.factor:g}{frozen}"
+        factor = f"{self.factor:g}" if float(f"{self.factor:g}") == self.factor else repr(self.factor)
+        return f"{self.rule}{'-decay' if self.decays else ''}-x{factor}{frozen}"
 
 
 def parameter_groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any]]:

@@ -79,6 +79,13 @@ def test_factors_and_freezing_go_by_module_and_by_pattern():
     assert [frozen(spans, step) for step in (0, 8, 9, 19, 20, 10**6)] == [True, True, False, False, True, True]
 
 
+def test_groups_of_nearly_the_same_factor_have_names_of_their_own():
+    groups = groups_of(lr_factors={"blocks.0": 0.1234567, "blocks.1": 0.1234568, "image": 0.1})
+    names = {n: groups[n]["name"] for n in ("blocks.0.attention.out.weight", "blocks.1.attention.out.weight")}
+    assert len(set(names.values())) == 2
+    assert groups["image.project.weight"]["name"] == "adamw-decay-x0.1"
+
+
 def test_a_pattern_that_fits_nothing_is_refused():
     for changes in ({"lr_factors": {"imag": 0.1}}, {"freeze": [{"modules": ["imag"]}]}):
         with pytest.raises(ConfigError, match=r"'imag', which fits no parameter.*such as `image`"):
