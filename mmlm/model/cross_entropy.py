@@ -35,6 +35,8 @@ class AnswerHead(nn.Linear):
     ) -> torch.Tensor | AnswerLoss:
         if target_A is None:
             return super().forward(x_AD)
+        if not torch.is_grad_enabled():  # the Function would still be told that the weights need a gradient
+            return AnswerLoss(*_CrossEntropy.apply(x_AD.detach(), self.weight.detach(), target_A, z, LOGITS))
         return AnswerLoss(*_CrossEntropy.apply(x_AD, self.weight, target_A, z, LOGITS))
 
 
