@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,9 @@ def gcs() -> Iterator[Cloud]:
 
     server = FakeGCSServer()
     server.start()
+    assert server._process and server._process.stderr
+    # it logs every request into a pipe that nobody reads, and stands still after some hundred of them
+    threading.Thread(target=server._process.stderr.read, daemon=True).start()
     environment = {"STORAGE_EMULATOR_HOST": server.url}
     try:
         with _set(environment):
