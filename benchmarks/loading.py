@@ -7,19 +7,16 @@ See docs/benchmarks.md for what is measured and how.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.harness import inputs
-from benchmarks.harness.measure import Contestant, Log, contest, last_core, machine, row
-from benchmarks.sharding import told
+from benchmarks.harness.command import run_parts
+from benchmarks.harness.measure import Contestant, Log, contest, last_core, row
 
 OURS = "mmlm"
 BATCH = 64
@@ -100,30 +97,7 @@ PARTS: dict[str, Callable[[Amounts, Log], list[dict[str, Any]]]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="file for the rows")
-    parser.add_argument("--only", action="append", choices=sorted(PARTS), help="one part; may be given several times")
-    parser.add_argument("--quick", action="store_true", help="a look: little data, one run; its figures mean little")
-    parser.add_argument("--runs", type=int, help="rounds of which the median counts (3)")
-    parser.add_argument("--clock", choices=("cpu", "wall"), default="wall", help="what the ratios go by (wall)")
-    asked = parser.parse_args()
-    amounts = replace(QUICK if asked.quick else FULL, clock=asked.clock)
-    if asked.runs:
-        amounts = replace(amounts, runs=max(1, asked.runs))
-    log, rows = Log("loading"), []
-    log.note("machine", **machine())
-    for name, part in PARTS.items():
-        if asked.only and name not in asked.only:
-            continue
-        print(f"part {name}", file=sys.stderr, flush=True)
-        for made in part(amounts, log):
-            rows.append(made)
-            print(told(made), flush=True)
-        if asked.json:
-            asked.json.parent.mkdir(parents=True, exist_ok=True)
-            asked.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    log.note("machine", **machine())
-    return 0
+    return run_parts("loading", __doc__, PARTS, FULL, QUICK)
 
 
 if __name__ == "__main__":

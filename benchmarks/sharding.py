@@ -6,8 +6,6 @@ below ~/.cache/mmlm-bench ($MMLM_BENCH). See docs/benchmarks.md for what is meas
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import statistics
@@ -19,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import inputs
+from benchmarks.harness.command import run_parts
 from benchmarks.harness.environments import home
-from benchmarks.harness.measure import Contestant, Log, Running, contest, machine, row
+from benchmarks.harness.measure import Contestant, Log, Running, contest, row
 
 SIZE, QUALITY, PER_SHARD = 224, 90, 1000
 SHRINK = {"size": SIZE, "quality": QUALITY, "per_shard": PER_SHARD}
@@ -226,43 +225,7 @@ PARTS = {"pictures": pictures, "workers": workers, "sound": sound, "text": text,
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sharding", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="file for the rows")
-    parser.add_argument("--only", action="append", choices=sorted(PARTS), help="one part; may be given several times")
-    parser.add_argument("--quick", action="store_true", help="a look: little data, one run; its figures mean little")
-    parser.add_argument("--runs", type=int, help="rounds of which the median counts (3)")
-    parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu", help="what the ratios go by (cpu)")
-    asked = parser.parse_args()
-    amounts = replace(QUICK if asked.quick else FULL, clock=asked.clock)
-    if asked.runs:
-        amounts = replace(amounts, runs=max(1, asked.runs))
-    log, rows = Log("sharding"), []
-    log.note("machine", **machine())
-    for name, part in PARTS.items():
-        if asked.only and name not in asked.only:
-            continue
-        print(f"part {name}", file=sys.stderr, flush=True)
-        for made in part(amounts, log):
-            rows.append(made)
-            print(told(made), flush=True)
-        if asked.json:
-            asked.json.parent.mkdir(parents=True, exist_ok=True)
-            asked.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    log.note("machine", **machine())
-    return 0
-
-
-def told(made: dict[str, Any]) -> str:
-    """A row as a line for people."""
-    if made["peer"] is None:
-        return f"{made['name']:55s} {made['ours']:10.4g} {made['unit']}, no peer: {made['reason']}"
-    goal = f", goal {made['goal']}" if made["goal"] else ""
-    other = "wall" if made.get("clock") == "cpu" else "cpu"
-    cpu = f" (by {other} {made[other]['ratio']:.2f})" if other in made else ""
-    return (
-        f"{made['name']:55s} {made['ours']:10.4g} against {made['peer']:10.4g} {made['unit']} "
-        f"of {made['peer_name']}: {made['ratio']:.2f}{cpu}{goal}"
-    )
+    return run_parts("sharding", __doc__, PARTS, FULL, QUICK)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ On a CPU: 10 M and 100 M parameters, one core, bf16. Rows count tokens that are 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import inputs
+from benchmarks.harness.command import told, write
 from benchmarks.harness.measure import Contestant, Log, Standing, contest, machine, row
-from benchmarks.sharding import told as line_of
 
 OURS = "mmlm"
 
@@ -98,10 +97,8 @@ def main() -> int:
             if not asked.only or size.name in asked.only:
                 rows += on_cpu(size, asked.runs, log)
     for made in rows:
-        print(line_of(made), flush=True)
-    if asked.json:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        print(told(made), flush=True)
+    write(rows, asked.json)
     log.note("machine", **machine())
     return 0
 
