@@ -6,7 +6,9 @@ Dies with its parent, stops on a signal before the target has its own handlers, 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import faulthandler
 import importlib
 import json
 import os
@@ -16,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -92,6 +94,20 @@ def show_progress() -> None:
         Progress.terminal_stream = os.fdopen(int(terminal), "w", encoding="utf-8", errors="replace")
 
 
+def leave(code: int) -> NoReturn:
+    """End this process with `code`, without taking the interpreter apart.
+
+    A failed rank must not wait for peers that are gone. One that is done must not be taken apart under native threads
+    (gloo's, autograd's): a thread that asks for the interpreter then is unwound through code that forbids it, and the
+    whole process aborts ("terminate called without an active exception") with its work done.
+    """
+    if code == 0:
+        atexit._run_exitfuncs()  # what libraries have left to write
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main(target: str, args: str, log: str) -> int:
     from mmlm.storage import write_json
 
@@ -110,12 +126,8 @@ def main(target: str, args: str, log: str) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash in native code leaves the stack of every thread in the log
     die_with_parent()
     for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(stop, stop_early)
-    code = main(*sys.argv[1:4])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code:
-        os._exit(code)  # a failed rank must not wait at exit for peers that are gone
-    sys.exit(0)
+    leave(main(*sys.argv[1:4]))
