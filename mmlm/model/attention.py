@@ -5,7 +5,7 @@ Axes: X valid position of a batch, B record, S key position, N head, K key-value
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -36,6 +36,8 @@ class Cache:
 
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    aside: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What a fusion keeps of the prompts, by name, (B, ...): whoever takes rows of the keys takes them of these, too."""
 
     def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.keys is not None and self.values is not None:

@@ -23,12 +23,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmlm.features.spec import AUDIO, FIELDS, IMAGE, FeatureSpec
-from mmlm.model.attention import Attention, Cache, Cached, Table, rotary
+from mmlm.model.attention import Cache, Cached, Table, rotary
+from mmlm.model.block import Block
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import AnswerHead, AnswerLoss
 from mmlm.model.embeddings import FieldEmbedding, MediaEmbedding, fill
-from mmlm.model.kernels import RMSNorm, rows_of, swiglu
-from mmlm.model.packed import Arrangement, arrange
+from mmlm.model.kernels import RMSNorm, rows_of
+from mmlm.model.packed import arrange
 
 IGNORE = -100
 
@@ -158,39 +159,6 @@ class FusedTransformer(nn.Module):
             if module is not None:
                 x_XD = fill(x_XD, (tokens_X == slot) & prompt_X, module, rows, at)
         return x_XD
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)), the latter only where `read` says, if it does."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.width)
-        self.attention = Attention(config)
-        self.feed_forward_norm = RMSNorm(config.width)
-        self.feed_forward = FeedForward(config.width, config.feed_forward)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self, x_XD: torch.Tensor, table: Table, seen: Arrangement, read: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        x_XD = x_XD + self.dropout(self.attention(self.attention_norm(x_XD), table, seen))
-        if read is not None:
-            x_XD = rows_of(x_XD, read)
-        return x_XD + self.dropout(self.feed_forward(self.feed_forward_norm(x_XD)))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: (SiLU(x G) * x U) O (Shazeer 2020, eq. 6)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.gate_up.weight.parts = 2  # type: ignore[attr-defined]  # as in Attention
-        self.out = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x_XD: torch.Tensor) -> torch.Tensor:
-        return self.out(swiglu(self.gate_up(x_XD)))
 
 
 def initialise(model: FusedTransformer) -> None:
