@@ -1,18 +1,20 @@
 """Scaled dot-product attention with rotary positions and a key-value cache.
 
-Axes: X valid position of a batch, B record, S key position, N head, K key-value head, H head width, D model width.
+Axes: X valid position of a batch, B record, T position of a prompt, S key position, C column of a cache, N head, K
+key-value head, H head width, D model width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from mmlm.model.config import ModelConfig
 from mmlm.model.kernels import RMSNorm
-from mmlm.model.packed import HIDDEN, Arrangement, Block, probabilities, repeated
+from mmlm.model.packed import HIDDEN, Arrangement
 
 Table = tuple[torch.Tensor, torch.Tensor]
 
@@ -30,58 +32,102 @@ def rotate(x_XNH: torch.Tensor, table: Table) -> torch.Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-@dataclass
 class Cache:
-    """Rotated keys and values of one layer, (K, B, S, H), of the positions of B records seen so far."""
+    """Rotated keys and values of one layer, (B, K, C, H), in memory that is taken ahead: S of the C columns are filled."""
 
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    aside: dict[str, torch.Tensor] = field(default_factory=dict)
-    """What a fusion keeps of the prompts, by name, (B, ...): whoever takes rows of the keys takes them of these, too."""
+    keys: torch.Tensor
+    values: torch.Tensor
 
-    def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.keys is not None and self.values is not None:
-            k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
-        self.keys, self.values = k, v
-        return k, v
+    def __init__(self, room: int = 64) -> None:
+        """`room`: columns to take beyond the first pass. What is needed beyond them comes in steps of half the size."""
+        self.room, self.length = room, 0
+        self.aside: dict[str, torch.Tensor] = {}
+        """What a fusion keeps of the prompts, by name, (B, ...)."""
+
+    def fill(self, k_XKH: torch.Tensor, v_XKH: torch.Tensor, valid_BT: torch.Tensor) -> None:
+        """The first pass: X valid positions of B prompts of T columns. Padding holds zeros."""
+        B, T = valid_BT.shape
+        self.keys, self.values = (x.new_zeros(B, x.shape[1], T + self.room, x.shape[2]) for x in (k_XKH, v_XKH))
+        whole = len(k_XKH) == B * T
+        for buffer, x_XKH in ((self.keys, k_XKH), (self.values, v_XKH)):
+            columns_BTKH = buffer[:, :, :T].transpose(1, 2)
+            if whole:
+                columns_BTKH.copy_(x_XKH.view(B, T, *x_XKH.shape[1:]))
+            else:
+                columns_BTKH[valid_BT] = x_XKH
+        self.length = T
+
+    def append(self, k_BKH: torch.Tensor, v_BKH: torch.Tensor) -> None:
+        """One more position of each record."""
+        S = self.length
+        if self.keys.shape[2] == S:
+            self.keys, self.values = (F.pad(x, (0, 0, 0, max(64, S // 2))) for x in (self.keys, self.values))
+        self.keys.select(2, S).copy_(k_BKH)
+        self.values.select(2, S).copy_(v_BKH)
+        self.length = S + 1
+
+    def keep(self, rows: list[int]) -> None:
+        """Row n becomes what row `rows[n]` was; rows may be left out or come several times.
+
+        Where rows are only left out, and holes filled from the end, nothing but those few rows is moved.
+        """
+        n = len(rows)
+        at = torch.tensor(rows, device=self.keys.device)
+        self.aside = {name: x.index_select(0, at) for name, x in self.aside.items()}
+        moved = [(to, row) for to, row in enumerate(rows) if to != row]
+        if all(row >= n for _, row in moved):
+            for x in (self.keys, self.values):
+                for to, row in moved:
+                    x[to, :, : self.length] = x[row, :, : self.length]
+            self.keys, self.values = self.keys[:n], self.values[:n]
+            return
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(n, *old.shape[1:])
+            new[:, :, : self.length] = old[:, :, : self.length].index_select(0, at)
+            setattr(self, name, new)
 
 
 @dataclass(frozen=True)
-class Cached:
-    """The arrangement of generation: B records of L queries each, over what is in the cache and over themselves."""
+class Filling:
+    """The arrangement of the first pass of generation: that of training, and what it sees is kept."""
 
     cache: Cache
-    block: Block
-
-    @classmethod
-    def prompts(
-        cls, caches: list[Cache], valid_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool
-    ) -> list[Cached]:
-        """For the first pass: left-padded prompts, padding included."""
-        sees_BTS = torch.ones(valid_BT.shape[1], valid_BT.shape[1], dtype=torch.bool, device=valid_BT.device).tril()[
-            None
-        ]
-        if prefix:
-            sees_BTS = sees_BTS | (prompt_BT[:, :, None] & prompt_BT[:, None, :])
-        return cls._of(caches, sees_BTS & valid_BT[:, None])
-
-    @classmethod
-    def step(cls, caches: list[Cache], valid_BS: torch.Tensor) -> list[Cached]:
-        """For one more position of each record."""
-        return cls._of(caches, valid_BS[:, None])
-
-    @classmethod
-    def _of(cls, caches: list[Cache], sees_BLS: torch.Tensor) -> list[Cached]:
-        bias = torch.zeros(sees_BLS.shape, device=sees_BLS.device).masked_fill(~sees_BLS, HIDDEN)
-        block = Block(0, bias.shape[1], bias.shape[2], 0, bias)
-        return [cls(cache, block) for cache in caches]
+    valid_BT: torch.Tensor
+    seen: Arrangement
 
     def attend(self, q_XNH: torch.Tensor, k_XKH: torch.Tensor, v_XKH: torch.Tensor) -> torch.Tensor:
-        B, N = len(self.block.bias), q_XNH.shape[1]
-        q, k, v = (x.transpose(0, 1).unflatten(1, (B, -1)) for x in (q_XNH, k_XKH, v_XKH))
-        k, v = (repeated(x, N).flatten(0, 1) for x in self.cache.extend(k, v))
-        y_YLH = torch.bmm(probabilities(q.flatten(0, 1), k, self.block), v)
-        return y_YLH.view(N, -1, y_YLH.shape[-1]).transpose(0, 1)
+        self.cache.fill(k_XKH, v_XKH, self.valid_BT)
+        return self.seen.attend(q_XNH, k_XKH, v_XKH)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The arrangement of one more position of each record, over itself and what is in the cache.
+
+    One fused kernel: on a core with AVX-512, 8 records of 300 positions and 12 heads of 64 take 0.48 ms in bf16 and 0.94
+    in float32, batched matrix products 2.1 and 0.95.
+    """
+
+    cache: Cache
+    bias_B11S: torch.Tensor | None
+    """HIDDEN where a record's padding stands; None where there is none."""
+
+    @classmethod
+    def of(cls, caches: list[Cache], valid_BS: torch.Tensor | None, dtype: torch.dtype) -> list[Step]:
+        bias = None
+        if valid_BS is not None:
+            bias = torch.zeros(valid_BS.shape, device=valid_BS.device, dtype=dtype).masked_fill_(~valid_BS, HIDDEN)
+            bias = bias[:, None, None]
+        return [cls(cache, bias) for cache in caches]
+
+    def attend(self, q_XNH: torch.Tensor, k_XKH: torch.Tensor, v_XKH: torch.Tensor) -> torch.Tensor:
+        cache = self.cache
+        cache.append(k_XKH, v_XKH)
+        k, v = cache.keys.narrow(2, 0, cache.length), cache.values.narrow(2, 0, cache.length)
+        grouped = k.shape[1] != q_XNH.shape[1]
+        y = F.scaled_dot_product_attention(q_XNH.unsqueeze(2), k, v, attn_mask=self.bias_B11S, enable_gqa=grouped)
+        return y.squeeze(2)
 
 
 class Attention(nn.Module):

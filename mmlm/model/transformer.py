@@ -16,6 +16,7 @@ A answer positions, U positions that a head reads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,14 +24,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmlm.features.spec import AUDIO, FIELDS, IMAGE, FeatureSpec
-from mmlm.model.attention import Cache, Cached, Table, rotary
+from mmlm.model.attention import Cache, Filling, Step, Table, rotary
 from mmlm.model.block import Block
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import AnswerHead, AnswerLoss
 from mmlm.model.embeddings import FieldEmbedding, MediaEmbedding, fill
 from mmlm.model.initialise import initialise
 from mmlm.model.kernels import RMSNorm, rows_of
-from mmlm.model.packed import arrange
+from mmlm.model.packed import Arrangement, arrange
 
 IGNORE = -100
 
@@ -124,21 +125,23 @@ class FusedTransformer(nn.Module):
 
     def read_prompts(self, batch: Inputs, caches: list[Cache]) -> torch.Tensor:
         """Normalised hidden states (B, D) of the last column of left-padded prompts; fills `caches`, one a block."""
-        B, T = batch.tokens_BT.shape
+        x_XD = self.embed(batch, batch.valid_BT)
         prefix = self.config.attention == "prefix"
-        seen = Cached.prompts(caches, batch.valid_BT, batch.prompt_BT, prefix=prefix)
-        x_XD = self.embed(batch, torch.ones_like(batch.valid_BT))
-        last = torch.arange(1, B + 1, device=x_XD.device) * T - 1
-        return self._cached(x_XD, batch.position_BT.flatten(), seen, last)
+        seen = arrange(batch.segment_BT, batch.prompt_BT, prefix=prefix, dtype=x_XD.dtype)
+        last_B = batch.valid_BT.sum(1).cumsum(0) - 1
+        filling = [Filling(cache, batch.valid_BT, seen) for cache in caches]
+        return self._cached(x_XD, batch.position_BT[batch.valid_BT], filling, last_B)
 
     def extend(
-        self, token_B: torch.Tensor, position_B: torch.Tensor, valid_BS: torch.Tensor, caches: list[Cache]
+        self, token_B: torch.Tensor, position_B: torch.Tensor, valid_BS: torch.Tensor | None, caches: list[Cache]
     ) -> torch.Tensor:
-        """Normalised hidden states (B, D) of one more token per record, which sees every valid position before it."""
-        return self._cached(self.tokens(token_B), position_B, Cached.step(caches, valid_BS), None)
+        """Normalised hidden states (B, D) of one more token per record, which sees every valid position before it and
+        itself; all of them where `valid_BS` is None."""
+        x_BD = self.tokens(token_B)
+        return self._cached(x_BD, position_B, Step.of(caches, valid_BS, x_BD.dtype), None)
 
     def _cached(
-        self, x_XD: torch.Tensor, position_X: torch.Tensor, seen: list[Cached], read: torch.Tensor | None
+        self, x_XD: torch.Tensor, position_X: torch.Tensor, seen: Sequence[Arrangement], read: torch.Tensor | None
     ) -> torch.Tensor:
         table = self._rotary(position_X, x_XD.dtype)
         for n, (block, one) in enumerate(zip(self.blocks, seen, strict=True)):

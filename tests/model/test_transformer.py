@@ -12,7 +12,8 @@ from mmlm.data.collate import IGNORE, collate, field_rows
 from mmlm.data.modalities import keep_modalities
 from mmlm.features.spec import EOS
 from mmlm.model.config import ModelConfig
-from mmlm.model.generation import generate, words_only
+from mmlm.model.generation import generate
+from mmlm.model.sampling import words_only
 from mmlm.model.transformer import FusedTransformer, count_parameters
 from mmlm.train.config import LossConfig
 from mmlm.train.objectives import Answering, loss_of
