@@ -38,6 +38,7 @@ class Size:
 
     def options(self, device: str) -> dict[str, Any]:
         model = {"width": self.width, "layers": self.layers, "heads": self.heads, "mlp_width": self.mlp_width}
+        model |= {"kv_heads": self.heads, "qk_norm": False}  # as the peers'
         return {
             "model": model, "batch": self.batch, "steps": self.steps, "warm": self.warm, "threads": 1, "device": device,
         }  # fmt: skip

@@ -44,7 +44,7 @@ def on_gpu(runs: int, log: Log) -> list[dict[str, Any]]:
     rows = []
     for name, width, layers, heads, goal in SIZES:
         for length in LENGTHS:
-            config = ModelConfig(width=width, layers=layers, heads=heads)
+            config = ModelConfig(width=width, layers=layers, heads=heads, kv_heads=heads, qk_norm=False)
             reached = [step_mfu(config, length) for _ in range(runs)]
             log.note(f"{name} at {length}", mfu=reached, device=torch.cuda.get_device_name())
             rows.append(

@@ -145,11 +145,11 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(H) if config.qk_norm else None
         self.out = nn.Linear(config.heads * H, D, bias=False)
 
-    def forward(self, x_XD: torch.Tensor, table: Table, arrangement: Arrangement) -> torch.Tensor:
+    def forward(self, x_XD: torch.Tensor, table: Table | None, arrangement: Arrangement) -> torch.Tensor:
         N, K = self.heads, self.kv_heads
         qkv = self.qkv(x_XD).view(len(x_XD), N + 2 * K, self.head_width)
         qk, v = qkv.split([N + K, K], 1)
         if self.query_norm is not None and self.key_norm is not None:
             qk = torch.cat([self.query_norm(qk[:, :N]), self.key_norm(qk[:, N:])], 1)
-        q, k = rotate(qk, table).split([N, K], 1)
+        q, k = (qk if table is None else rotate(qk, table)).split([N, K], 1)
         return self.out(arrangement.attend(q, k, v).flatten(1))

@@ -5,40 +5,53 @@ Axes: X valid position of the batch, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from mmlm.model.attention import Attention, Table
+from mmlm.model.classic import Perceptron, norm_of
 from mmlm.model.config import ModelConfig
-from mmlm.model.kernels import RMSNorm, rows_of, swiglu
+from mmlm.model.kernels import rows_of, swiglu
 from mmlm.model.packed import Arrangement
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)), the latter only where `read` says, if it does."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)), the latter only where `read` says, if it does; with
+    `norm_at: after`, norm(x + attention(x)), then norm(x + feed-forward(x)) (Vaswani et al. 2017, section 3.1)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.width)
+        self.after = config.norm_at == "after"
+        self.attention_norm = norm_of(config)
         self.attention = Attention(config)
-        self.feed_forward_norm = RMSNorm(config.width)
-        self.feed_forward = FeedForward(config.width, config.feed_forward)
+        self.feed_forward_norm = norm_of(config)
+        self.feed_forward = FeedForward(config) if config.mlp == "swiglu" else Perceptron(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_XD: torch.Tensor, table: Table, seen: Arrangement, read: torch.Tensor | None = None
+        self, x_XD: torch.Tensor, table: Table | None, seen: Arrangement, read: torch.Tensor | None = None
     ) -> torch.Tensor:
-        x_XD = x_XD + self.dropout(self.attention(self.attention_norm(x_XD), table, seen))
+        """`table` of rotary positions, if positions are rotary."""
+        x_XD = self.add(x_XD, self.attention_norm, lambda x: self.attention(x, table, seen))
         if read is not None:
             x_XD = rows_of(x_XD, read)
-        return x_XD + self.dropout(self.feed_forward(self.feed_forward_norm(x_XD)))
+        return self.add(x_XD, self.feed_forward_norm, self.feed_forward)
+
+    def add(self, x_XD: torch.Tensor, norm: nn.Module, inner: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """What a sub-layer makes of the residual stream, added to it."""
+        if self.after:
+            return norm(x_XD + self.dropout(inner(x_XD)))
+        return x_XD + self.dropout(inner(norm(x_XD)))
 
 
 class FeedForward(nn.Module):
     """SwiGLU: (SiLU(x G) * x U) O (Shazeer 2020, eq. 6)."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        width, hidden = config.width, config.feed_forward
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.gate_up.weight.parts = 2  # type: ignore[attr-defined]  # as in Attention
         self.out = nn.Linear(hidden, width, bias=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,13 +15,23 @@ class ModelConfig(Config):
     layers: int = Field(2, ge=1)
     heads: int = Field(4, ge=1)
     """Attention heads; `width` is a multiple of them."""
-    kv_heads: int | None = None
-    """Key-value heads, each shared by `heads` / `kv_heads` query heads (Ainslie et al. 2023); default one for each.
-    Fewer make the cache of generation and the key and value maps smaller."""
-    qk_norm: bool = False
+    kv_heads: int | None = 2
+    """Key-value heads, each shared by `heads` / `kv_heads` query heads (Ainslie et al. 2023); fewer make the cache of
+    generation and the key and value maps smaller. Default half of `heads`, all where that is no whole number; null is
+    one for each."""
+    qk_norm: bool = True
     """Normalise queries and keys per head: keeps attention scores small at high learning rates (Dehghani et al. 2023)."""
+    mlp: Literal["swiglu", "relu", "gelu"] = "swiglu"
+    """Feed-forward: gated (Shazeer 2020), or the classic max(0, x W + b) W + b, or that with GELU for the maximum."""
     mlp_width: int | None = None
-    """Hidden size of the gated feed-forward; default 8/3 of the width, rounded up to a multiple of 16."""
+    """Hidden size of the feed-forward; default 8/3 of the width, rounded up to a multiple of 16, if gated, else four
+    times the width."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016)."""
+    norm_at: Literal["before", "after"] = "before"
+    """Whether what a sub-layer reads is normalised, or its sum with the residual stream (Vaswani et al. 2017)."""
+    positions: Literal["rotary", "learned", "sinusoidal"] = "rotary"
+    """Queries and keys are rotated, or a learned or a sinusoidal vector for each position is added to the embeddings."""
     fusion: Literal["concat"] = "concat"
     """How modalities meet: `concat` puts their tokens into one sequence."""
     attention: Literal["causal", "prefix"] = "causal"
@@ -31,10 +41,20 @@ class ModelConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the residual updates that is dropped while training."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _share_keys_and_values(cls, given: Any) -> Any:
+        """What the default of `kv_heads` is depends on `heads`."""
+        heads = given.get("heads", cls.model_fields["heads"].default) if isinstance(given, dict) else None
+        if isinstance(heads, int) and "kv_heads" not in given:
+            return {**given, "kv_heads": heads if heads % 2 else heads // 2}
+        return given
+
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
+        if self.width % self.heads or (self.positions == "rotary" and (self.width // self.heads) % 2):
+            even = "an even" if self.positions == "rotary" else "a"
+            raise ValueError(f"width {self.width} must be {even} multiple of heads {self.heads}")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
         return self
@@ -49,4 +69,6 @@ class ModelConfig(Config):
 
     @property
     def feed_forward(self) -> int:
-        return self.mlp_width or -(-self.width * 8 // 3 // 16) * 16
+        """Hidden size of the feed-forward."""
+        gated = -(-self.width * 8 // 3 // 16) * 16
+        return self.mlp_width or (gated if self.mlp == "swiglu" else 4 * self.width)

@@ -73,7 +73,8 @@ def _blocks(config: ModelConfig, shape: Shape) -> int:
     scores = sum(4 * length * length * D for length in shape.lengths)  # Q Kᵀ, then its product with V
     attention = config.layers * (maps * shape.tokens + scores)
     fed = (config.layers - 1) * shape.tokens + (shape.targets if shape.read is None else shape.read)
-    return attention + 6 * D * config.feed_forward * fed
+    products = 3 if config.mlp == "swiglu" else 2
+    return attention + 2 * products * D * config.feed_forward * fed
 
 
 def _heads(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> int:

@@ -1,10 +1,11 @@
 """The fused Transformer: text, patches and mel frames in one sequence, answered by the next token and by a class head.
 
-Departures from Vaswani et al. 2017: decoder only; RMSNorm before each sub-layer and no biases (LLaMA, Touvron et al.
-2023); rotary positions instead of added ones; SwiGLU feed-forward (Shazeer 2020); fewer key-value heads and normalised
-queries and keys where asked for; media enter as tokens through one linear map each (ViT, Dosovitskiy et al. 2021);
-optionally the prompt attends in both directions (prefix-LM, Raffel et al. 2020). A missing modality is just fewer
-tokens. A sequence may hold several records: none sees another.
+Departures from Vaswani et al. 2017, each of which `ModelConfig` can take back (classic.py): decoder only; RMSNorm before
+each sub-layer and no biases (LLaMA, Touvron et al. 2023); rotary positions instead of added ones (Su et al. 2021); SwiGLU
+feed-forward (Shazeer 2020); half as many key-value heads (Ainslie et al. 2023); normalised queries and keys (Dehghani et
+al. 2023). Beyond it, media enter as tokens through one linear map each (ViT, Dosovitskiy et al. 2021), and optionally the
+prompt attends in both directions (prefix-LM, Raffel et al. 2020). A missing modality is just fewer tokens. A sequence may
+hold several records: none sees another.
 
 Departures from the usual layout: padding is dropped at the door, so that every map works on the X valid positions of the
 batch, one after the other; the last feed-forward works only on positions that a head reads; and the loss of the answers
@@ -26,11 +27,12 @@ from torch.utils.checkpoint import checkpoint
 from mmlm.features.spec import AUDIO, FIELDS, IMAGE, FeatureSpec
 from mmlm.model.attention import Cache, Filling, Step, Table, rotary
 from mmlm.model.block import Block
+from mmlm.model.classic import added_positions, last_norm_of
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import AnswerHead, AnswerLoss
 from mmlm.model.embeddings import FieldEmbedding, MediaEmbedding, fill
 from mmlm.model.initialise import initialise
-from mmlm.model.kernels import RMSNorm, rows_of
+from mmlm.model.kernels import rows_of
 from mmlm.model.packed import Arrangement, arrange
 
 IGNORE = -100
@@ -78,8 +80,9 @@ class FusedTransformer(nn.Module):
         longest = -(-spec.audio.max_frames // spec.audio.frames_per_token) + 1 if spec.audio else 0
         self.audio = MediaEmbedding(spec.audio.token_dim, longest, D) if spec.audio else None
         self.fields = FieldEmbedding(field_rows, D) if field_rows else None
+        self.positions = added_positions(config, spec.max_len)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(D)
+        self.norm = last_norm_of(config)
         self.answer = AnswerHead(D, spec.vocab_size)
         classes = sum(len(task.labels) for task in spec.tasks)
         self.label = nn.Linear(D, max(classes, 1))
@@ -137,7 +140,7 @@ class FusedTransformer(nn.Module):
     ) -> torch.Tensor:
         """Normalised hidden states (B, D) of one more token per record, which sees every valid position before it and
         itself; all of them where `valid_BS` is None."""
-        x_BD = self.tokens(token_B)
+        x_BD = self._placed(self.tokens(token_B), position_B)
         return self._cached(x_BD, position_B, Step.of(caches, valid_BS, x_BD.dtype), None)
 
     def _cached(
@@ -148,11 +151,18 @@ class FusedTransformer(nn.Module):
             x_XD = block(x_XD, table, one, read if n == len(seen) - 1 else None)
         return self.norm(x_XD)
 
-    def _rotary(self, position_X: torch.Tensor, dtype: torch.dtype) -> Table:
+    def _placed(self, x_XD: torch.Tensor, position_X: torch.Tensor) -> torch.Tensor:
+        """With what stands for the positions added, unless that is a rotation of queries and keys."""
+        return x_XD if self.positions is None else x_XD + self.positions(position_X).to(x_XD.dtype)
+
+    def _rotary(self, position_X: torch.Tensor, dtype: torch.dtype) -> Table | None:
+        if self.positions is not None:
+            return None
         return rotary(position_X, self.config.head_width, self.config.rope_theta, dtype)
 
     def embed(self, batch: Inputs, keep_BT: torch.Tensor) -> torch.Tensor:
-        """(X, D) of the positions to keep: token embeddings, with media slots filled from their own embeddings."""
+        """(X, D) of the positions to keep: token embeddings, with media slots filled from their own embeddings, and what
+        stands for the positions added, unless that is rotary."""
         tokens_X, prompt_X = batch.tokens_BT[keep_BT], batch.prompt_BT[keep_BT]
         x_XD = self.tokens(tokens_X)
         for module, slot, rows, at in (
@@ -162,7 +172,7 @@ class FusedTransformer(nn.Module):
         ):
             if module is not None:
                 x_XD = fill(x_XD, (tokens_X == slot) & prompt_X, module, rows, at)
-        return x_XD
+        return self._placed(x_XD, batch.position_BT[keep_BT])
 
 
 def count_parameters(model: nn.Module) -> int:

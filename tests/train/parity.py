@@ -163,7 +163,7 @@ def _change(config: TrainConfig, name: str, matrix: bool, g: torch.Tensor, state
     if kind == "muon" and matrix and name.startswith("blocks"):
         state[0] = 0.95 * state[0] + 0.05 * g
         update = 0.05 * g + 0.95 * state[0]
-        parts = 3 if "qkv" in name else 2 if "gate_up" in name else 1
+        parts = 4 + 2 * 2 if "qkv" in name else 2 if "gate_up" in name else 1
         return torch.cat([_newton_schulz(x) * 0.2 * max(x.shape) ** 0.5 for x in update.chunk(parts)])
     state[0], state[1], state[2] = 0.9 * state[0] + 0.1 * g, 0.95 * state[1] + 0.05 * g * g, state[2] + 1
     mean, square = state[0] / (1 - 0.9 ** state[2]), state[1] / (1 - 0.95 ** state[2])

@@ -61,7 +61,7 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     by_muon = {name for name, group in groups.items() if group["rule"] == "muon"}
     assert by_muon == {n for n in groups if n.startswith("blocks") and "norm" not in n}
     assert {g["rule"] for n, g in groups.items() if n not in by_muon} == {"adamw"}
-    assert groups["blocks.1.attention.qkv.weight"]["parts"]["blocks.1.attention.qkv.weight"] == 3
+    assert groups["blocks.1.attention.qkv.weight"]["parts"]["blocks.1.attention.qkv.weight"] == 4 + 2 * 2
 
 
 def test_factors_and_freezing_go_by_module_and_by_pattern():
