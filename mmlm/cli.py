@@ -241,7 +241,8 @@ def _people(commands: Any) -> None:
     predict.add_argument("--text", help="the question")
     predict.add_argument("--image", metavar="FILE")
     predict.add_argument("--audio", metavar="FILE")
-    predict.add_argument("--input", type=Path, metavar="FILE.jsonl", help="one {text, image, audio} a line")
+    predict.add_argument("--fields", metavar="JSON", help='named numbers and categories: {"age": 50}')
+    predict.add_argument("--input", type=Path, metavar="FILE.jsonl", help="one {text, image, audio, fields} a line")
     predict.add_argument("--json", action="store_true", help="print answers as JSON lines")
     predict.add_argument("--tracking-uri", metavar="URI")
 
@@ -420,11 +421,12 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     from mmlm.publish.answering import Responder
 
-    one = {key: getattr(arguments, key) for key in ("text", "image", "audio") if getattr(arguments, key) is not None}
+    keys = ("text", "image", "audio", "fields")
+    one = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
     if bool(one) == bool(arguments.input):
         raise ConfigError(
             "nothing to answer" if not one else "both a question and --input",
-            wanted="--text, --image, --audio in any combination, or --input FILE.jsonl",
+            wanted="--text, --image, --audio, --fields in any combination, or --input FILE.jsonl",
         )
     rows = _questions(arguments.input) if arguments.input else [one]
     good = [row for row in rows if "error" not in row]
@@ -438,7 +440,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         elif arguments.json or arguments.input:
             print(json.dumps(answer, ensure_ascii=False))
         else:
-            print(f"{answer['answer']}   ({answer['score']:.3f})")
+            print(answer["answer"] + ("" if answer["score"] is None else f"   ({answer['score']:.3f})"))
     return 2 if failed else 0
 
 
@@ -447,7 +449,7 @@ def _questions(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not UTF-8 text", wanted="JSON lines with text, image, audio") from None
+        raise ConfigError(f"{path} is not UTF-8 text", wanted="JSON lines with text, image, audio, fields") from None
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

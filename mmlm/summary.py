@@ -156,16 +156,21 @@ def table(summary: dict[str, Any], out: Path) -> str:
 def _flags(out: Path) -> str:
     """The media that the model takes, as flags of `mmlm predict`."""
     modalities = feature_spec.load(out / "shards").modalities
-    return "".join(f" --{name} FILE" for name in ("image", "audio") if name in modalities)
+    flags = {"image": "FILE", "audio": "FILE", "fields": "JSON"}
+    return "".join(f" --{name} {value}" for name, value in flags.items() if name in modalities)
 
 
 def _rows(scores: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, str]]:
-    """(task, metric, given) → model → value with its interval: accuracy where there are classes, else text scores."""
+    """(task, metric, given) → model → value with its interval: accuracy where there are classes, else F1 of sets of them,
+    errors of numbers, or text scores."""
     chosen = [r for r in scores if r["lang"] == "all" and r["split"] == "test"]
     classed = {r["task"] for r in chosen if r["metric"] == "accuracy"}
+    sets = {r["task"] for r in chosen if r["metric"] == "subset_accuracy"}
+    others = ("exact_match", "chrf", "r2", "mae")
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for r in chosen:
-        if r["metric"] == "accuracy" or (r["task"] not in classed and r["metric"] in ("exact_match", "chrf")):
+        shown = ("f1_micro", "f1_macro") if r["task"] in sets else others
+        if r["metric"] == "accuracy" or (r["task"] not in classed and r["metric"] in shown):
             digits = 1 if r["metric"] == "chrf" else 3
             cell = f"{r['value']:.{digits}f} [{r['low']:.{digits}f}, {r['high']:.{digits}f}]"
             rows.setdefault((r["task"], r["metric"], r["modalities"]), {})[r["model"]] = cell

@@ -28,7 +28,8 @@ from mmlm.shards.shard import shard
 from mmlm.train import engine, weights
 from mmlm.train.config import AdamWConfig, TrainConfig
 from mmlm.train.loop import fit
-from mmlm.train.objectives import Answering, Term
+from mmlm.train.objectives import Answering
+from mmlm.train.terms.term import Term
 from mmlm.world import World
 
 

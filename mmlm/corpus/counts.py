@@ -18,6 +18,9 @@ MOST_VALUES = 1_000
 """Distinct values of one category that are kept."""
 MOST_SIZES = 50_000
 """Media files whose sizes enter the medians."""
+MOST_LABELS = 1_000
+"""Distinct labels up to which records with several at once are a matter of a head; with more they are free words, and
+answered as text."""
 
 
 class Tally:
@@ -31,9 +34,11 @@ class Tally:
         self.labels: dict[str, set[str]] = defaultdict(set)
         self.other_labels: dict[str, set[str]] = defaultdict(set)
         self.has_text: dict[str, bool] = defaultdict(bool)
+        self.multiple: dict[str, bool] = defaultdict(bool)
+        self.targets: dict[str, Moments] = {}
         self.task_langs: dict[str, set[str]] = defaultdict(set)
         self.questions: dict[str, Counter[str]] = defaultdict(Counter)
-        self.numbers: dict[str, list[float]] = {}
+        self.numbers: dict[str, Moments] = {}
         self.values: dict[str, Counter[str]] = defaultdict(Counter)
 
     def of(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -50,15 +55,15 @@ class Tally:
         if record.lang:
             self.task_langs[record.task].add(record.lang)
         target = record.target
-        # several labels at once are no choice of one class: such records are answered as text
-        labels = {target.label} if target.label is not None else set()
-        self.has_text[record.task] |= target.text is not None or bool(
-            target.label is None and target.labels is not None
-        )
+        labels = {target.label} if target.label is not None else set(target.labels or ())
+        self.has_text[record.task] |= target.text is not None
+        self.multiple[record.task] |= target.label is None and target.labels is not None
         if record.split != "train":
             self.other_labels[record.task] |= labels
             return
         self.labels[record.task] |= labels
+        if target.number is not None and math.isfinite(target.number):
+            self.targets.setdefault(record.task, Moments()).add(target.number)
         question = "\n".join(p.text or "" for p in record.parts if p.kind == "text" and p.role == "user" and not p.turn)
         asked = self.questions[record.task]
         if question and (question in asked or len(asked) < MOST_QUESTIONS):
@@ -73,12 +78,7 @@ class Tally:
             if value in seen or len(seen) < MOST_VALUES:
                 seen[value] += 1
         elif value is not None:
-            # Welford's running mean and sum of squared deviations
-            state = self.numbers.setdefault(name, [0.0, 0.0, 0.0])
-            state[0] += 1
-            delta = value - state[1]
-            state[1] += delta / state[0]
-            state[2] += delta * (value - state[1])
+            self.numbers.setdefault(name, Moments()).add(value)
 
     def counts(self) -> dict[str, Any]:
         return {
@@ -89,12 +89,12 @@ class Tally:
         }
 
     def tasks(self) -> list[dict[str, Any]]:
-        """Per task, sorted by name: name, labels (of the training split), has_text, langs, questions."""
+        """Per task, sorted by name: name, labels (of the training split), has_text, langs, questions; `multiple` where
+        several labels hold at once, and the mean and standard deviation of a `number` where there is one."""
         return [
             {
                 "name": task,
-                "labels": sorted(self.labels[task]),
-                "has_text": self.has_text[task],
+                **self._answered(task),
                 "langs": sorted(self.task_langs[task]),
                 "questions": [q for q, _ in sorted(self.questions[task].items(), key=lambda x: (-x[1], x[0]))][
                     :LISTED_QUESTIONS
@@ -102,6 +102,18 @@ class Tally:
             }
             for task in sorted(self.by_task)
         ]
+
+    def _answered(self, task: str) -> dict[str, Any]:
+        """What answers a task: one of its labels, several, a number, or a text."""
+        labels, several = sorted(self.labels[task]), self.multiple[task]
+        if several and len(labels) > MOST_LABELS:
+            return {"labels": [], "has_text": True}
+        found: dict[str, Any] = {"labels": labels, "has_text": self.has_text[task]}
+        if several and labels:
+            found["multiple"] = True
+        if task in self.targets and not labels and not self.has_text[task]:
+            found["number"] = [self.targets[task].mean, self.targets[task].deviation]
+        return found
 
     def unseen_labels(self) -> dict[str, list[str]]:
         """Classes that only validation or test records have: no model can have learnt them."""
@@ -113,13 +125,31 @@ class Tally:
 
         A name with both is what most of its values are; the others count as missing.
         """
-        categories = {n: c for n, c in self.values.items() if c.total() >= self.numbers.get(n, [0])[0]}
+        categories = {n: c for n, c in self.values.items() if n not in self.numbers or c.total() >= self.numbers[n].n}
         numbers = {
-            name: [mean, math.sqrt(squares / n) or 1.0]
-            for name, (n, mean, squares) in sorted(self.numbers.items())
+            name: [found.mean, found.deviation]
+            for name, found in sorted(self.numbers.items())
             if name not in categories
         }
         return {"numbers": numbers, "categories": {n: sorted(c) for n, c in sorted(categories.items())}}
+
+
+class Moments:
+    """Running mean and standard deviation (Welford 1962)."""
+
+    def __init__(self) -> None:
+        self.n, self.mean, self._squares = 0, 0.0, 0.0
+
+    def add(self, value: float) -> None:
+        self.n += 1
+        delta = value - self.mean
+        self.mean += delta / self.n
+        self._squares += delta * (value - self.mean)
+
+    @property
+    def deviation(self) -> float:
+        """1 where all values are the same."""
+        return math.sqrt(self._squares / self.n) or 1.0
 
 
 class Sizes:

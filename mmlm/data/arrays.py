@@ -5,6 +5,7 @@ Without torch, which processes that only decode do not load.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,6 +87,8 @@ def assemble(
         "position_BT": position,
         "answer_at_R": np.array(answer_at, np.int64),
         "label_R": np.array([_label(s, spec, offsets) for s in records], np.int64),
+        "labels_RL": _labels(records, spec),
+        "number_R": np.array([_number(s, spec) for s in records], np.float32),
         "task_R": np.array([names.get(s.task, -1) for s in records], np.int64),
         "patches_PD": patches,
         "patch_at_P": patch_at,
@@ -116,10 +119,36 @@ def mel_tokens(frames: int, spec: AudioSpec) -> int:
 
 
 def _label(sample: Sample, spec: FeatureSpec, offsets: dict[str, tuple[int, int]]) -> int:
-    if sample.label is None or sample.task not in offsets:
+    if sample.label is None or sample.task not in offsets or spec.task(sample.task).multiple:
         return IGNORE
     labels = spec.task(sample.task).labels
     return offsets[sample.task][0] + labels.index(sample.label) if sample.label in labels else IGNORE
+
+
+def _labels(records: Sequence[Sample], spec: FeatureSpec) -> np.ndarray:
+    """(R, L) int8 over the classes of all tasks of which several hold at once: 1 holds, 0 does not, -1 was not asked."""
+    columns: dict[str, dict[str, int]] = {}
+    L = 0
+    for task in spec.tasks:
+        if task.multiple:
+            columns[task.name] = {label: L + n for n, label in enumerate(task.labels)}
+            L += len(task.labels)
+    table = np.full((len(records), L), -1, np.int8)
+    for row, sample in zip(table, records, strict=True):
+        held = sample.labels if sample.labels is not None else [sample.label] if sample.label is not None else None
+        if sample.task in columns and held is not None:
+            own = columns[sample.task]
+            row[list(own.values())] = 0
+            row[[own[label] for label in held if label in own]] = 1
+    return table
+
+
+def _number(sample: Sample, spec: FeatureSpec) -> float:
+    """The number to be answered, standardised; NaN without one."""
+    found = next((t.number for t in spec.tasks if t.name == sample.task), None)
+    if found is None or sample.number is None:
+        return math.nan
+    return (sample.number - found[0]) / found[1]
 
 
 def _patches(

@@ -20,7 +20,8 @@ class Batch:
     """B sequences of T positions hold R records; P patches, M mel tokens and K field values stand in order of their
     slots, sequence by sequence. Attention and positions never cross records.
 
-    Axes: B sequence, T position, R record with an `<answer>`, P patch, M mel token, K field value, D features.
+    Axes: B sequence, T position, R record with an `<answer>`, L class of which several may hold, P patch, M mel token,
+    K field value, D features.
     """
 
     tokens_BT: torch.Tensor
@@ -39,6 +40,10 @@ class Batch:
     """int64; where each record's `<answer>` stands, as b * T + t."""
     label_R: torch.Tensor
     """int64; the row of the record's class in the classification head, IGNORE without one."""
+    labels_RL: torch.Tensor
+    """int8 over the classes of tasks of which several hold at once: 1 holds, 0 does not, -1 was not asked."""
+    number_R: torch.Tensor
+    """float32; the standardised number to be answered, NaN without one."""
     task_R: torch.Tensor
     """int64; the number of the record's task in the spec, -1 when unknown."""
     patches_PD: torch.Tensor

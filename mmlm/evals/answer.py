@@ -11,6 +11,7 @@ import torch
 
 from mmlm.data.collate import collate, mel_tokens
 from mmlm.data.modalities import keep_modalities
+from mmlm.evals.read_head import read_head
 from mmlm.features import spec as feature_spec
 from mmlm.features.sample import Sample
 from mmlm.features.spec import AUDIO, FIELDS, IMAGE, FeatureSpec
@@ -22,12 +23,15 @@ from mmlm.train import weights
 
 @dataclass(slots=True)
 class Answer:
-    """`answer` is the text; `score` its probability in [0, 1]; `label` the most likely class of the sample's task."""
+    """`answer` is the text; `score` its probability in [0, 1], None for a number, which has none; `label` the most likely
+    class of the sample's task, `labels` those that hold where several may, `number` the number that is asked for."""
 
     answer: str
-    score: float
+    score: float | None
     label: str | None
     label_scores: dict[str, float]
+    labels: list[str] | None = None
+    number: float | None = None
 
 
 class Answerer:
@@ -56,7 +60,8 @@ class Answerer:
         """One Answer per sample, in order. `given` names the modalities that are kept; `limit` the longest
         answer, tokens; by default what the longest sequence of the shards leaves room for.
 
-        A task without answer texts of its own is answered with the class head's best label, every other by generation.
+        A task with classes or a number, and without answer texts of its own, is answered by the head, every other by
+        generation.
         """
         limit = limit or max(48, self.spec.max_len)
         rows = [s if given is None else keep_modalities(s, given) for s in samples]
@@ -72,27 +77,24 @@ class Answerer:
         batch = collate(samples, self.spec, pad_left=True, with_answer=False).to(self.device)
         with torch.inference_mode():
             ids, log_score, label_logits = generate(self.model, batch, self._limit(samples, limit))
-        offsets = self.spec.label_offsets()
         answers = []
-        for sample, tokens, log, logits in zip(samples, ids, log_score.tolist(), label_logits, strict=True):
-            scores: dict[str, float] = {}
-            if sample.task in offsets:
-                first, last = offsets[sample.task]
-                share = logits[first:last].softmax(-1).tolist()
-                scores = dict(zip(self.spec.task(sample.task).labels, share, strict=True))
-            label = max(scores, key=lambda k: scores[k]) if scores else None
-            if label is not None and not self._has_text(sample.task):
-                answers.append(Answer(label, scores[label], label, scores))
+        for sample, tokens, log, head in zip(samples, ids, log_score.tolist(), label_logits.cpu(), strict=True):
+            said = read_head(head, sample.task, self.spec)
+            label, scores, labels = (said.label, said.label_scores, said.labels) if said else (None, {}, None)
+            if said is not None and not self._has_text(sample.task):
+                answers.append(Answer(said.answer, said.score, label, scores, labels, said.number))
             else:
-                answers.append(Answer(self.tokenizer.decode(tokens).strip(), float(np.exp(log)), label, scores))
+                words = self.tokenizer.decode(tokens).strip()
+                answers.append(Answer(words, float(np.exp(log)), label, scores, labels))
         return answers
 
     def _has_text(self, task: str) -> bool:
         return any(t.has_text for t in self.spec.tasks if t.name == task)
 
     def _limit(self, samples: Sequence[Sample], limit: int) -> int:
-        """No tokens need generating where every answer is a class."""
-        return limit if any(self._has_text(s.task) or s.task not in self.spec.label_offsets() for s in samples) else 0
+        """No tokens need generating where the head gives every answer."""
+        headed = {t.name for t in self.spec.tasks if (t.labels or t.number) and not t.has_text}
+        return 0 if all(s.task in headed for s in samples) else limit
 
 
 def _length(sample: Sample, spec: FeatureSpec) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from mmlm.evals.bench import Bench, Samples
 from mmlm.evals.config import EvaluateConfig, LogisticConfig
 from mmlm.evals.flat import Decode, flat_rows
+from mmlm.evals.linear import ManyLogistic, Ridge, held_of
 from mmlm.evals.predictions import Prediction
 from mmlm.features.sample import Sample
-from mmlm.features.spec import FeatureSpec
+from mmlm.features.spec import FeatureSpec, TaskSpec
 
 
 def evenly(found: Sequence[int], most: int) -> list[int]:
@@ -33,8 +35,17 @@ class Majority:
     label: str | None
     label_scores: dict[str, float]
     answers: dict[str, str]
+    labels: list[str] | None = None
+    """Those that more than half of the records have, where several may hold."""
+    number: float | None = None
+    """The mean of numbers."""
 
     def predict(self, samples: Sequence[Sample]) -> list[Prediction]:
+        if self.number is not None:
+            return [Prediction(None, {}, format(self.number, ".6g"), None, number=self.number) for _ in samples]
+        if self.labels is not None:
+            share = math.prod(max(p, 1 - p) for p in self.label_scores.values())
+            return [Prediction(None, self.label_scores, None, share, self.labels) for _ in samples]
         share = self.label_scores.get(self.label or "", 0.0)
         return [
             Prediction(self.label, self.label_scores, self.answers.get(s.lang, self.answers.get("")), share)
@@ -55,6 +66,12 @@ def fit_majority(labels: Sequence[str | None], answers: Sequence[tuple[str, str]
         {k: counts[k] / total for k in sorted(counts)},
         {lang: text for lang, text in commonest.items() if text is not None},
     )
+
+
+def fit_sets(task: TaskSpec, held: Sequence[list[str]]) -> Majority:
+    counts = Counter(label for labels in held for label in set(labels))
+    shares = {label: counts[label] / max(len(held), 1) for label in task.labels}
+    return Majority(None, shares, {}, [label for label, p in shares.items() if p > 0.5])
 
 
 def _first(counts: Counter[str]) -> str | None:
@@ -106,37 +123,58 @@ class Baselines:
     def __init__(self, bench: Bench, config: EvaluateConfig) -> None:
         self.bench, self.config = bench, config.baselines
         switches = {"majority": self.config.majority, "logistic": self.config.logistic.enabled}
+        numbers = any(task.number for task in bench.spec.tasks)
+        switches["ridge"] = numbers and self.config.logistic.enabled
         self.names = [name for name, on in switches.items() if on]
         self._train: dict[str, list[Sample]] = {}
         self._val: dict[str, list[Sample]] = {}
         self._majority: dict[str, Majority] = {}
-        self._fitted: dict[tuple[str, frozenset[str]], Logistic | None] = {}
+        self._fitted: dict[tuple[str, frozenset[str]], Logistic | ManyLogistic | Ridge | None] = {}
         self._read = False
 
-    def fitted(self, name: str, task: str, kept: frozenset[str]) -> Majority | Logistic | None:
-        """None where the baseline cannot answer: no classes, or only one of them in the training split."""
+    def fitted(self, name: str, task: str, kept: frozenset[str]) -> Majority | Logistic | ManyLogistic | Ridge | None:
+        """None where the baseline cannot answer: no classes or numbers, or only one class in the training split."""
         if not self._read:
             self._read_training()
         if name == "majority":
             return self._majority.get(task)
+        if (name == "ridge") != bool(self.bench.spec.task(task).number):
+            return None
         if (task, kept) not in self._fitted:
             self._fitted[task, kept] = self._fit(task, kept)
         return self._fitted[task, kept]
 
-    def _fit(self, task: str, kept: frozenset[str]) -> Logistic | None:
+    def _fit(self, task: str, kept: frozenset[str]) -> Logistic | ManyLogistic | Ridge | None:
         def usable(samples: list[Sample]) -> list[Sample]:
             return [s for s in samples if not kept or not kept.isdisjoint(s.modalities)]
 
         train, val = usable(self._train.get(task, [])), usable(self._val.get(task, []))
+        told, decode = self.bench.spec.task(task), self.bench.tokenizer.decode
+        if told.number:
+            return Ridge(kept, self.bench.spec, decode).fit(train) if len(train) > 1 else None
+        if told.multiple:
+            many = ManyLogistic(told, kept, self.bench.spec, decode)
+            return many.fit(train, val, self.config.logistic) if train else None
         if len({s.label for s in train}) < 2:
             return None
         model = Logistic(kept, self.bench.spec, self.bench.tokenizer.decode)
         return model.fit(train, val, self.config.logistic)
 
+    def _most_frequent(
+        self, task: str, labels: list[str | None], answers: list[tuple[str, str]], train: list[Sample]
+    ) -> Majority:
+        told = next((t for t in self.bench.spec.tasks if t.name == task), TaskSpec(name=task))
+        if told.number:
+            return Majority(None, {}, {}, number=told.number[0])
+        if told.multiple:
+            return fit_sets(told, [held_of(s) or [] for s in train])
+        return fit_majority(labels, answers)
+
     def _read_training(self) -> None:
         self._read = True
         labels: dict[str, list[str | None]] = {}
         answers: dict[str, list[tuple[str, str]]] = {}
+        headed: dict[str, list[Sample]] = {}
         reader = self.bench.read("train")
         numbers: dict[str, list[int]] = {}
         for i, task in enumerate(_tasks(reader)):
@@ -146,14 +184,22 @@ class Baselines:
             for sample in (reader[i] for i in evenly(found, most)):
                 labels.setdefault(task, []).append(sample.label)
                 answers.setdefault(task, []).append((sample.lang, sample.answer or ""))
-                if sample.label is not None and self.config.logistic.enabled:
-                    self._train.setdefault(task, []).append(sample)
-        self._majority = {task: fit_majority(labels[task], answers[task]) for task in labels}
+                if _has_target(sample):
+                    headed.setdefault(task, []).append(sample)
+        self._majority = {
+            task: self._most_frequent(task, labels[task], answers[task], headed.get(task, [])) for task in labels
+        }
+        self._train = headed if self.config.logistic.enabled else {}
         if self.config.logistic.enabled and len(self.config.logistic.strengths) > 1:
             reader = self.bench.read("val")
             for sample in (reader[i] for i in range(len(reader))):
-                if sample.label is not None:
+                if _has_target(sample):
                     self._val.setdefault(sample.task, []).append(sample)
+
+
+def _has_target(sample: Sample) -> bool:
+    """Whether a record has a class, classes or a number to be answered."""
+    return sample.label is not None or sample.labels is not None or sample.number is not None
 
 
 def _tasks(reader: Samples) -> list[str]:

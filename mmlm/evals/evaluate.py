@@ -168,7 +168,7 @@ def _predict(
     """(model, one prediction or None per sample), for the models, then the baselines."""
     for name, model in bench.models.items():
         answers = model.answer(samples, batch_size=config.batch_size, given=chosen.kept)
-        yield name, [Prediction(a.label, a.label_scores, a.answer, a.score) for a in answers]
+        yield name, [Prediction(a.label, a.label_scores, a.answer, a.score, a.labels, a.number) for a in answers]
     for name in baselines.names:
         predictions: list[Prediction | None] = [None] * len(samples)
         for task in sorted({f.task for f in part}):
@@ -182,7 +182,7 @@ def _predict(
 
 def test_digest(facts: Sequence[Facts]) -> str:
     """Hash of which records were asked and what was expected; two reports are comparable when it is the same."""
-    return sha256_json(sorted([f.split, f.task, f.id, f.label, f.expected] for f in facts))
+    return sha256_json(sorted([f.split, f.task, f.id, f.label, f.expected] for f in facts))  # labels, numbers: as text
 
 
 def metric_name(row: Mapping[str, Any]) -> str:

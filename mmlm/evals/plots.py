@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#555555")
 """Okabe & Ito 2008: told apart with every kind of colour vision."""
-GREY = ("#999999", "#C4C4C4")
-BASELINES = ("majority", "logistic")
+GREY = ("#999999", "#C4C4C4", "#C4C4C4")
+BASELINES = ("majority", "logistic", "ridge")
 MAX_CLASSES = 30
 """More classes than this make no readable matrix: the report then lists the commonest mistakes only."""
 

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 
 from mmlm.evals import scores, texts
 from mmlm.evals.config import EvaluateConfig
+from mmlm.evals.number_scores import number_scores
+from mmlm.evals.set_scores import set_scores
 from mmlm.evals.statistics import Resamples, Score, interval
 from mmlm.features.sample import Sample
 from mmlm.features.spec import TaskSpec
@@ -33,22 +35,30 @@ class Facts:
     label: str | None
     expected: str | None
     modalities: tuple[str, ...]
+    labels: tuple[str, ...] | None = None
+    """Those that hold, where several may."""
+    number: float | None = None
 
 
 def facts_of(at: int, sample: Sample, split: str) -> Facts:
+    labels = None if sample.labels is None else tuple(sample.labels)
     return Facts(
-        at, sample.id, sample.task, split, sample.group, sample.lang, sample.label, sample.answer, sample.modalities
-    )
+        at, sample.id, sample.task, split, sample.group, sample.lang, sample.label, sample.answer, sample.modalities,
+        labels, sample.number,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One answer. `answer` is None for a baseline that has no words, `label` None for a task without classes."""
+    """One answer. `answer` is None for a baseline that has no words, `label` None for a task without classes, `labels`
+    for one of whose classes just one holds, `number` for one that asks for none; a number has no `score`."""
 
     label: str | None
     label_scores: dict[str, float]
     answer: str | None
-    score: float
+    score: float | None
+    labels: list[str] | None = None
+    number: float | None = None
 
 
 @dataclass
@@ -69,16 +79,27 @@ class Answered:
         )  # fmt: skip
 
     def correct(self) -> np.ndarray:
-        """(N,) bool: the right class where the record has one, else the right words."""
+        """(N,) bool: the right class or classes where the record has some, else the right words."""
         return np.array([is_correct(f, p) for f, p in zip(self.facts, self.predictions, strict=True)], dtype=bool)
 
 
 def is_correct(facts: Facts, prediction: Prediction) -> bool:
     if facts.label is not None and prediction.label is not None:
         return facts.label == prediction.label
+    if prediction.labels is not None and (held := held_labels(facts)) is not None:
+        return held == set(prediction.labels)
+    if facts.number is not None and prediction.number is not None:
+        return format(facts.number, ".6g") == format(prediction.number, ".6g")
     if facts.expected is None or prediction.answer is None:
         return False
     return texts.normalise(prediction.answer) == texts.normalise(facts.expected)
+
+
+def held_labels(facts: Facts) -> set[str] | None:
+    """The classes that hold, where several may."""
+    if facts.labels is not None:
+        return set(facts.labels)
+    return None if facts.label is None else {facts.label}
 
 
 @dataclass
@@ -155,8 +176,15 @@ def _rows_of(answered: Answered, config: EvaluateConfig, lang: str) -> list[dict
     view = class_view(answered)
     if view is not None:
         add([f.group for f, p in pairs if f.label is not None and p.label is not None], _class_scores(view))
+    sets = [(f, p) for f, p in pairs if p.labels is not None and held_labels(f) is not None]
+    if sets:
+        add([f.group for f, _ in sets], _set_scores(answered.task, sets))
+    numbers = [(f, p) for f, p in pairs if f.number is not None and p.number is not None]
+    if numbers:
+        truth, said = (np.array(x, np.float64) for x in zip(*((f.number, p.number) for f, p in numbers), strict=True))
+        add([f.group for f, _ in numbers], number_scores(truth, said))
     words = [(f, p.answer) for f, p in pairs if f.expected is not None and p.answer is not None]
-    if words and (answered.task.has_text or not answered.task.labels):
+    if words and (answered.task.has_text or not (answered.task.labels or answered.task.number)):
         add([f.group for f, _ in words], _text_scores(words))
     return rows
 
@@ -167,6 +195,16 @@ def _class_scores(view: ClassView) -> dict[str, Score]:
         found["roc_auc"] = scores.roc_auc(view.truth, view.scores)
         found["calibration_error"] = scores.calibration_error(view.scores.max(1), view.truth == view.given)
     return found
+
+
+def _set_scores(task: TaskSpec, pairs: list[tuple[Facts, Prediction]]) -> dict[str, Score]:
+    held = [held_labels(f) or set() for f, _ in pairs]
+    known = [*task.labels, *sorted(set().union(*held) - set(task.labels))]  # one that training never saw is a miss
+    truth = np.array([[label in one for label in known] for one in held])
+    given = np.array([[label in (p.labels or ()) for label in known] for _, p in pairs])
+    scored = all(p.label_scores for _, p in pairs)
+    table = np.array([[p.label_scores.get(k, 0.0) for k in known] for _, p in pairs]) if scored else np.zeros((0, 0))
+    return set_scores(truth, given, table, known)
 
 
 def _text_scores(words: list[tuple[Facts, str]]) -> dict[str, Score]:
@@ -180,8 +218,11 @@ def _text_scores(words: list[tuple[Facts, str]]) -> dict[str, Score]:
 
 
 def headline_metric(task: TaskSpec) -> str:
-    """The one figure of a task: accuracy where it has classes, else exact match."""
-    return "accuracy" if task.labels else "exact_match"
+    """The one figure of a task: accuracy where it has classes, F1 over all classes where several may hold, the share of
+    the variance that is explained where it asks for a number, else exact match."""
+    if task.number:
+        return "r2"
+    return "f1_micro" if task.multiple else "accuracy" if task.labels else "exact_match"
 
 
 PREDICTIONS = pa.schema(
@@ -199,6 +240,10 @@ PREDICTIONS = pa.schema(
         ("correct", pa.bool_()),
         ("answer", pa.string()),
         ("expected", pa.string()),
+        ("labels", pa.list_(pa.string())),
+        ("predicted_labels", pa.list_(pa.string())),
+        ("number", pa.float64()),
+        ("predicted_number", pa.float64()),
     ]
 )
 
@@ -208,8 +253,10 @@ def write_predictions(path: Path, answered: Sequence[Answered]) -> None:
     rows = [
         {
             "model": a.model, "given": a.modalities, "split": a.split, "id": f.id, "group": f.group, "task": f.task,
-            "lang": f.lang, "label": f.label, "predicted": p.label, "score": float(p.score),
+            "lang": f.lang, "label": f.label, "predicted": p.label, "score": p.score,
             "correct": is_correct(f, p), "answer": p.answer, "expected": f.expected,
+            "labels": None if (held := held_labels(f)) is None or p.labels is None else sorted(held),
+            "predicted_labels": p.labels, "number": f.number, "predicted_number": p.number,
         }
         for a in answered
         for f, p in zip(a.facts, a.predictions, strict=True)

@@ -13,15 +13,31 @@ from mmlm.artifacts import Artifact
 from mmlm.evals import page, plots
 from mmlm.evals.bench import Bench, Samples
 from mmlm.evals.config import EvaluateConfig
-from mmlm.evals.predictions import Answered, ClassView, Facts, class_view, headline_metric, is_correct
+from mmlm.evals.predictions import (
+    Answered,
+    ClassView,
+    Facts,
+    Prediction,
+    class_view,
+    headline_metric,
+    is_correct,
+)
 from mmlm.features.sample import Sample
 from mmlm.features.spec import SPECIAL_TOKENS, TaskSpec
 from mmlm.storage import write_bytes
 
 Row = Mapping[str, Any]
-COLUMNS = ("accuracy", "f1_macro", "roc_auc", "calibration_error", "exact_match", "chrf", "bleu")
+COLUMNS = (
+    "accuracy", "subset_accuracy", "f1_micro", "f1_macro", "roc_auc", "calibration_error", "exact_match", "chrf", "bleu",
+    "r2", "mae", "rmse",
+)  # fmt: skip
 TITLES = {
     "f1_macro": "F1 (macro)",
+    "f1_micro": "F1 (micro)",
+    "subset_accuracy": "whole set right",
+    "r2": "R²",
+    "mae": "MAE",
+    "rmse": "RMSE",
     "roc_auc": "ROC-AUC",
     "chrf": "chrF",
     "bleu": "BLEU",
@@ -37,7 +53,10 @@ n differs. Languages with fewer records than the least n have no row of their ow
 the rest, averaged. Exact match compares after Unicode NFKC, without spaces at the ends and marks such as 。 or . at
 the end; upper and lower case differ. chrF and BLEU are sacrebleu's, pooled over records, 0 to 100; BLEU has effective
 order and cuts words by each record's language.</li>
-<li><b>majority</b> always gives the most frequent training answer. <b>logistic</b> is a logistic regression on the same
+<li>Where several classes may hold at once, each has a probability of its own and holds above one half. R² is the share
+of the variance of these records that is explained; MAE and RMSE are in the number's own unit.</li>
+<li><b>majority</b> always gives the most frequent training answer: each class that more than half of the records have
+where several may hold, the mean of numbers. <b>logistic</b> (<b>ridge</b> for numbers) is a linear model of the same
 stored features: small pictures with gradient histograms, mean, deviation and maximum of each mel bin, fields, hashed
 characters.</li></ul>"""
 
@@ -180,6 +199,8 @@ def _score_table(rows: Sequence[Row]) -> str:
     rows = [r for r in rows if r["lang"] == "all"]
     by_key = {(r["modalities"], r["model"], r["metric"]): r for r in rows}
     metrics = [m for m in COLUMNS if any(r["metric"] == m for r in rows)]
+    if "accuracy" in metrics:
+        metrics.remove("f1_micro")  # the same, where a record has just one class
     lines = []
     for given, model in dict.fromkeys((r["modalities"], r["model"]) for r in rows):
         n = max(r["n"] for r in rows if (r["modalities"], r["model"]) == (given, model))
@@ -237,7 +258,7 @@ def _examples(tables: Sequence[Answered], bench: Bench, reader: Samples, most: i
         return []
     table = next(t for t in tables if t.modalities == main_given(tables))
     pairs = sorted(
-        zip(table.facts, table.predictions, strict=True), key=lambda fp: (is_correct(*fp), -fp[1].score, fp[0].id)
+        zip(table.facts, table.predictions, strict=True), key=lambda fp: (is_correct(*fp), -_gravity(*fp), fp[0].id)
     )
     wrong = sum(not is_correct(f, p) for f, p in pairs)
     # two thirds mistakes, so that a page of a bad model also shows what it can do
@@ -252,6 +273,13 @@ def _examples(tables: Sequence[Answered], bench: Bench, reader: Samples, most: i
         "Right and wrong go by the class where the task has classes.</p>",
         '<div class="examples">' + "".join(cards) + "</div>",
     ]
+
+
+def _gravity(facts: Facts, prediction: Prediction) -> float:
+    """How sure an answer is; of a number, how far off it is."""
+    if facts.number is not None and prediction.number is not None:
+        return abs(prediction.number - facts.number)
+    return prediction.score or 0.0
 
 
 def _example(sample: Sample, facts: Facts, prediction: Any, bench: Bench) -> str:
@@ -269,10 +297,13 @@ def _example(sample: Sample, facts: Facts, prediction: Any, bench: Bench) -> str
         lines.append(("answer", prediction.answer or "(nothing)"))
     lines.append(("expected", facts.expected or facts.label or ""))
     right = is_correct(facts, prediction)
+    verdict = f"{'right' if right else 'wrong'}, confidence {prediction.score or 0.0:.2f}"
+    if facts.number is not None and prediction.number is not None:
+        verdict = f"off by {prediction.number - facts.number:+.4g}"
     items = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in lines)
     return (
         f'<div class="example{"" if right else " wrong"}"><div class="media">{"".join(media)}</div>'
-        f'<div class="verdict">{"right" if right else "wrong"}, confidence {prediction.score:.2f}</div>'
+        f'<div class="verdict">{verdict}</div>'
         f'<dl>{items}</dl><div class="soft"><code>{escape(facts.id)}</code></div></div>'
     )
 

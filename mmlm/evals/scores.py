@@ -13,7 +13,7 @@ from mmlm.evals.statistics import Score
 
 BINS = 15
 """Equal-width bins of confidence in the calibration error."""
-SHARES = ("accuracy", "exact_match")
+SHARES = ("accuracy", "exact_match", "subset_accuracy")
 """Scores that are shares of right answers."""
 
 
@@ -49,12 +49,12 @@ def class_scores(truth_N: np.ndarray, given_N: np.ndarray, classes: int) -> dict
         def score(w: np.ndarray) -> np.ndarray:
             hit, given, true = counts(w)
             occurs = (given + true) > 0
-            return (_ratio(ratio, hit, given, true) * occurs).sum(1) / np.maximum(occurs.sum(1), 1)
+            return (ratio_of(ratio, hit, given, true) * occurs).sum(1) / np.maximum(occurs.sum(1), 1)
 
         return score
 
     def micro(ratio: str) -> Score:
-        return lambda w: _ratio(ratio, *(c.sum(1) for c in counts(w)))
+        return lambda w: ratio_of(ratio, *(c.sum(1) for c in counts(w)))
 
     scores: dict[str, Score] = {"accuracy": share(truth_N == given_N)}
     for ratio in ("precision", "recall", "f1"):
@@ -63,7 +63,7 @@ def class_scores(truth_N: np.ndarray, given_N: np.ndarray, classes: int) -> dict
     return scores
 
 
-def _ratio(name: str, hit: np.ndarray, given: np.ndarray, true: np.ndarray) -> np.ndarray:
+def ratio_of(name: str, hit: np.ndarray, given: np.ndarray, true: np.ndarray) -> np.ndarray:
     whole = {"precision": given, "recall": true, "f1": (given + true) / 2}[name]
     return np.divide(hit, whole, out=np.zeros_like(hit), where=whole > 0)
 
@@ -75,8 +75,12 @@ def roc_auc(truth_N: np.ndarray, scores_NK: np.ndarray) -> Score:
     out of the mean, so a resample in which a class is missing still has a value.
     """
     classes = [1] if scores_NK.shape[1] == 2 else list(range(scores_NK.shape[1]))
-    ranked = [_Ranking(truth_N == k, scores_NK[:, k]) for k in classes]
-    ranked = [r for r in ranked if r.usable]
+    ranked = [Ranking(truth_N == k, scores_NK[:, k]) for k in classes]
+    return roc_auc_of([r for r in ranked if r.usable])
+
+
+def roc_auc_of(ranked: list[Ranking]) -> Score:
+    """The mean of the areas of `ranked`."""
 
     def score(w: np.ndarray) -> np.ndarray:
         if not ranked:
@@ -89,7 +93,7 @@ def roc_auc(truth_N: np.ndarray, scores_NK: np.ndarray) -> Score:
     return score
 
 
-class _Ranking:
+class Ranking:
     """Records of one class against the rest, sorted by score once for all resamples."""
 
     def __init__(self, positive_N: np.ndarray, score_N: np.ndarray) -> None:

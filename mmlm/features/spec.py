@@ -121,11 +121,15 @@ class FieldsSpec(Config):
 
 
 class TaskSpec(Config):
-    """One task of the corpus. `label` tasks have a classification head; `text` tasks are answered by generation."""
+    """One task of the corpus: tasks with classes or a number are answered by a head, `text` tasks by generation."""
 
     name: str
     labels: list[str] = []
     """Sorted classes of the training split; empty for a task without classes."""
+    multiple: bool = False
+    """Any number of the classes may hold at once, none included: each has a probability of its own."""
+    number: tuple[float, float] | None = None
+    """(mean, standard deviation) over the training split of the number to be answered; None where it is no number."""
     has_text: bool = False
     """Whether records carry an answer text of their own; otherwise the label is the text."""
     langs: list[str] = []
@@ -157,8 +161,13 @@ class FeatureSpec(Config):
 
     @property
     def digest(self) -> str:
-        # without encoders it is what it was before there were any
-        return sha256_json(self.model_dump(mode="json", exclude=None if self.encoders else {"encoders"}))
+        # without encoders, several classes at once and numbers it is what it was before there were any
+        data = self.model_dump(mode="json", exclude=None if self.encoders else {"encoders"})
+        for task in data["tasks"]:
+            for name, absent in (("multiple", False), ("number", None)):
+                if task[name] == absent:
+                    del task[name]
+        return sha256_json(data)
 
     @property
     def image_bytes(self) -> int:
@@ -185,13 +194,23 @@ class FeatureSpec(Config):
         return next(t for t in self.tasks if t.name == name)
 
     def label_offsets(self) -> dict[str, tuple[int, int]]:
-        """task → (first, last + 1) row of its classes in the one classification head."""
+        """task → (first, last + 1) row of its classes in the one head."""
         offsets, at = {}, 0
         for task in self.tasks:
             if task.labels:
                 offsets[task.name] = (at, at + len(task.labels))
                 at += len(task.labels)
         return offsets
+
+    def number_rows(self) -> dict[str, int]:
+        """task → the row of its standardised number in the head, behind all classes."""
+        first = sum(len(task.labels) for task in self.tasks)
+        return {task.name: first + n for n, task in enumerate(t for t in self.tasks if t.number)}
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the head, at least one: a row for each class and each number of all tasks."""
+        return max(sum(len(task.labels) + bool(task.number) for task in self.tasks), 1)
 
 
 def save(spec: FeatureSpec, folder: Path) -> None:

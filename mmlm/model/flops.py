@@ -78,8 +78,7 @@ def _blocks(config: ModelConfig, shape: Shape) -> int:
 
 
 def _heads(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> int:
-    classes = max(sum(len(task.labels) for task in spec.tasks), 1)
-    return 2 * config.width * (shape.targets * spec.vocab_size + shape.answers * classes)
+    return 2 * config.width * (shape.targets * spec.vocab_size + shape.answers * spec.head_rows)
 
 
 def _media(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> int:

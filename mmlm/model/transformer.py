@@ -60,7 +60,7 @@ class Output(NamedTuple):
     answer_AV: torch.Tensor
     """Logits of the positions whose target is not IGNORE, row by row; of none when their loss was asked for."""
     label_RC: torch.Tensor
-    """Logits over the classes of all tasks, read at each record's `<answer>`."""
+    """What the head says of each record, read at its `<answer>`: logits of the classes, then numbers, of all tasks."""
     answer: AnswerLoss | None = None
     """The loss of the same positions, when it was asked for."""
 
@@ -84,8 +84,7 @@ class FusedTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = last_norm_of(config)
         self.answer = AnswerHead(D, spec.vocab_size)
-        classes = sum(len(task.labels) for task in spec.tasks)
-        self.label = nn.Linear(D, max(classes, 1))
+        self.label = nn.Linear(D, spec.head_rows)
         initialise(self)
 
     def set_up(self, *, recompute: int = 0, compiled: bool = False) -> None:

@@ -1,7 +1,9 @@
 """Responder: answers questions of text, picture and sound; one for the command line, the server and the bundle.
 
-A question is `{"text": str, "image": bytes | path, "audio": bytes | path}`, every key optional; an answer is
-`{"answer": str, "score": float, "label_scores": {label: float}}`, or `{"error": sentence}`.
+A question is `{"text": str, "image": bytes | path, "audio": bytes | path, "fields": {name: number | category}}`, every key
+optional; an answer is
+`{"answer": str, "score": float, "label_scores": {label: float}}`, or `{"error": sentence}`; with `labels` where several
+may hold, and with `number` (which has no score: null) where one is asked for.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from mmlm.evals.answer import Answerer
 from mmlm.features.encode import Encoder
 from mmlm.features.sample import Sample
 from mmlm.features.spec import FeatureSpec, TaskSpec
+from mmlm.publish.asked_fields import read_asked
 from mmlm.storage import is_remote, read_uri
 
-KEYS = ("text", "image", "audio")
+KEYS = ("text", "image", "audio", "fields")
 MEDIA = {"image": "picture", "audio": "sound"}
 CHUNK = 256
 """Questions whose media are held in memory at once."""
@@ -69,7 +72,12 @@ class Responder:
             answers = self.answerer.answer(list(samples.values())) if samples else []
         for i, answer in zip(samples, answers, strict=True):
             scores = {label: round(share, 6) for label, share in answer.label_scores.items()}
-            results[i] = {"answer": answer.answer, "score": round(answer.score, 6), "label_scores": scores}
+            score = None if answer.score is None else round(answer.score, 6)
+            results[i] = {"answer": answer.answer, "score": score, "label_scores": scores}
+            if answer.labels is not None:
+                results[i]["labels"] = answer.labels
+            if answer.number is not None:
+                results[i]["number"] = answer.number
         return results
 
     def sample(self, row: Mapping[str, Any], paths: bool = True) -> Sample:
@@ -81,6 +89,8 @@ class Responder:
             if getattr(self.spec, kind) is None:
                 raise DataError(f"this model takes no {word}s", cure=f"ask without {kind}")
             parts.append(Part(kind, data=media_bytes(value, word, paths)))
+        if not missing(fields := row.get("fields")):
+            parts.append(Part("fields", fields=read_asked(fields, self.spec.fields)))
         text = row.get("text")
         if missing(text) or not str(text).strip():
             if not parts:
@@ -104,10 +114,10 @@ class Responder:
 
 
 def missing(value: Any) -> bool:
-    """Whether a cell holds nothing: None, NaN, pandas' NA, an empty text or no bytes."""
+    """Whether a cell holds nothing: None, NaN, pandas' NA, an empty text, no bytes or no fields."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
-    if isinstance(value, (str, bytes, bytearray)):
+    if isinstance(value, (str, bytes, bytearray, dict)):
         return len(value) == 0
     return type(value).__name__ in ("NAType", "NaTType")
 

@@ -90,20 +90,23 @@ def requirements() -> list[str]:
 
 
 def signature() -> Any:
-    """Three optional columns. Media are of any type: MLflow's `binary` refuses empty cells, ordinary input here."""
+    """Four optional columns. Media are of any type: MLflow's `binary` refuses empty cells, ordinary input here."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
-    from mlflow.types.schema import AnyType, Map
+    from mlflow.types.schema import AnyType, Array, Map
 
     inputs: list[Any] = [
         ColSpec(DataType.string, "text", required=False),
         ColSpec(AnyType(), "image", required=False),
         ColSpec(AnyType(), "audio", required=False),
+        ColSpec(AnyType(), "fields", required=False),
     ]
     outputs: list[Any] = [
         ColSpec(DataType.string, "answer"),
-        ColSpec(DataType.double, "score"),
+        ColSpec(DataType.double, "score", required=False),
         ColSpec(Map(DataType.double), "label_scores"),
+        ColSpec(Array(DataType.string), "labels", required=False),
+        ColSpec(DataType.double, "number", required=False),
         ColSpec(DataType.string, "error", required=False),
     ]
     return ModelSignature(Schema(inputs), Schema(outputs))

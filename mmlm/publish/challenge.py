@@ -66,11 +66,17 @@ def _sample(responder: Responder, record: Record, data: Path | str) -> Sample | 
 
 
 def graded(asked: dict[str, Any], answer: Answer | None) -> dict[str, Any]:
-    """An answer as a row of predictions: right when class (else text) is the expected one."""
+    """An answer as a row of predictions: right when class or classes (else text) are the expected ones."""
     if answer is None:
-        return {**asked, "answer": None, "predicted": None, "score": 0.0, "correct": False}
+        nothing = {"predicted_labels": None, "predicted_number": None}
+        return {**asked, "answer": None, "predicted": None, "score": 0.0, "correct": False, **nothing}
     if asked["label"] is not None and answer.label is not None:
         correct = asked["label"] == answer.label
+    elif asked.get("labels") is not None and answer.labels is not None:
+        correct = set(asked["labels"]) == set(answer.labels)
     else:
         correct = texts.normalise(answer.answer) == texts.normalise(asked["expected"] or "")
-    return {**asked, "answer": answer.answer, "predicted": answer.label, "score": answer.score, "correct": correct}
+    return {
+        **asked, "answer": answer.answer, "predicted": answer.label, "score": answer.score, "correct": correct,
+        "predicted_labels": answer.labels, "predicted_number": answer.number,
+    }  # fmt: skip

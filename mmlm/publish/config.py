@@ -19,9 +19,10 @@ class GateConfig(Config):
     """A new model below this value of the metric is never promoted, not even as the first."""
     task: str | None = None
     """Task that is compared; absent: the first of the shard set."""
-    metric: Literal["accuracy", "exact_match", "chrf"] | None = None
-    """Absent: accuracy where the task has classes, else chrf. `accuracy` and `exact_match` compare right and wrong
-    record by record, `chrf` the score of each answer."""
+    metric: Literal["accuracy", "f1", "exact_match", "chrf", "mae"] | None = None
+    """Absent: accuracy where the task has classes, f1 where several of them may hold, mae for a number, else chrf.
+    `accuracy` and `exact_match` compare right and wrong record by record, `f1` and `chrf` the score of each answer, `mae`
+    the error of each number, as a negative value (so min_value: -2 wants a mean error of at most 2)."""
     modalities: str | None = None
     """The row that is compared, such as `text+image+audio`; absent: the one with everything given."""
 

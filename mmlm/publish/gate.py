@@ -14,11 +14,14 @@ import pyarrow.parquet as pq
 from mmlm.errors import ArtifactError
 from mmlm.evals import texts
 from mmlm.evals.statistics import compare
-from mmlm.features.spec import FeatureSpec
+from mmlm.features.spec import FeatureSpec, TaskSpec
 from mmlm.publish.config import GateConfig
 
 PREDICTIONS = "gate/predictions.parquet"
 """Where a registered version's run keeps the answers that the next gate reads."""
+
+NO_NUMBER = -1e9
+"""What `mae` gives an answer that is no number, as of a record that an older model cannot read."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Verdict:
 
 
 def choose(config: GateConfig, spec: FeatureSpec, predictions: pa.Table) -> Row:
-    """The compared row, where the config leaves it open: first task, accuracy or chrF, everything given.
+    """The compared row, where the config leaves it open: first task, its usual metric, everything given.
 
     Raises ArtifactError when the report holds no such answers.
     """
@@ -63,7 +66,7 @@ def choose(config: GateConfig, spec: FeatureSpec, predictions: pa.Table) -> Row:
     task = config.task or next((t.name for t in spec.tasks if t.name in tasks), "")
     if task not in tasks:
         raise ArtifactError(f"the report has no task `{task}`", wanted=" or ".join(tasks), cure="change gate.task")
-    metric = config.metric or ("accuracy" if spec.task(task).labels else "chrf")
+    metric = config.metric or _usual_metric(spec.task(task))
     rows = predictions.filter(pc.equal(predictions["task"], task))
     given = list(dict.fromkeys(rows["given"].to_pylist()))
     modalities = config.modalities or max(given, key=lambda name: name.count("+"))
@@ -72,6 +75,12 @@ def choose(config: GateConfig, spec: FeatureSpec, predictions: pa.Table) -> Row:
             f"the report has no row `{modalities}` of {task}", wanted=" or ".join(given), cure="change gate.modalities"
         )
     return Row(task, metric, modalities)
+
+
+def _usual_metric(task: TaskSpec) -> str:
+    if task.number:
+        return "mae"
+    return "f1" if task.multiple else "accuracy" if task.labels else "chrf"
 
 
 def read_predictions(path: Path, model: str | None = None) -> pa.Table:
@@ -95,9 +104,15 @@ def select(table: pa.Table, row: Row) -> list[dict[str, Any]]:
 
 
 def value_of(answer: dict[str, Any], metric: str) -> float:
-    """The metric of a single record, in [0, 1]."""
+    """The metric of a single record, in [0, 1]; of a number its error, from 0 down, so that more is better here too."""
     if metric == "accuracy":
         return float(answer["correct"])
+    if metric == "f1":
+        held, said = set(answer["labels"] or ()), set(answer["predicted_labels"] or ())
+        return 2 * len(held & said) / (len(held) + len(said)) if held or said else 1.0
+    if metric == "mae":
+        said_number = answer["predicted_number"]
+        return NO_NUMBER if said_number is None else -abs(answer["number"] - said_number)
     if metric == "exact_match":
         return float(texts.normalise(answer["answer"] or "") == texts.normalise(answer["expected"] or ""))
     import sacrebleu

@@ -1,7 +1,7 @@
-"""The model as MLflow loads it (models-from-code): a table with text, image, audio in, a table of answers out.
+"""The model as MLflow loads it (models-from-code): a table with text, image, audio, fields in, a table of answers out.
 
 Runs where `mmlm` is not installed: the bundle carries the modules that it needs. Media are bytes; in process also a
-path. Under MLflow's scoring server a text is base64 and no path is ever opened.
+path; fields are a mapping or its JSON. Under MLflow's scoring server a text is base64 and no path is ever opened.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def unshadow() -> None:
 
 
 class MmlmModel(PythonModel):
-    """Answers rows; `answer`, `score`, `label_scores`, and a column `error` when a row could not be answered."""
+    """Answers rows; `answer`, `score`, `label_scores`, and where some row has them `labels`, `number`, and `error` for a
+    row that could not be answered."""
 
     def load_context(self, context: Any) -> None:
         """Loads the checkpoint of the bundle on the CPU, or on the GPU that MMLM_DEVICE names."""
@@ -48,7 +49,8 @@ class MmlmModel(PythonModel):
         columns = [table[key].tolist() if key in table else [None] * len(table) for key in KEYS]
         rows = [dict(zip(KEYS, values, strict=True)) for values in zip(*columns, strict=True)]
         answers = self.responder.answer(rows, paths=not serving())
-        names = ["answer", "score", "label_scores", *(["error"] if any("error" in a for a in answers) else [])]
+        extra = [name for name in ("labels", "number", "error") if any(name in a for a in answers)]
+        names = ["answer", "score", "label_scores", *extra]
         return pd.DataFrame({name: pd.Series([a.get(name) for a in answers], dtype=object) for name in names})
 
 

@@ -1,4 +1,4 @@
-"""Verb serve: one model behind HTTP. `GET /health`, `POST /predict` with {text, image, audio}, and a page at `GET /`.
+"""Verb serve: one model behind HTTP. `GET /health`, `POST /predict` with {text, image, audio, fields}, and a page at `GET /`.
 
 Media come as base64 (a `data:` URI is fine), never as a path. What is wrong with a request is said in JSON:
 `{"error": sentence}` with a 4xx status.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from mmlm.publish.answering import Responder
 
+KEYS = ("text", "image", "audio", "fields")
 MAX_BODY = 32 << 20
 """A request body larger than this, bytes, is refused while it arrives."""
 PAGE = Path(__file__).with_name("page.html")
@@ -166,7 +167,8 @@ def describe(responder: Responder, model: str) -> dict[str, Any]:
         "status": "ok",
         "model": blank_credentials(model),
         "parameters": responder.answerer.parameters,
-        "takes": ["text", *(m for m in ("image", "audio") if m in spec.modalities)],
+        "takes": ["text", *(m for m in ("image", "audio", "fields") if m in spec.modalities)],
+        **({"fields": spec.fields.model_dump(mode="json")} if spec.fields else {}),
         "tasks": [{"name": t.name, "labels": t.labels[:100], "questions": t.questions[:4]} for t in spec.tasks],
     }
 
@@ -193,16 +195,20 @@ def parse(body: bytes, content_type: str) -> dict[str, Any]:
     try:
         question = json.loads(body)
     except (ValueError, RecursionError):
-        raise RequestError(400, 'the body is not JSON; wanted {"text": …, "image": base64, "audio": base64}') from None
+        wanted = '{"text": …, "image": base64, "audio": base64, "fields": {…}}'
+        raise RequestError(400, f"the body is not JSON; wanted {wanted}") from None
     if not isinstance(question, dict):
-        raise RequestError(422, "the body must be one object with text, image, audio")
-    unknown = sorted(set(question) - {"text", "image", "audio"})
+        raise RequestError(422, f"the body must be one object with {', '.join(KEYS)}")
+    unknown = sorted(set(question) - set(KEYS))
     if unknown:
         raise RequestError(
-            422, f"unknown field {', '.join(f'`{k[:40]}`' for k in unknown[:5])}; known: text, image, audio"
+            422, f"unknown field {', '.join(f'`{k[:40]}`' for k in unknown[:5])}; known: {', '.join(KEYS)}"
         )
     for key, value in question.items():
-        if value is not None and not isinstance(value, str):
+        if key == "fields":
+            if value is not None and not isinstance(value, dict):
+                raise RequestError(422, f"`fields` must be an object, not {type(value).__name__}")
+        elif value is not None and not isinstance(value, str):
             wanted = "a text" if key == "text" else "base64 text"
             raise RequestError(422, f"`{key}` must be {wanted}, not {type(value).__name__}")
     return question

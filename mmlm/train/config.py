@@ -165,6 +165,12 @@ class LossConfig(Config):
     """Cross-entropy of the answer's tokens, per token."""
     label: float = Field(1.0, ge=0)
     """Cross-entropy of the class head, per labelled record."""
+    labels: float = Field(1.0, ge=0)
+    """Binary cross-entropies of the classes of which several may hold, summed over the classes, per record."""
+    number: float = Field(1.0, ge=0)
+    """Error of the number that is to be answered, in standard deviations, per record."""
+    number_error: Literal["huber", "squared"] = "huber"
+    """`squared`: half the square; `huber`: beyond one standard deviation only linear, so that wild targets do not lead."""
     z: float = Field(0.0, ge=0)
     """Square of the logarithm of the softmax's denominator, per token of the answers (PaLM, Chowdhery et al. 2022, used
     1e-4): keeps logits from growing."""

@@ -17,9 +17,10 @@ from mmlm.progress import Progress
 from mmlm.train import engine
 from mmlm.train.config import LoopConfig
 from mmlm.train.control import Stop, Where
-from mmlm.train.objectives import Objective, Term, loss_of
+from mmlm.train.objectives import Objective, loss_of
 from mmlm.train.schedule import learning_rate
 from mmlm.train.session import Session
+from mmlm.train.terms.term import Term
 from mmlm.train.watchdog import Watchdog
 
 

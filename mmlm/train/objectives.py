@@ -4,7 +4,7 @@ pass; then every micro-batch adds its part to the gradient and is forgotten."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
@@ -13,14 +13,10 @@ from mmlm.data.collate import IGNORE, Batch
 from mmlm.features.spec import FeatureSpec
 from mmlm.model.transformer import FusedTransformer, Output
 from mmlm.train.config import LossConfig
-
-
-class Term(NamedTuple):
-    sum: torch.Tensor
-    """Scalar, differentiable: the loss summed over the tokens or records of one micro-batch."""
-    weight: float
-    each: torch.Tensor | None = None
-    """Detached float32 loss of each item: answers in row-major order of their targets, labels in order of records."""
+from mmlm.train.terms.many_labels import ManyLabels
+from mmlm.train.terms.number import Number
+from mmlm.train.terms.one_label import OneLabel, softened_kl
+from mmlm.train.terms.term import Part, Term
 
 
 class Objective(Protocol):
@@ -39,19 +35,27 @@ def loss_of(terms: dict[str, Term], counts: dict[str, float]) -> torch.Tensor:
 
 
 class Answering:
-    """Next token on the answers, and the class head on labelled records; with `loss.z`, also the z-loss."""
-
-    names: tuple[str, ...] = ("answer", "label")
+    """Next token on the answers, and what the head says of the records: one class, several, or a number, where the spec
+    has such tasks; with `loss.z`, also the z-loss."""
 
     def __init__(self, config: LossConfig, spec: FeatureSpec) -> None:
         self.config = config
+        self.label = OneLabel(config.label, spec)
+        self.parts: list[Part] = [self.label]
+        if any(task.multiple for task in spec.tasks):
+            self.parts.append(ManyLabels(config.labels, spec))
+        if any(task.number for task in spec.tasks):
+            self.parts.append(Number(config.number, config.number_error, spec))
+        self.weights = {"answer": config.answer, **{part.name: part.weight for part in self.parts}}
         if config.z:
-            self.names = (*self.names, "z")
-        self.allowed = class_masks(spec)
+            self.weights["z"] = config.z
+        self.names: tuple[str, ...] = tuple(self.weights)
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        answers, labels = float((batch.target_BT != IGNORE).sum()), float((batch.label_R != IGNORE).sum())
-        return {name: labels if name == "label" else answers for name in self.names}
+        answers = float((batch.target_BT != IGNORE).sum())
+        return {name: answers for name in ("answer", "z") if name in self.names} | {
+            part.name: part.count(batch) for part in self.parts
+        }
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
         return self.terms(model(batch, z_loss=self.z_share), batch)
@@ -63,13 +67,9 @@ class Answering:
 
     def terms(self, output: Output, batch: Batch, scale: float = 1.0) -> dict[str, Term]:
         """Logits are taken to float32 first: bf16 log-softmax loses three digits."""
-        logits_RC = own_classes(output.label_RC.float(), batch.task_R, self.allowed)
-        label_R = F.cross_entropy(logits_RC, batch.label_R, ignore_index=IGNORE, reduction="none")
         answer, each_A, square = self._answers(output, batch)
-        terms = {
-            "answer": Term(answer, scale * self.config.answer, each_A),
-            "label": Term(label_R.sum(), scale * self.config.label, label_R.detach()),
-        }
+        terms = {"answer": Term(answer, scale * self.config.answer, each_A)}
+        terms |= {part.name: part.term(output, batch, scale) for part in self.parts}
         if self.config.z:
             terms["z"] = Term(square, scale * self.config.z)
         return terms
@@ -86,58 +86,28 @@ class Answering:
 
 
 class Distilling:
-    """KL(teacher ‖ student) at a temperature, on answer tokens and on the class head, plus the task's own terms
-    (Hinton, Vinyals & Dean 2015, section 2)."""
+    """KL(teacher ‖ student) at a temperature on answer tokens, the teacher's word on what the head says, plus the task's
+    own terms (Hinton, Vinyals & Dean 2015, section 2)."""
 
     def __init__(
         self, config: LossConfig, spec: FeatureSpec, teacher: FusedTransformer, temperature: float, task: float
     ) -> None:
         self.answering, self.teacher = Answering(config, spec), teacher
-        self.names: tuple[str, ...] = (*self.answering.names, "answer_kl", "label_kl")
+        led = ("answer", *(part.name for part in self.answering.parts))
+        self.names: tuple[str, ...] = (*self.answering.names, *(f"{name}_kl" for name in led))
         self.temperature, self.task = temperature, task
 
     def counts(self, batch: Batch) -> dict[str, float]:
         counts = self.answering.counts(batch)
-        return {**counts, "answer_kl": counts["answer"], "label_kl": counts["label"]}
+        return {**counts, **{name: counts[name.removesuffix("_kl")] for name in self.names if name.endswith("_kl")}}
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
         student: Output = model(batch)
         with torch.no_grad():
             teacher: Output = self.teacher(batch)
         terms = self.answering.terms(student, batch, self.task)
-        loss = self.answering.config
-        answer_kl = self._kl(student.answer_AV.float(), teacher.answer_AV.float())
-        has_label = batch.label_R != IGNORE
-        allowed = self.answering.allowed
-        label_kl = self._kl(
-            own_classes(student.label_RC.float(), batch.task_R, allowed)[has_label],
-            own_classes(teacher.label_RC.float(), batch.task_R, allowed)[has_label],
-        )
-        terms["answer_kl"] = Term(answer_kl, loss.answer)
-        terms["label_kl"] = Term(label_kl, loss.label)
+        answer_kl = softened_kl(student.answer_AV.float(), teacher.answer_AV.float(), self.temperature)
+        terms["answer_kl"] = Term(answer_kl, self.answering.config.answer)
+        for part in self.answering.parts:
+            terms[f"{part.name}_kl"] = part.led(student, teacher, batch, self.temperature)
         return terms
-
-    def _kl(self, student_XC: torch.Tensor, teacher_XC: torch.Tensor) -> torch.Tensor:
-        T = self.temperature
-        divergence = F.kl_div(
-            (student_XC / T).log_softmax(-1), (teacher_XC / T).log_softmax(-1), reduction="sum", log_target=True
-        )
-        return divergence * T * T
-
-
-def class_masks(spec: FeatureSpec) -> torch.Tensor:
-    """(tasks + 1, classes) bool: which rows of the head belong to a task; the last row, for unknown tasks, is all True."""
-    offsets = spec.label_offsets()
-    classes = max((last for _, last in offsets.values()), default=1)
-    masks = torch.ones(len(spec.tasks) + 1, classes, dtype=torch.bool)
-    for n, task in enumerate(spec.tasks):
-        if task.name in offsets:
-            first, last = offsets[task.name]
-            masks[n] = False
-            masks[n, first:last] = True
-    return masks
-
-
-def own_classes(logits_RC: torch.Tensor, task_R: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Logits with the classes of other tasks pushed out of the softmax."""
-    return logits_RC.masked_fill(~masks.to(task_R.device)[task_R], -1e9)

@@ -24,8 +24,8 @@ from mmlm.model.config import ModelConfig
 from mmlm.model.flops import Shape, training_flops
 from mmlm.train import engine
 from mmlm.train.memory import Trimmer, resident_bytes
-from mmlm.train.objectives import Term
 from mmlm.train.peak import peak_flops
+from mmlm.train.terms.term import Term
 from mmlm.world import World
 
 GIVEN = ("text", "image", "audio", "image+audio")

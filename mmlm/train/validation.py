@@ -22,7 +22,8 @@ from mmlm.features.sample import Sample
 from mmlm.progress import tell
 from mmlm.train import engine
 from mmlm.train.config import LoopConfig
-from mmlm.train.objectives import Answering, own_classes
+from mmlm.train.objectives import Answering
+from mmlm.train.terms.one_label import own_classes
 from mmlm.world import World
 
 CHUNK = 32
@@ -79,7 +80,7 @@ class Validation:
                     sums[number] = [part for name in names for part in found[name]]
         totals = np.array(engine.total(sums.ravel().tolist(), self.device)).reshape(sums.shape).sum(0)
         means = {name: totals[2 * n] / max(totals[2 * n + 1], 1.0) for n, name in enumerate(names)}
-        weights = self.objective.config.model_dump()
+        weights = self.objective.weights
         values = {f"val/loss_{name}": float(means[name]) for name in self.objective.names}
         values = {"val/loss": sum(weights[n] * means[n] for n in self.objective.names), **values}
         values["val/label_accuracy"] = float(means["right"])
@@ -93,7 +94,7 @@ class Validation:
         output = model(batch, z_loss=self.objective.z_share)  # a large vocabulary: no whole logits here neither
         counts = self.objective.counts(batch)
         found = {n: (float(t.sum), counts[n]) for n, t in self.objective.terms(output, batch).items()}
-        logits_RC = own_classes(output.label_RC.float(), batch.task_R, self.objective.allowed)
+        logits_RC = own_classes(output.label_RC.float(), batch.task_R, self.objective.label.allowed)
         labelled = batch.label_R != IGNORE
         right = (logits_RC.argmax(-1) == batch.label_R) & labelled
         found |= {"right": (float(right.sum()), float(labelled.sum()))}

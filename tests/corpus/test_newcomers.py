@@ -111,13 +111,13 @@ def test_an_empty_column_of_labels_is_none(tmp_path: Path) -> None:
     assert look(tmp_path).scan["sources"][0]["files"] == "train.csv"
 
 
-def test_several_labels_are_answered_as_text(tmp_path: Path, scanned: Scan) -> None:
+def test_several_labels_are_classes_of_which_several_hold(tmp_path: Path, scanned: Scan) -> None:
     write_lines(tmp_path / "t.jsonl", [{"text": f"thing {i}", "tags": ["red", "big"][: i % 3]} for i in range(20)])
     made = scanned(
         tmp_path, {"kind": "table", "files": "t.jsonl", "ask": [{"task": "tags", "text": "text", "labels": "tags"}]}
     )
     (task,) = made.artifact.extra["tasks"]
-    assert (task["labels"], task["has_text"]) == ([], True)
+    assert (task["labels"], task["has_text"], task["multiple"]) == (["big", "red"], False, True)
 
 
 def test_what_is_made_may_not_lie_among_the_class_folders(tmp_path: Path) -> None:

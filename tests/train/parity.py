@@ -25,8 +25,9 @@ from mmlm.features.spec import ANSWER, EOS, FIELDS
 from mmlm.model.transformer import FusedTransformer
 from mmlm.train import engine, weights
 from mmlm.train.config import TrainConfig
-from mmlm.train.objectives import Answering, class_masks, loss_of, own_classes
+from mmlm.train.objectives import Answering, loss_of
 from mmlm.train.schedule import learning_rate
+from mmlm.train.terms.one_label import class_masks, own_classes
 from tests.small import SPEC, sample
 
 STEPS, RECORDS = 20, 8

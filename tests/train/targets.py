@@ -19,7 +19,8 @@ from mmlm.train import engine, weights
 from mmlm.train.config import TrainConfig
 from mmlm.train.control import Stop, Where
 from mmlm.train.loop import fit
-from mmlm.train.objectives import Answering, Term
+from mmlm.train.objectives import Answering
+from mmlm.train.terms.term import Term
 from mmlm.train.train import write_counts
 from mmlm.train.validation import Validation
 from mmlm.train.watchdog import Watchdog

@@ -24,8 +24,8 @@ from mmlm.tracking import NullTracker
 from mmlm.train import checkpoint, validation, weights
 from mmlm.train.config import TrainConfig
 from mmlm.train.memory import resident_bytes
-from mmlm.train.objectives import Term
 from mmlm.train.telemetry import GIVEN, Telemetry, given_of_targets
+from mmlm.train.terms.term import Term
 from mmlm.train.train import train
 from mmlm.train.validation import Validation
 from mmlm.world import World

@@ -1,0 +1,1 @@
+"""one term of the loss per file; objectives.py adds them up."""
