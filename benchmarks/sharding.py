@@ -22,6 +22,8 @@ from benchmarks.harness.environments import home
 from benchmarks.harness.measure import Contestant, Log, Running, contest, row
 
 SIZE, QUALITY, PER_SHARD = 224, 90, 1000
+PER_TASK = 300
+"""Pictures of a shard where two workers share them: as many shards for the one as for the other, as for the processes."""
 SHRINK = {"size": SIZE, "quality": QUALITY, "per_shard": PER_SHARD}
 OURS = "mmlm"
 
@@ -76,6 +78,10 @@ def pictures(amounts: Amounts, log: Log) -> list[dict[str, Any]]:
             for peer in (*all_peers, found[rough.name])
         ),
         row("pictures: share of the ceiling", unit, mine, [found[b.name] for b in bare], clock=clock, goal=0.8),
+        *(
+            row(f"pictures: bare {b.name}, against the best peer", unit, found[b.name], all_peers, clock=clock)
+            for b in (bare[0], bare[2])
+        ),
         *(row(f"pictures: share of bare {b.name}", unit, mine, [found[b.name]], clock=clock) for b in bare),
     ]
     for made in rows:
@@ -93,21 +99,27 @@ def _bytes(runs: list[Any]) -> int:
 
 
 def workers(amounts: Amounts, log: Log) -> list[dict[str, Any]]:
-    """The verb with two Ray workers against two processes that run it on half the pictures each."""
+    """The verb with two Ray workers against two processes that run it on half the pictures each: on few and on many."""
+    few = _two(amounts, amounts.copies, log, ("two workers", "two workers, the start of Ray included"))
+    return few + _two(amounts, 4 * amounts.copies, log, ("two workers, four times the pictures",))
+
+
+def _two(amounts: Amounts, copies: int, log: Log, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """A row for each of `names`: with Ray started before the clock and, for the second of them, inside it."""
     cores = sorted(os.sched_getaffinity(0))[-2:]
     alone = Contestant("two bare processes", "pictures", SHRINK)
-    ray = Contestant(OURS, "pictures", {**SHRINK, "workers": 2, "warm_ray": True, "per_shard": 250})
+    ray = Contestant(OURS, "pictures", {**SHRINK, "workers": 2, "warm_ray": True, "per_shard": PER_TASK})
     cold = replace(ray, options={**ray.options, "warm_ray": False})
     home().mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="two-", dir=home()))
     try:
         warm, photographs = inputs.photographs(WARM.pictures), inputs.photographs(amounts.pictures)
-        whole = inputs.several(photographs, amounts.copies, folder / "whole")
+        whole = inputs.several(photographs, copies, folder / "whole")
         halves = [
-            inputs.several(photographs, amounts.copies // 2, folder / "half0"),
-            inputs.several(photographs, amounts.copies - amounts.copies // 2, folder / "half1"),
+            inputs.several(photographs, copies // 2, folder / "half0"),
+            inputs.several(photographs, copies - copies // 2, folder / "half1"),
         ]
-        count = amounts.pictures * amounts.copies
+        count = amounts.pictures * copies
         rates: dict[str, list[float]] = {"bare": [], "ray": [], "cold": []}
         cpu: dict[str, list[float]] = {name: [] for name in rates}
 
@@ -127,25 +139,28 @@ def workers(amounts: Amounts, log: Log) -> list[dict[str, Any]]:
             cpu[name].append(measured.result["items"] / measured.seconds(["work"], "cpu"))
 
         turns: list[Callable[[], None]] = [bare_pair, lambda: on_ray(ray, "ray"), lambda: on_ray(cold, "cold")]
+        turns = turns[: 1 + len(names)]
         for number in range(amounts.runs):
             for turn in turns if number % 2 == 0 else turns[::-1]:
                 turn()
-            log.note("two workers", rates=rates, cpu=cpu)
+            log.note(names[0], rates=rates, cpu=cpu)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     made = []
-    for name, key, goal in (("two workers", "ray", 0.95), ("two workers, the start of Ray included", "cold", None)):
-        mine, theirs = statistics.median(rates[key]), statistics.median(rates["bare"])
+    for name, key, goal in zip(names, ("ray", "cold"), (0.95, None), strict=False):
+        pairs = list(zip(rates[key], rates["bare"], strict=True))
+        mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratio = round(statistics.median(a / b for a, b in pairs), 3)  # of each round: the machine's speed changes
         made.append(
             {
                 "name": name, "unit": "pictures/s", "ours": round(mine, 1), "peer": round(theirs, 1),
-                "peer_name": "two bare processes", "ratio": round(mine / theirs, 3), "goal": goal,
-                "runs": amounts.runs, "clock": "wall",
-                "wall": {"ours": rates[key], "peer": rates["bare"], "ratio": round(mine / theirs, 3)},
+                "peer_name": "two bare processes", "ratio": ratio, "goal": goal,
+                "runs": amounts.runs, "clock": "wall", "pictures": count,
+                "wall": {"ours": rates[key], "peer": rates["bare"], "ratio": ratio},
             }
         )  # fmt: skip
         if key == "ray":  # of a session that has ended, nobody knows the CPU time any more
-            share = statistics.median(cpu[key]) / statistics.median(cpu["bare"])
+            share = statistics.median(a / b for a, b in zip(cpu[key], cpu["bare"], strict=True))
             made[-1]["cpu"] = {"ours": cpu[key], "peer": cpu["bare"], "ratio": round(share, 3)}
     return made
 
@@ -163,11 +178,16 @@ def sound(amounts: Amounts, log: Log) -> list[dict[str, Any]]:
         ]  # fmt: skip
         source, warm = inputs.clips(amounts.clips, ending), inputs.clips(WARM.clips, ending)
         whisper = Contestant("ours, Whisper's scale", "sound", {**options, "scale": "whisper"})
-        found = contest([ours, *peers, whisper], source, warm, amounts.runs, log)
+        bare = Contestant("bare soundfile + our log-mel", "bare_sound", options)
+        found = contest([ours, *peers, whisper, bare], source, warm, amounts.runs, log)
         unit, mine, theirs = "audio s/s a core", found[OURS], [found[peer.name] for peer in peers]
         rows += [
             row(f"sound, {ending.upper()}", unit, mine, theirs, goal=2.0, clock=amounts.clock, of="audio_seconds"),
             row(f"sound, {ending.upper()}, scan and shard", unit, mine, theirs, laps=("scan", "work"),
+                clock=amounts.clock, of="audio_seconds"),
+            row(f"sound, {ending.upper()}: share of the ceiling", unit, mine, [found[bare.name]],
+                clock=amounts.clock, of="audio_seconds"),
+            row(f"sound, {ending.upper()}: {bare.name}, against the best peer", unit, found[bare.name], theirs,
                 clock=amounts.clock, of="audio_seconds"),
             row(f"sound, {ending.upper()}, Whisper's scale", unit, found[whisper.name], theirs[-1:],
                 clock=amounts.clock, of="audio_seconds"),

@@ -87,13 +87,14 @@ def resolve(uri: str, root: Path | str) -> str:
     uri = uri.removeprefix("file://")
     if os.path.isabs(uri):
         return uri
-    if "\0" in uri or ".." in Path(uri).parts:
+    if "\0" in uri or (".." in uri and ".." in uri.split("/")):
         raise DataError(
             f"the path {uri!r} climbs out of the data folder", cure="give paths below --data, or absolute ones"
         )
     if is_remote(str(root)):
         return f"{str(root).rstrip('/')}/{posixpath.normpath(uri)}"
-    return str(Path(root) / uri)
+    # as text: pathlib takes 40 µs of the 2 ms of a picture
+    return os.path.join(root, posixpath.normpath(uri))
 
 
 def split_fragment(uri: str) -> tuple[str, tuple[float, float] | None, tuple[int, int] | None]:
@@ -101,7 +102,7 @@ def split_fragment(uri: str) -> tuple[str, tuple[float, float] | None, tuple[int
     `talk.wav#t=30,60` (W3C Media Fragments); and the bytes of the file that it means, (offset, count), as in
     `a.tar#bytes=1024+512`. Both may stand in one URI, the bytes first. Any other `#` belongs to the name.
     """
-    found = _FRAGMENT.search(uri)
+    found = _FRAGMENT.search(uri) if "#" in uri else None
     if not found or not found[0]:
         return uri, None, None
     span = (float(found[3]), float(found[4])) if found[3] else None

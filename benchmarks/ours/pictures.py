@@ -21,15 +21,19 @@ def work(source: Path, out: Path, options: dict[str, Any], watch: Watch) -> dict
     scanning = ScanConfig(
         sources=[FolderSource(kind="folders", split="train")], split=SplitConfig(val=0, test=0, fill=False)
     )
-    sharding = ShardConfig(
-        features=FeaturesConfig(max_len=512, image=ImageSpec(size=options["size"], patch=16, channels=3)),
-        shard_records=options["per_shard"], image_codec="jpeg", image_quality=options["quality"],
-        ray_from=0 if options.get("workers") else ALONE,
-    )  # fmt: skip
     with watch.lap("scan"):
         manifest = scan(scanning, data=source, out=out / "manifest")
-    with _session(options.get("workers"), bool(options.get("warm_ray")), watch), watch.lap("work"):
-        made = shard(sharding, manifest, data=source, out=out / "shards", workers=options.get("workers"))
+    workers = options.get("workers")
+    per_shard = options["per_shard"]
+    if workers:  # in the warm-up every worker has something to do, so that the imports of all are paid for
+        per_shard = max(1, min(per_shard, manifest.counts["kept"] // (2 * workers)))
+    sharding = ShardConfig(
+        features=FeaturesConfig(max_len=512, image=ImageSpec(size=options["size"], patch=16, channels=3)),
+        shard_records=per_shard, image_codec="jpeg", image_quality=options["quality"],
+        ray_from=0 if workers else ALONE,
+    )  # fmt: skip
+    with _session(workers, bool(options.get("warm_ray")), watch), watch.lap("work"):
+        made = shard(sharding, manifest, data=source, out=out / "shards", workers=workers)
     return {"items": made.counts["samples"]}
 
 

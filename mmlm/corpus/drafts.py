@@ -12,12 +12,14 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
-from mmlm.corpus.config import PiecesConfig
 from mmlm.corpus.records import Part, Record
 from mmlm.storage import is_remote, split_fragment
+
+if TYPE_CHECKING:  # a worker that makes shards needs no config of a scan, which takes a third of its start
+    from mmlm.corpus.config import PiecesConfig
 
 SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",

@@ -193,7 +193,8 @@ def _mel_power(wave: np.ndarray, spec: AudioSpec) -> np.ndarray:
     from scipy import fft
 
     window, filters = _constants(spec.sample_rate, spec.n_fft, spec.n_mels, wave.dtype)
-    windows = np.lib.stride_tricks.sliding_window_view(wave, spec.n_fft)[:: spec.hop].T
+    count, (step,) = 1 + (len(wave) - spec.n_fft) // spec.hop, wave.strides
+    windows = np.lib.stride_tricks.as_strided(wave, (spec.n_fft, count), (step, spec.hop * step), writeable=False)
     mel = np.empty((spec.n_mels, windows.shape[1]), wave.dtype)
     for at in range(0, windows.shape[1], BLOCK):
         frames = np.multiply(windows[:, at : at + BLOCK], window, order="C")
