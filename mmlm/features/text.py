@@ -65,6 +65,11 @@ class Tokenizer:
         """Number of ids, the nine marks included."""
         return self._shift + max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
 
+    @property
+    def moved(self) -> int:
+        """By how much the ids of a given tokenizer are moved up; 0 where it has our marks in their places."""
+        return self._shift
+
     def encode(self, text: str) -> list[int]:
         """Ids ≥ 9 only. Halves of surrogate pairs, which are no text, become U+FFFD."""
         text = _whole(text)

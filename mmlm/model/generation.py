@@ -2,78 +2,47 @@
 
 An answer that has ended leaves the batch: it costs nothing from then on. Nothing of a record depends on its neighbours.
 
-Axes: B open answer, S position in the cache, V vocabulary, C classes.
+Axes: B open answer, R record, S position in the cache, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
-import numpy as np
 import torch
+from torch.nn import functional as F
 
-from mmlm.features.spec import EOS
-from mmlm.model.attention import Cache
+from mmlm.model.answers import Answers, Row, caches_for, rows_for
+from mmlm.model.beam import search
+from mmlm.model.constrained import Words
 from mmlm.model.generation_config import GREEDY, GenerationConfig
+from mmlm.model.pieces import Pieces
 from mmlm.model.sampling import drawn, penalised, words_only
 from mmlm.model.transformer import FusedTransformer, Inputs
-
-ROOM = 32
-"""Columns of the cache taken ahead for answers, at most."""
-
-
-class Answers(NamedTuple):
-    ids: list[list[int]]
-    """The tokens of each answer, without `<eos>`."""
-    log_score_R: torch.Tensor
-    """Its log-probability, `<eos>` included."""
-    label_RC: torch.Tensor
-    """Class logits, read at `<answer>`."""
-
-
-@dataclass
-class Row:
-    """One answer, as far as it has come."""
-
-    number: int
-    """Of its record among the prompts."""
-    random: np.random.Generator
-    ids: list[int] = field(default_factory=list)
-
-    def take(self, token: int) -> bool:
-        """Add a token. Whether the answer goes on."""
-        if token == EOS:
-            return False
-        self.ids.append(token)
-        return True
 
 
 class Run:
     """Answers to some prompts in the making; every step is a token of each that is still open."""
 
     def __init__(
-        self, model: FusedTransformer, prompts: Inputs, limit: int, config: GenerationConfig, seeds: Sequence[int]
+        self, model: FusedTransformer, prompts: Inputs, limit: int, config: GenerationConfig, rows: list[Row]
     ) -> None:
         self.model, self.limit, self.config = model, limit, config
-        self.caches = [Cache(min(limit, ROOM)) for _ in model.blocks]
+        self.caches = caches_for(model, limit)
         self.hidden_BD = model.read_prompts(prompts, self.caches)
         self.label_RC = model.label(self.hidden_BD).float()
         self.valid_BS = None if bool(prompts.valid_BT.all()) else prompts.valid_BT
         self.position_B = prompts.valid_BT.sum(1)
-        self.score_R = torch.zeros(len(self.hidden_BD), device=self.hidden_BD.device)
-        self.rows = [Row(n, np.random.Generator(np.random.Philox(seed))) for n, seed in enumerate(seeds)]
-        self.open = list(self.rows)
+        self.score_R = torch.zeros(len(rows), device=self.hidden_BD.device)
+        self.rows, self.open = rows, list(rows)
 
     def __iter__(self) -> Iterator[list[Row]]:
-        """The answers that have a token more, step by step."""
+        """The answers that have been given a token, or have ended, step by step."""
         for step in range(self.limit):
             logits_BV = words_only(self.model.answer(self.hidden_BD).float())
             token_B = self.choose(logits_BV)
-            log_BV = logits_BV.log_softmax(-1)
-            at = torch.tensor([row.number for row in self.open], device=token_B.device)
-            self.score_R[at] += log_BV.gather(1, token_B[:, None])[:, 0]
+            log_B = logits_BV.log_softmax(-1).gather(1, token_B[:, None])[:, 0]
+            self.score_R[torch.tensor([row.number for row in self.open], device=log_B.device)] += log_B
             taken = zip(self.open, token_B.tolist(), strict=True)
             going = [n for n, (row, token) in enumerate(taken) if row.take(token)]
             yield self.open
@@ -83,6 +52,9 @@ class Run:
 
     def choose(self, logits_BV: torch.Tensor) -> torch.Tensor:
         logits_BV = penalised(logits_BV, [row.ids for row in self.open], self.config.repetition_penalty)
+        if self.config.constrained:
+            allowed_BV = torch.stack([row.follower.allowed() for row in self.open if row.follower is not None])
+            logits_BV = logits_BV.masked_fill(~allowed_BV.to(logits_BV.device), -torch.inf)
         if not self.config.temperature:
             return logits_BV.argmax(-1)
         return drawn(logits_BV, self.config, [row.random.random() for row in self.open])
@@ -98,7 +70,7 @@ class Run:
             for cache in self.caches:
                 cache.keep(kept)
         if self.valid_BS is not None:
-            self.valid_BS = torch.nn.functional.pad(self.valid_BS, (0, 1), value=True)
+            self.valid_BS = F.pad(self.valid_BS, (0, 1), value=True)
         self.hidden_BD = self.model.extend(token_B, self.position_B, self.valid_BS, self.caches)
         self.position_B = self.position_B + 1
 
@@ -118,13 +90,53 @@ def generate(
     limit: int,
     config: GenerationConfig = GREEDY,
     *,
+    words: Words | None = None,
     seeds: Sequence[int] | None = None,
 ) -> Answers:
     """Answers to left-padded prompts that all end with `<answer>`, of at most `limit` tokens.
 
-    `seeds`: one for each prompt; by default the config's for all.
+    `words` is the tokenizer, which stop texts and constraints need; `seeds` has one for each prompt, by default the
+    config's. Raises ConfigError for a schema that cannot be followed.
     """
-    run = Run(model, prompts, limit, config, seeds or [config.seed] * len(prompts.valid_BT))
+    rows = rows_for(config, words, seeds or [config.seed] * len(prompts.valid_BT))
+    if config.beams > 1:
+        return search(model, prompts, limit, config, rows)
+    run = Run(model, prompts, limit, config, rows)
     for _ in run:
         pass
-    return Answers([row.ids for row in run.rows], run.score_R, run.label_RC)
+    return Answers([row.ids for row in rows], run.score_R, run.label_RC)
+
+
+@torch.no_grad()
+def stream(
+    model: FusedTransformer,
+    prompts: Inputs,
+    limit: int,
+    config: GenerationConfig = GREEDY,
+    *,
+    words: Words,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[tuple[int, str] | Answers]:
+    """What `generate` makes, while it is made: (number of the prompt, piece of its text), then the Answers.
+
+    The pieces of a prompt, joined, are the text of its answer: no piece ends within a character, none holds a stop text.
+    Beam search gives each answer in one piece, in the end.
+    """
+    rows = rows_for(config, words, seeds or [config.seed] * len(prompts.valid_BT), in_pieces=True)
+    if config.beams > 1:
+        answers = search(model, prompts, limit, config, rows)
+        for row, ids in zip(rows, answers.ids, strict=True):
+            whole = Pieces(words.decode, config.stop)
+            yield row.number, "".join([whole.push(token) for token in ids]) + whole.close()
+        yield answers
+        return
+    run = Run(model, prompts, limit, config, rows)
+    for given in run:
+        for row in given:
+            if row.new:
+                yield row.number, row.new
+                row.new = ""
+    for row in rows:
+        if row.pieces is not None and (rest := row.pieces.close()):
+            yield row.number, rest
+    yield Answers([row.ids for row in rows], run.score_R, run.label_RC)
