@@ -29,6 +29,7 @@ from pydantic import Field, field_validator
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
 from mmlm.config import Config, apply_override, parse, read_yaml, resolved
+from mmlm.data.files import address, folder_of
 from mmlm.errors import ConfigError, Interrupted, LaunchError, MmlmError
 from mmlm.storage import write_bytes, write_json
 from mmlm.tracking import Run, Tracker
@@ -36,6 +37,8 @@ from mmlm.train.config import TrainConfig
 from mmlm.world import cores
 
 RECIPE = 1
+TRACKING = "MLFLOW_TRACKING_URI"
+"""How a trial is told the tracking store, whose address may hold a password: never by a file."""
 FOLDER = "search"
 """The noun's folder below `--out`."""
 _RANGE = re.compile(r"(log|uniform|int)\(\s*([^,]+),\s*([^,)]+)\)")
@@ -185,7 +188,13 @@ def tune(config: TuneConfig, base: TrainConfig, shards: Artifact, where: Where, 
         plans = [_plan(number, every[number], shards, where, tracker) for number in sorted(every)]
         with _session(where):
             outcomes = ray_tune.search(
-                plans, objective, parallel=where.parallel, ranks=where.ranks, gpu=where.gpu, storage=out / "ray"
+                plans,
+                objective,
+                parallel=where.parallel,
+                ranks=where.ranks,
+                gpu=where.gpu,
+                storage=out / "ray",
+                secrets={TRACKING: where.tracking_uri},
             )
         shutil.rmtree(out / "ray", ignore_errors=True)
         rows = _rows(config, outcomes, refused)
@@ -231,8 +240,9 @@ def _plan(number: int, config: TrainConfig, shards: Artifact, where: Where, trac
     folder = where.out / FOLDER / "trials" / f"{number:03d}"
     folder.mkdir(parents=True, exist_ok=True)
     told = {
-        "number": number, "config": config.model_dump(mode="json"), "shards": str(shards.path), "out": str(folder),
-        "ranks": where.ranks, "tracking_uri": where.tracking_uri, "story": tracker.story, "parent": tracker.parent,
+        "number": number, "config": config.model_dump(mode="json"), "shards": address(shards.path), "digest": shards.digest,
+        "out": str(folder),
+        "ranks": where.ranks, "story": tracker.story, "parent": tracker.parent,
         "search_run": _search_run(where.out / FOLDER),
     }  # fmt: skip
     write_json(folder / "trial.json", told)
@@ -333,18 +343,23 @@ class _Child(Tracker):
             yield run
 
 
+def _shards(told: dict[str, Any]) -> Artifact:
+    """The set that the search was begun with. Raises ArtifactError when another one lies there now."""
+    return artifacts.read(folder_of(told["shards"], told["digest"]), "shards")
+
+
 def trial(told: dict[str, Any]) -> int:
     """One trial, in a process of its own."""
     from mmlm.launch import local
     from mmlm.train.train import train
 
     out = Path(told["out"])
-    tracker = _Child(told["tracking_uri"], told["story"], out)
+    tracker = _Child(os.environ[TRACKING], told["story"], out)
     tracker.number, tracker.parent = told["number"], told["search_run"] or told["parent"]
     config = parse(TrainConfig, told["config"], "trial")
     try:
         train(
-            config, artifacts.read(told["shards"], "shards"), out=out / "model", launch=local.ranks(told["ranks"]),
+            config, _shards(told), out=out / "model", launch=local.ranks(told["ranks"]),
             tracker=tracker,
         )  # fmt: skip
     except MmlmError as error:

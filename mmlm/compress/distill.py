@@ -8,7 +8,7 @@ from typing import Any
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
 from mmlm.compress.config import DistillConfig
-from mmlm.data.files import address, open_files
+from mmlm.data.files import address, folder_of
 from mmlm.features import spec as feature_spec
 from mmlm.train.train import Launch, run_ranks, write_counts
 
@@ -31,6 +31,7 @@ def distill(
     arguments = {
         "config": config.model_dump(mode="json"),
         "shards": address(shards.path),
+        "digest": shards.digest,
         "teacher": str(teacher.path) if teacher else None,
         "out": str(out),
     }
@@ -39,9 +40,14 @@ def distill(
 
 
 def on_rank(
-    config: dict[str, Any], shards: str, teacher: str | None, out: str, where: dict[str, Any] | None = None
+    config: dict[str, Any],
+    shards: str,
+    teacher: str | None,
+    out: str,
+    where: dict[str, Any] | None = None,
+    digest: str = "",
 ) -> None:
-    """What each rank runs. `shards` is a folder that all ranks see, or the address of a published set."""
+    """What each rank runs. `shards` is a folder that all ranks see, or the address of a published set, with its `digest`."""
     import torch
 
     from mmlm import world as worlds
@@ -55,7 +61,7 @@ def on_rank(
     world = worlds.from_environment()
     device = engine.start(world)
     torch.manual_seed(settings.seed)
-    folder = open_files(shards).folder
+    folder = folder_of(shards, digest)
     spec = feature_spec.load(folder)
     student = weights.build(settings.model, spec)
     student.set_up(recompute=settings.recompute, compiled=settings.compile)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from mmlm import artifacts
 from mmlm.errors import ArtifactError
 from mmlm.storage import is_remote
+from mmlm.stores import blank
 
 ORIGIN = ".origin"
 """In a folder that stands for a set elsewhere: its address."""
@@ -79,6 +81,18 @@ def address(folder: Path) -> str:
     """What names the set of `folder` on every machine, for `open_files`: where it was published, or else the folder."""
     origin = folder / ORIGIN
     return origin.read_text() if origin.exists() else str(folder)
+
+
+def folder_of(path: Path | str, digest: str = "") -> Path:
+    """The folder of the set at `path`, an address or a folder. Raises ArtifactError when a `digest` is given and another
+    set lies there by now: one that was published anew between two attempts, or seen by one machine and not by another."""
+    folder = open_files(path).folder
+    if digest and (found := artifacts.read(folder, "shards").digest) != digest:
+        raise ArtifactError(
+            f"the shard set at {blank(str(path))} has the digest {found[:12]}", wanted=f"{digest[:12]}, as it was started with",
+            cure="start it again, so that all ranks read the set that is there now",
+        )  # fmt: skip
+    return folder
 
 
 class LocalFiles:

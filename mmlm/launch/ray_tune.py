@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ class Outcome:
 class Trial(tune.Trainable):
     """One trial. `step` gives the next reported row; `cleanup` leaves no process behind."""
 
-    def setup(self, config: dict[str, Any]) -> None:
+    def setup(self, config: dict[str, Any], secrets: Mapping[str, str] | None = None) -> None:  # type: ignore[override]
+        self.secrets = dict(secrets or {})
         self.plan, self.objective = TrialPlan(**config["plan"]), Objective(**config["objective"])
         self.process: subprocess.Popen[bytes] | None = None
         self.reported = 0
@@ -89,7 +90,7 @@ class Trial(tune.Trainable):
             self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, **self.plan.environment, "MMLM_PARENT": str(os.getpid())}
+        environment = {**os.environ, **self.plan.environment, **self.secrets, "MMLM_PARENT": str(os.getpid())}
         with open(self.plan.log, "ab") as log:
             return subprocess.Popen(
                 self.plan.command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
@@ -231,11 +232,13 @@ def connected(folder: Path | None = None, cpus: int = 1) -> Iterator[None]:
 
 
 def search(
-    plans: list[TrialPlan], objective: Objective, *, parallel: int, ranks: int, gpu: bool, storage: Path
-) -> list[Outcome]:
+    plans: list[TrialPlan], objective: Objective, *, parallel: int, ranks: int, gpu: bool, storage: Path,
+    secrets: Mapping[str, str] | None = None,
+) -> list[Outcome]:  # fmt: skip
     """Run all trials of `ranks` ranks on the Ray that this process is connected to, `parallel` at a time.
 
-    Failures are outcomes, too.
+    Failures are outcomes, too. `secrets` are variables of every trial that Tune must not write into its files, as it does
+    with all that a plan holds: they go by the object store.
 
     Raises Interrupted when a trial was stopped before its end (a time limit), ConfigError when no row has the metric.
     """
@@ -256,7 +259,7 @@ def search(
     halt = Halt()
     with _quiet(), Progress("tune", len(plans), "trials") as progress:
         grid = tune.Tuner(
-            tune.with_resources(Trial, each),
+            tune.with_resources(tune.with_parameters(Trial, secrets=dict(secrets or {})), each),
             param_space={"plan": tune.grid_search([vars(plan) for plan in plans]), "objective": vars(objective)},
             tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=parallel),
             run_config=tune.RunConfig(

@@ -38,7 +38,10 @@ class SlurmConfig(Config):
     warn: int = Field(120, ge=10)
     """Seconds before the limit at which the job is told to save."""
     restarts: int = Field(100, ge=0)
-    """How often the job may go back into the queue after it saved."""
+    """How often the job may go back into the queue after it saved, or was killed."""
+    killed_after: int = Field(600, ge=0)
+    """Seconds after which a job whose rank the kernel killed (137) goes back, too, to its last checkpoint; one that is killed
+    sooner would be so again, most often for lack of memory."""
     partition: Line | None = None
     account: Line | None = None
     qos: Line | None = None
@@ -97,8 +100,11 @@ def _body(config: SlurmConfig, command: list[str], environment: dict[str, str]) 
         'while kill -0 "$step" 2>/dev/null; do wait "$step"; done  # a signal ends `wait` early',
         'wait "$step"; code=$?',
         "",
-        f'if [ "$code" -eq 4 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {config.restarts} ]; then',
-        '  echo "stopped and saved; back into the queue"',
+        "again=no",
+        '[ "$code" -eq 4 ] && again="stopped and saved"',
+        f'[ "$code" -eq 137 ] && [ "$SECONDS" -ge {config.killed_after} ] && again="a rank was killed"',
+        f'if [ "$again" != no ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {config.restarts} ]; then',
+        '  echo "$again; back into the queue"',
         '  scontrol requeue "$SLURM_JOB_ID"',
         "fi",
         'exit "$code"',

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -34,6 +34,8 @@ HIDDEN = -3e4
 """Added to the scores of keys that a query does not see; fits float16, and its exponential is 0."""
 QUERIES = 128
 """Queries of a block."""
+FLEX = 128
+"""Queries, and keys, of a block of FlexAttention."""
 KEPT = 1024
 """Probabilities of longer records are computed again in the backward pass instead of kept: they grow with L²."""
 
@@ -296,14 +298,44 @@ class Flex:
         def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
             return (record_X[q] == record_X[k]) & ((q >= k) | (prompt_X[q] & prompt_X[k]))
 
+        kinds = block_kinds(lengths, prompt_X)
+        lists = [_ordered(kind) for kind in kinds]
         X = len(record_X)
-        return cls(create_block_mask(sees, None, None, X, X, device=str(segment_BT.device)), compiled)
+        mask = BlockMask.from_kv_blocks(*lists[0], *lists[1], BLOCK_SIZE=FLEX, mask_mod=sees, seq_lengths=(X, X))
+        return cls(mask, compiled)
 
     def attend(self, q_XNH: torch.Tensor, k_XKH: torch.Tensor, v_XKH: torch.Tensor) -> torch.Tensor:
         kernel = _compiled_flex() if self.compiled else flex_attention
         q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q_XNH, k_XKH, v_XKH))
         y = kernel(q, k, v, block_mask=self.mask, enable_gqa=k.shape[1] != q.shape[1])
         return y[0].transpose(0, 1)  # type: ignore[union-attr]
+
+
+def block_kinds(lengths: torch.Tensor, prompt_X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which blocks of FLEX queries and keys see each other in part, and which wholly; (blocks, blocks) bool, both.
+
+    Told from where records begin and end: the library's `create_block_mask` makes the X x X matrix first, 4 GB of it at
+    65,536 positions. Of a block above the diagonal, which only prompts can see, it is enough that one may.
+    """
+    X, device = len(prompt_X), lengths.device
+    first_B = torch.arange(0, X, FLEX, device=device)
+    last_B = (first_B + FLEX).clamp_max(X) - 1
+    ends = lengths.cumsum(0)
+    low_B, high_B = (torch.searchsorted(ends, at, right=True) for at in (first_B, last_B))  # first and last record
+    prompts_B = torch.nn.functional.pad(prompt_X, (0, -X % FLEX)).view(-1, FLEX).any(1)
+    at_B = torch.arange(len(first_B), device=device)
+    meet_BB = (low_B[:, None] <= high_B) & (low_B <= high_B[:, None])
+    before_BB = at_B[:, None] > at_B
+    one_BB = (low_B == high_B) & (low_B == high_B)[:, None] & (low_B == low_B[:, None])
+    whole_BB = one_BB & before_BB & (last_B - first_B == FLEX - 1) & (last_B - first_B == FLEX - 1)[:, None]
+    seen_BB = meet_BB & (before_BB | (at_B[:, None] == at_B) | (prompts_B & prompts_B[:, None]))
+    return seen_BB & ~whole_BB, whole_BB
+
+
+def _ordered(kind_BB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(1, 1, blocks) counts and (1, 1, blocks, blocks) numbers of the keys' blocks of each queries' block, int32."""
+    numbers = kind_BB.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    return kind_BB.sum(1).to(torch.int32)[None, None], numbers.to(torch.int32)[None, None]
 
 
 _flex: list[Any] = []

@@ -37,6 +37,8 @@ class Guard:
         self.settled: set[int] = set()
         """Those that a roll-back went before: they count as bad no more."""
         self.rollbacks = 0
+        self.going_back: int | None = None
+        """The step that a roll-back goes to, until no later checkpoint is left: a kill in between must not go on from one."""
 
     def judge(self, loss: float) -> str:
         """ "" for a good loss, which is then part of the running mean; else what is wrong with it."""
@@ -92,14 +94,21 @@ class Guard:
             self.skipped.setdefault(step, f"before the bad step {first + 1}")
             self.settled.add(step)
         self.rollbacks += 1
-        self.bad = []
+        self.bad, self.going_back = [], max(before)
         if self.main:
             self._keep()
         return max(before)
 
+    def is_back(self) -> None:
+        """The roll-back is over: what it went away from is gone."""
+        self.going_back = None
+        if self.main:
+            self._keep()
+
     def _keep(self) -> None:
         rows = {str(step): reason for step, reason in self.skipped.items()}
         told = {"steps": rows, "rollbacks": self.rollbacks, "settled": sorted(self.settled)}
+        told["going_back"] = self.going_back
         write_json(self.folder / SKIPPED, told)
 
     def kept(self) -> dict[str, Any]:
@@ -114,6 +123,7 @@ class Guard:
         self.skipped = {int(step): reason for step, reason in kept.get("steps", {}).items()}
         self.settled = set(kept.get("settled", []))
         self.rollbacks = int(kept.get("rollbacks", 0))
+        self.going_back = kept.get("going_back")
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""

@@ -48,13 +48,15 @@ class Session:
 
     def resume(self) -> int:
         """Go on from the newest intact checkpoint, proved on the probe batch. Returns the step to do next, from 0."""
+        self.guard.take(engine.broadcast(self.guard.kept() if self.world.is_main else None))
+        if self.guard.going_back is not None:
+            return self._go_back(self.guard.going_back)
         saved = self.keeper.newest()
         if saved is None and self.where.resume:
             raise ArtifactError(
                 f"{self.keeper.folder} holds no intact checkpoint", wanted="one to go on from (--resume)",
                 cure="leave --resume away to begin anew",
             )  # fmt: skip
-        self.guard.take(engine.broadcast(self.guard.kept() if self.world.is_main else None))
         if saved:
             self.keeper.restore(saved)
             self._load(saved.state)
@@ -66,7 +68,11 @@ class Session:
 
     def roll_back(self) -> int:
         """Back to the checkpoint before the bad steps, whose data are not seen again. Returns the step to do next."""
-        saved = self.keeper.back_to(self.guard.roll_back(self.keeper.steps()))
+        return self._go_back(self.guard.roll_back(self.keeper.steps()))
+
+    def _go_back(self, step: int) -> int:
+        saved = self.keeper.back_to(step)
+        self.guard.is_back()
         kept, rollbacks = self.guard.skipped, self.guard.rollbacks
         self._load(saved.state)
         self.guard.bad = []

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
-from mmlm.data.files import address, open_files
+from mmlm.data.files import address, folder_of
 from mmlm.errors import ArtifactError
 from mmlm.features import spec as feature_spec
 from mmlm.train import expected
@@ -33,6 +33,7 @@ def train(config: TrainConfig, shards: Artifact, *, out: Path, launch: Launch, t
     if work.artifact:
         return work.artifact
     arguments = {"config": config.model_dump(mode="json"), "shards": address(shards.path), "out": str(out)}
+    arguments["digest"] = shards.digest
     return run_ranks(work, config, "mmlm.train.train:on_rank", arguments, launch, tracker, "train")
 
 
@@ -73,8 +74,10 @@ def check_metrics_room(folder: Path) -> None:
         raise ArtifactError(f"cannot write to {folder}", cure="choose another --out or change its rights")
 
 
-def on_rank(config: dict[str, Any], shards: str, out: str, where: dict[str, Any] | None = None) -> None:
-    """What each rank runs. `shards` is a folder that all ranks see, or the address of a published set."""
+def on_rank(
+    config: dict[str, Any], shards: str, out: str, where: dict[str, Any] | None = None, digest: str = ""
+) -> None:
+    """What each rank runs. `shards` is a folder that all ranks see, or the address of a published set, with its `digest`."""
     import torch
 
     from mmlm import world as worlds
@@ -86,7 +89,7 @@ def on_rank(config: dict[str, Any], shards: str, out: str, where: dict[str, Any]
     settings = parse(TrainConfig, config, "train")
     world = worlds.from_environment()
     engine.start(world)
-    folder = open_files(shards).folder
+    folder = folder_of(shards, digest)
     spec = feature_spec.load(folder)
     expected.write(settings, spec, folder, Path(out), world)
     torch.manual_seed(settings.seed)

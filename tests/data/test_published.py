@@ -18,7 +18,7 @@ import pytest
 
 from mmlm.artifacts import Artifact
 from mmlm.config import parse
-from mmlm.data.files import open_files
+from mmlm.data.files import folder_of, open_files
 from mmlm.data.objects import Objects
 from mmlm.data.published import DIGEST_OF, view
 from mmlm.data.reader import ShardReader
@@ -184,6 +184,14 @@ def test_a_digest_that_is_a_path_is_refused(cloud: Cloud, tmp_path: Path):
     cloud.put("elsewhere/artifact.json", json.dumps({"digest": "../../planted"}).encode())
     with pytest.raises(ArtifactError, match=r"a hash '\.\./\.\./planted'"):
         view(uri)
+
+
+def test_a_set_that_was_published_anew_is_not_the_one_that_ranks_were_sent_for(
+    published: str, mixed: Artifact, cache: Path
+):
+    assert folder_of(published, mixed.digest) == view(published)
+    with pytest.raises(ArtifactError, match=f"digest {mixed.digest[:12]}.*as it was started with"):
+        folder_of(published, "0" * 64)
 
 
 @pytest.mark.parametrize("verb", ["train", pytest.param("distill", marks=pytest.mark.slow)])

@@ -65,6 +65,15 @@ def test_the_number_of_restarts_has_an_end(tmp_path: Path) -> None:
     assert queue.finish(30) == (4, 2)
 
 
+def test_a_killed_job_goes_back_unless_it_is_killed_at_once(tmp_path: Path) -> None:
+    for seconds, expected in ((600, (137, 0)), (0, (137, 2))):
+        (tmp_path / str(seconds)).mkdir()
+        queue = StandIns(tmp_path / str(seconds))
+        config = SlurmConfig(restarts=2, killed_after=seconds)
+        queue.submit(slurm.render(config, ["bash", "-c", "kill -9 $$"], "name"))
+        assert queue.finish(30) == expected
+
+
 def test_settings_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="did you mean `nodes`"):
         parse(SlurmConfig, {"nods": 2}, "--cluster")

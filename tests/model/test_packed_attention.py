@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from mmlm.model.packed import QUERIES, Flex, Grouped, Varlen, arrange, lengths_of, records_of, similar
+from mmlm.model.packed import (
+    FLEX,
+    QUERIES,
+    Flex,
+    Grouped,
+    Varlen,
+    arrange,
+    block_kinds,
+    lengths_of,
+    records_of,
+    similar,
+)
 
 
 def layout(lengths: list[list[int]], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +92,27 @@ def test_the_mask_for_flex_attention_on_a_gpu_lets_the_same_be_seen(prefix: bool
     q, k, v = torch.randn(3, int((segment >= 0).sum()), 2, 16)
     made = Flex.of(segment, prompt, prefix=prefix, compiled=False).attend(q, k, v)
     assert torch.allclose(made, textbook(q, k, v, segment, prompt, prefix), atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_blocks_for_flex_attention_are_those_of_the_whole_mask(prefix: bool):
+    rng = np.random.default_rng(3)
+    rows = [rng.integers(1, size, 9).tolist() for size in (20, 90, 300, 700)]
+    segment, prompt = layout([*rows, [FLEX] * 3, [4 * FLEX]], seed=4)
+    lengths, prompt_X = lengths_of(segment), prompt[segment >= 0] & prefix
+    record = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    sees = torch.ones(len(record), len(record), dtype=torch.bool).tril() | (prompt_X[:, None] & prompt_X)
+    sees &= record[:, None] == record
+    pad = -len(record) % FLEX
+    blocks = torch.nn.functional.pad(sees, (0, pad, 0, pad)).unflatten(1, (-1, FLEX)).unflatten(0, (-1, FLEX))
+    some, all_ = blocks.any(3).any(1), blocks.all(3).all(1)
+    partial, whole = block_kinds(lengths, prompt_X)
+    assert bool((whole <= all_).all()) and not bool((partial & whole).any())
+    assert torch.equal(whole, all_.tril(-1))  # what is seen wholly above the diagonal is masked for nothing, and right
+    made = partial | whole
+    assert torch.equal(made, some) if not prefix else bool((some <= made).all()) and made.sum() < 1.2 * some.sum()
+    mask = Flex.of(segment, prompt, prefix=prefix, compiled=False).mask
+    assert torch.equal(mask.to_dense()[0, 0].bool(), made)
 
 
 def test_the_ends_for_flash_attention_on_a_gpu_are_those_of_the_records():

@@ -109,3 +109,16 @@ def test_state_goes_through_a_checkpoint(tmp_path: Path):
     one.bad = [2]
     other.load(json.loads(json.dumps(one.state())))
     assert (other.mean, other.variance, other.seen, other.bad) == (one.mean, one.variance, one.seen, one.bad)
+
+
+def test_a_kill_while_rolling_back_is_known_to_the_next_attempt(tmp_path: Path):
+    found = guard(tmp_path, rollback_after=1)
+    found.skip(7, "bad", {})
+    assert found.roll_back([4, 8]) == 4
+    killed = guard(tmp_path)
+    killed.take(killed.kept())
+    assert killed.going_back == 4
+    found.is_back()
+    again = guard(tmp_path)
+    again.take(again.kept())
+    assert again.going_back is None and again.rollbacks == 1

@@ -86,3 +86,16 @@ def test_what_never_gets_better_ends_in_a_sentence(keypad_shards: Artifact, tmp_
     with pytest.raises(DataError, match=r"were bad .* after 1 roll-backs") as caught:
         run(keypad_shards, tmp_path / "model", 2, config, [wanted[step][0] for step in (10, 11, 12, 13)])
     assert "evidence" in caught.value.cure
+
+
+def test_a_roll_back_that_was_killed_is_brought_to_its_end(keypad_shards: Artifact, tmp_path: Path):
+    config, out = {**SMALL, "steps": 8, "save_every": 4}, tmp_path / "model"
+    run(keypad_shards, out, 1, config, [])
+    first = {step: checkpoint.read(out / "checkpoints", step).state["sha256"] for step in (4, 8)}
+    told = {"steps": {"4": "bad"}, "rollbacks": 1, "settled": [4], "going_back": 4}  # the later one is still there
+    (out / "evidence").mkdir(exist_ok=True)
+    (out / "evidence" / "skipped.json").write_text(json.dumps(told))
+    run(keypad_shards, out, 1, config, [])
+    second = {step: checkpoint.read(out / "checkpoints", step).state["sha256"] for step in (4, 8)}
+    assert second[4] == first[4] and second[8] != first[8]
+    assert json.loads((out / "evidence" / "skipped.json").read_text())["going_back"] is None
