@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mmlm.data.borders import kept_patches
 from mmlm.errors import DataError
 from mmlm.features.image import opencv
 from mmlm.features.sample import Sample
@@ -75,7 +76,7 @@ def assemble(
     records = [s for s in samples if s.answer_at >= 0]
     offsets = spec.label_offsets()
     names = {t.name: n for n, t in enumerate(spec.tasks)}
-    patches, patch_at = _patches([x for s in samples for x in s.images], spec.image, empty)
+    patches, patch_at = _patches([s.images for s in samples], spec.image, empty)
     mels, mel_at = _mels([x for s in samples for x in s.sounds], spec.audio)
     values, value_at = _values(samples, spec)
     return {
@@ -106,7 +107,7 @@ def _open(sample: Sample, spec: FeatureSpec, with_answer: bool) -> tuple[np.ndar
     repeats = np.ones(len(tokens), np.int64)
     prompt = tokens if piece else tokens[: sample.answer_at]
     if spec.image:
-        repeats[: len(prompt)][prompt == IMAGE] = spec.image.tokens
+        repeats[: len(prompt)][prompt == IMAGE] = [len(kept_patches(x, spec.image)) for x in sample.images]
     if spec.audio:
         repeats[: len(prompt)][prompt == AUDIO] = [mel_tokens(len(x), spec.audio) for x in sample.sounds]
     if spec.fields:
@@ -152,9 +153,11 @@ def _number(sample: Sample, spec: FeatureSpec) -> float:
 
 
 def _patches(
-    pictures: list[np.ndarray], spec: ImageSpec | None, empty: Empty = np.empty
+    records: list[list[np.ndarray]], spec: ImageSpec | None, empty: Empty = np.empty
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per-picture standardised patches, (pictures * tokens, patch_dim)."""
+    """Per-picture standardised patches, (pictures * tokens, patch_dim), and their places; those that are left out are
+    standardised along, so that a picture looks alike with and without them."""
+    pictures = [x for record in records for x in record]
     if spec is None or not pictures:
         return np.zeros((0, spec.patch_dim if spec else 1), np.float32), np.zeros(0, np.int64)
     cv2 = opencv()
@@ -163,7 +166,13 @@ def _patches(
     for x_HWC, x_PD in zip(pictures, made, strict=True):
         cut = x_HWC.reshape(n, p, n, p, spec.channels).transpose(0, 2, 1, 3, 4).reshape(spec.tokens, spec.patch_dim)
         cv2.LUT(cut, _standardised(cv2, cut), dst=x_PD)
-    return made.reshape(-1, spec.patch_dim), np.tile(np.arange(spec.tokens), len(pictures))
+    frames = np.array([n for record in records for n in range(len(record))], np.int64)
+    at_PT = frames[:, None] * spec.tokens + np.arange(spec.tokens)
+    if spec.padding == "keep":
+        return made.reshape(-1, spec.patch_dim), at_PT.ravel()
+    kept = [kept_patches(x, spec) for x in pictures]
+    whole = np.concatenate([n * spec.tokens + k for n, k in enumerate(kept)])
+    return made.reshape(-1, spec.patch_dim)[whole], at_PT.ravel()[whole]
 
 
 def _standardised(cv2: Any, cut: np.ndarray) -> np.ndarray:

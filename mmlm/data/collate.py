@@ -49,7 +49,8 @@ class Batch:
     patches_PD: torch.Tensor
     """float32; flattened patches of standardised pictures."""
     patch_at_P: torch.Tensor
-    """int64; the number of the patch in its picture, row by row."""
+    """int64; the place of the patch in its picture, row by row, and `tokens` of a picture more for each before it in its
+    record."""
     mels_MD: torch.Tensor
     """float32; `frames_per_token` log-mel frames in a row."""
     mel_at_M: torch.Tensor

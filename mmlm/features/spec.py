@@ -25,9 +25,13 @@ class ImageSpec(Config):
     """Side of a square patch, pixels; divides `size`."""
     channels: Literal[1, 3]
     resize: Literal["pad", "crop", "stretch"] = "pad"
+    padding: Literal["keep", "drop"] = "keep"
+    """`drop`: patches at two opposite edges that have but the colour of the corner, as what `pad` fills up with, become no
+    tokens: a wide picture is then as long as its shape."""
 
     @property
     def tokens(self) -> int:
+        """Of one picture, at most."""
         return (self.size // self.patch) ** 2
 
     @property
@@ -161,12 +165,14 @@ class FeatureSpec(Config):
 
     @property
     def digest(self) -> str:
-        # without encoders, several classes at once and numbers it is what it was before there were any
+        # without encoders, several classes at once, numbers and left-out padding it is what it was before there were any
         data = self.model_dump(mode="json", exclude=None if self.encoders else {"encoders"})
         for task in data["tasks"]:
             for name, absent in (("multiple", False), ("number", None)):
                 if task[name] == absent:
                     del task[name]
+        if data["image"] and data["image"]["padding"] == "keep":
+            del data["image"]["padding"]
         return sha256_json(data)
 
     @property

@@ -32,6 +32,14 @@ class ModelConfig(Config):
     """Whether what a sub-layer reads is normalised, or its sum with the residual stream (Vaswani et al. 2017)."""
     positions: Literal["rotary", "learned", "sinusoidal"] = "rotary"
     """Queries and keys are rotated, or a learned or a sinusoidal vector for each position is added to the embeddings."""
+    image_stem: Literal["linear", "conv"] = "linear"
+    """How a patch becomes a token: by one linear map (ViT), or by strided 3 x 3 convolutions over the picture (Xiao et al.
+    2021), which needs patches of 2, 4, 8, 16 … pixels."""
+    image_places: Literal["table", "grid"] = "table"
+    """A learned vector for each place of a patch, or one for its row, one for its column, and a wave for the number of the
+    picture in its record, the time of a video's frame."""
+    audio_stem: Literal["linear", "conv"] = "linear"
+    """How mel frames become a token: by one linear map, or by the two convolutions of Whisper (Radford et al. 2022)."""
     fusion: Literal["concat"] = "concat"
     """How modalities meet: `concat` puts their tokens into one sequence."""
     attention: Literal["causal", "prefix"] = "causal"

@@ -1,6 +1,9 @@
 """Features of pictures, sounds and fields → tokens of the sequence, one contract for all: `module(rows, at)` gives a token
 for each row, where `at` says which place in its picture, sound or record the row has; `fill` puts them into their slots.
 
+`at` of a patch is its place in its picture, row by row, and as many more as a picture has places for each picture before it
+in its record: so several pictures, or the frames of a video, are told apart. That of a mel token is its number in its sound.
+
 Axes: X valid position of the batch, D width.
 """
 
@@ -9,6 +12,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from mmlm.features.spec import AudioSpec, ImageSpec
+from mmlm.model.config import ModelConfig
+from mmlm.model.stems import PictureConvolutions, SoundConvolutions
 
 
 def fill(
@@ -23,16 +30,65 @@ def fill(
     return x_XD.index_copy(0, here_X.nonzero()[:, 0], embedded[:-1]) + 0 * embedded[-1].sum()
 
 
-class MediaEmbedding(nn.Module):
-    """Features of one patch or mel token → one token: a linear map plus a learned place in its picture or sound."""
+def image_embedding(config: ModelConfig, spec: ImageSpec) -> MediaEmbedding:
+    D = config.width
+    stem = Linear(spec.patch_dim, D) if config.image_stem == "linear" else PictureConvolutions(spec, D)
+    places = Table(spec.tokens, D) if config.image_places == "table" else Grid(spec.size // spec.patch, D)
+    return MediaEmbedding(stem, places, D)
 
-    def __init__(self, features: int, places: int, width: int) -> None:
+
+def audio_embedding(config: ModelConfig, spec: AudioSpec) -> MediaEmbedding:
+    D = config.width
+    stem = Linear(spec.token_dim, D) if config.audio_stem == "linear" else SoundConvolutions(spec, D)
+    return MediaEmbedding(stem, Table(-(-spec.max_frames // spec.frames_per_token) + 1, D, wraps=False), D)
+
+
+class MediaEmbedding(nn.Module):
+    """Features of one patch or mel token → one token: what a stem makes of them, plus their place."""
+
+    def __init__(self, stem: nn.Module, place: nn.Module, width: int) -> None:
         super().__init__()
-        self.project = nn.Linear(features, width)
-        self.place = nn.Embedding(places, width)
+        self.project, self.place = stem, place
 
     def forward(self, rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        return self.project(rows) + self.place(at.clamp_max(self.place.num_embeddings - 1))
+        return self.project(rows, at) + self.place(at)
+
+
+class Linear(nn.Linear):
+    """The linear stem: each patch (ViT, Dosovitskiy et al. 2021) or stack of mel frames by itself."""
+
+    def forward(self, rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(rows)
+
+
+class Table(nn.Embedding):
+    """A learned vector for each place in a picture, or in a sound, whose last one also stands for all after it."""
+
+    def __init__(self, places: int, width: int, wraps: bool = True) -> None:
+        super().__init__(places, width)
+        self.wraps = wraps
+
+    def forward(self, at: torch.Tensor) -> torch.Tensor:
+        return super().forward(at % self.num_embeddings if self.wraps else at.clamp_max(self.num_embeddings - 1))
+
+
+class Grid(nn.Module):
+    """A learned vector for the row of a patch, one for its column, and a wave for the number of its picture in the record,
+    which of a video's frames is their time (Vaswani et al. 2017, section 3.5), with a learned strength."""
+
+    def __init__(self, side: int, width: int) -> None:
+        super().__init__()
+        self.side, self.width = side, width
+        self.row, self.column = nn.Embedding(side, width), nn.Embedding(side, width)
+        self.strength = nn.Parameter(torch.full((width,), 0.1))
+
+    def forward(self, at: torch.Tensor) -> torch.Tensor:
+        place = at % self.side**2
+        time = at // self.side**2
+        frequency = 10000.0 ** (-torch.arange(0, self.width, 2, device=at.device) / self.width)
+        angle = time[:, None].float() * frequency
+        wave = torch.cat([angle.sin(), angle.cos()], 1)[:, : self.width].to(self.strength.dtype)
+        return self.row(place // self.side) + self.column(place % self.side) + self.strength * wave
 
 
 class FieldEmbedding(nn.Module):

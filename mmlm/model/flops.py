@@ -13,6 +13,7 @@ import torch
 
 from mmlm.features.spec import FeatureSpec
 from mmlm.model.config import ModelConfig
+from mmlm.model.stems import convolution_flops
 from mmlm.model.transformer import IGNORE, Inputs
 
 
@@ -54,7 +55,7 @@ class Shape:
 
 def forward_flops(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> int:
     """FLOPs of one forward pass."""
-    return _blocks(config, shape) + _heads(config, spec, shape) + _media(config, spec, shape)
+    return _blocks(config, shape) + _heads(config, spec, shape) + sum(_media(config, spec, shape))
 
 
 def training_flops(config: ModelConfig, spec: FeatureSpec, shape: Shape, *, recomputed: bool = False) -> int:
@@ -63,7 +64,8 @@ def training_flops(config: ModelConfig, spec: FeatureSpec, shape: Shape, *, reco
     time a step takes, leave it out for MFU.
     """
     blocks = _blocks(config, shape)
-    whole = 3 * (blocks + _heads(config, spec, shape)) + 2 * _media(config, spec, shape)
+    first, rest = _media(config, spec, shape)
+    whole = 3 * (blocks + _heads(config, spec, shape) + rest) + 2 * first
     return whole + (blocks if recomputed else 0)
 
 
@@ -81,7 +83,20 @@ def _heads(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> int:
     return 2 * config.width * (shape.targets * spec.vocab_size + shape.answers * spec.head_rows)
 
 
-def _media(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> int:
-    patch = spec.image.patch_dim if spec.image else 0
-    mel = spec.audio.token_dim if spec.audio else 0
-    return 2 * config.width * (shape.patches * patch + shape.mels * mel)
+def _media(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> tuple[int, int]:
+    """Of the maps that read features, and of those behind them in a stem. A picture is convolved as a whole, also where
+    patches at its edges are left out."""
+    D, first, rest = config.width, 0, 0
+    if spec.image and config.image_stem == "linear":
+        first += 2 * shape.patches * spec.image.patch_dim * D
+    elif spec.image:
+        pictures = -(-shape.patches // spec.image.tokens)
+        reading, behind = convolution_flops(spec.image, D)
+        first, rest = first + pictures * reading, rest + pictures * behind
+    if spec.audio and config.audio_stem == "linear":
+        first += 2 * shape.mels * spec.audio.token_dim * D
+    elif spec.audio:
+        frames = shape.mels * spec.audio.frames_per_token
+        first += 6 * frames * spec.audio.n_mels * D
+        rest += 6 * (frames // 2) * D * D + (frames * D * D if spec.audio.frames_per_token > 2 else 0)
+    return first, rest

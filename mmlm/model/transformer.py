@@ -30,7 +30,7 @@ from mmlm.model.block import Block
 from mmlm.model.classic import added_positions, last_norm_of
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import AnswerHead, AnswerLoss
-from mmlm.model.embeddings import FieldEmbedding, MediaEmbedding, fill
+from mmlm.model.embeddings import FieldEmbedding, audio_embedding, fill, image_embedding
 from mmlm.model.initialise import initialise
 from mmlm.model.kernels import rows_of
 from mmlm.model.packed import Arrangement, arrange
@@ -76,9 +76,8 @@ class FusedTransformer(nn.Module):
         super().__init__()
         self.config, D = config, config.width
         self.tokens = nn.Embedding(spec.vocab_size, D)
-        self.image = MediaEmbedding(spec.image.patch_dim, spec.image.tokens, D) if spec.image else None
-        longest = -(-spec.audio.max_frames // spec.audio.frames_per_token) + 1 if spec.audio else 0
-        self.audio = MediaEmbedding(spec.audio.token_dim, longest, D) if spec.audio else None
+        self.image = image_embedding(config, spec.image) if spec.image else None
+        self.audio = audio_embedding(config, spec.audio) if spec.audio else None
         self.fields = FieldEmbedding(field_rows, D) if field_rows else None
         self.positions = added_positions(config, spec.max_len)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))

@@ -1,0 +1,157 @@
+"""Stems and places of pictures and sounds: convolutions against torch's own, and what every stem must keep."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmlm.data.borders import kept_patches
+from mmlm.data.collate import collate, field_rows, pack
+from mmlm.errors import ConfigError
+from mmlm.features.sample import Sample
+from mmlm.features.spec import IMAGE, AudioSpec, FeatureSpec, ImageSpec
+from mmlm.model.config import ModelConfig
+from mmlm.model.flops import Shape, forward_flops, training_flops
+from mmlm.model.stems import PictureConvolutions, SoundConvolutions
+from mmlm.model.transformer import FusedTransformer
+from tests.small import SPEC, sample
+
+CONV: dict[str, Any] = {"image_stem": "conv", "image_places": "grid", "audio_stem": "conv"}
+
+
+def net(spec: FeatureSpec = SPEC, **changes: Any) -> FusedTransformer:
+    torch.manual_seed(0)
+    config = ModelConfig(**{"width": 32, "layers": 2, "heads": 4, "attention": "prefix", **CONV, **changes})
+    return FusedTransformer(config, spec, len(field_rows(spec))).eval()
+
+
+def test_convolutions_of_pictures_are_torchs():
+    torch.manual_seed(0)
+    spec = ImageSpec(size=24, patch=8, channels=3)
+    stem = PictureConvolutions(spec, 32)
+    pictures_ICHW = torch.randn(2, 3, 24, 24)
+    rows = pictures_ICHW.permute(0, 2, 3, 1).reshape(2, 3, 8, 3, 8, 3).transpose(2, 3).reshape(18, 192)
+    made = stem(rows, torch.arange(18))  # two pictures of one record
+    x = pictures_ICHW
+    for convolution in stem.convolutions:
+        weight = convolution.map.weight.unflatten(1, (-1, 3, 3))  # type: ignore[union-attr, operator]
+        x = F.gelu(F.conv2d(x, weight, convolution.map.bias, stride=2, padding=1))  # type: ignore[union-attr, arg-type]
+    wanted = stem.out(x.permute(0, 2, 3, 1).flatten(0, 2))
+    assert torch.allclose(made, wanted, atol=1e-5)
+
+
+def test_convolutions_of_sounds_are_whispers():
+    torch.manual_seed(0)
+    stem = SoundConvolutions(AudioSpec(n_mels=8, frames_per_token=2), 16)
+    sounds = [torch.randn(length * 2, 8) for length in (5, 1, 7)]
+    rows = torch.cat([s.reshape(-1, 16) for s in sounds])
+    made = stem(rows, torch.cat([torch.arange(n) for n in (5, 1, 7)]))
+    wanted = []
+    for sound in sounds:
+        x = sound.T[None]
+        for convolution, stride in ((stem.first, 1), (stem.second, 2)):
+            weight = convolution.map.weight.unflatten(1, (-1, 3))
+            x = F.gelu(F.conv1d(x, weight, convolution.map.bias, stride=stride, padding=1))
+        wanted.append(x[0].T)
+    assert torch.allclose(made, torch.cat(wanted), atol=1e-5)
+
+
+def test_packed_equals_alone():
+    model = net()
+    samples = [sample(i, g) for i, g in enumerate([("image", "audio"), ("audio",), ("image",), (), ("image", "audio")])]
+    together = model(pack([samples[:3], samples[3:]], SPEC, 96)).label_RC
+    alone = torch.cat([model(collate([s], SPEC)).label_RC for s in samples])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_a_missing_modality_leaves_zero_gradients():
+    model = net()
+    model(collate([sample(i, ("image",)) for i in range(3)], SPEC)).label_RC.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if not name.startswith("answer"):
+            assert parameter.grad is not None, name
+    assert all(not p.grad.any() for p in model.audio.parameters())  # type: ignore[union-attr]
+    assert all(p.grad.any() for n, p in model.image.named_parameters() if "strength" not in n)  # type: ignore[union-attr]
+
+
+def two_pictures(a: int, b: int) -> Sample:
+    one = sample(3, ("image", "context"))
+    tokens = one.tokens.tolist()
+    middle = one.context_spans[0][1]  # the second picture stands after the context
+    tokens = [*tokens[:middle], IMAGE, *tokens[middle:]]
+    pictures = [sample(n, ("image",)).images[0] for n in (a, b)]
+    return dataclasses.replace(one, tokens=np.array(tokens, np.int32), answer_at=one.answer_at + 1, images=pictures)
+
+
+@pytest.mark.parametrize("stem", [{}, {"image_stem": "linear", "image_places": "table"}])
+def test_several_pictures_anywhere_are_told_apart(stem: dict[str, Any]):
+    model = net(**stem)
+    ab, ba = (model(collate([two_pictures(*order)], SPEC)).label_RC for order in ((1, 2), (2, 1)))
+    assert not torch.allclose(ab, ba, atol=1e-3)
+    beside = model(pack([[two_pictures(1, 2), sample(4), two_pictures(2, 1)]], SPEC)).label_RC
+    assert torch.allclose(beside[[0, 2]], torch.cat([ab, ba]), atol=1e-5)
+
+
+def test_the_flops_of_convolutions_are_those_that_pytorch_counts():
+    model = net()
+    batch = collate([sample(3)] * 4, SPEC)
+    shape = Shape.of(batch)
+    run = dataclasses.replace(shape, patches=shape.patches * 5 // 4, mels=shape.mels * 5 // 4)  # and one of zeros
+    with FlopCounterMode(display=False) as counter:
+        model(batch)
+    # of the zeros, the map that ends each stem works on one row, not on all of a picture and a sound
+    unmade = 2 * 32 * 32 * (shape.patches // 4 - 1) + 2 * 64 * 32 * (shape.mels // 4 - 1)
+    assert counter.get_total_flops() == forward_flops(model.config, SPEC, run) - unmade
+    with FlopCounterMode(display=False) as counter:
+        out = model(batch)
+        (out.answer_AV.sum() + out.label_RC.sum()).backward()
+    assert counter.get_total_flops() == training_flops(model.config, SPEC, run) - 3 * unmade
+
+
+def test_patches_that_no_power_of_two_makes_are_refused():
+    spec = SPEC.model_copy(update={"image": ImageSpec(size=24, patch=12, channels=1)})
+    with pytest.raises(ConfigError, match="patches of 12 pixels"):
+        net(spec)
+
+
+DROPPING = SPEC.model_copy(update={"image": ImageSpec(size=32, patch=8, channels=1, padding="drop")})
+
+
+def wide(seed: int, high: int) -> np.ndarray:
+    """A picture of 32 by `high` pixels in the middle of white, with a white stripe of its own."""
+    picture = np.full((32, 32, 1), 255, np.uint8)
+    picture[16 - high // 2 : 16 + high // 2] = np.random.default_rng(seed).integers(0, 200, (high, 32, 1))
+    picture[:, 8:16] = 255
+    return picture
+
+
+def test_padding_becomes_no_token():
+    assert DROPPING.image is not None
+    assert kept_patches(wide(0, 32), DROPPING.image).tolist() == list(range(16))
+    assert kept_patches(wide(0, 16), DROPPING.image).tolist() == list(range(4, 12)), "a white column inside stays"
+    assert len(kept_patches(np.full((32, 32, 1), 255, np.uint8), DROPPING.image)) == 4, "something stays"
+    assert kept_patches(wide(0, 16), DROPPING.image.model_copy(update={"padding": "keep"})).tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("stem", [{}, {"image_stem": "linear", "image_places": "table"}])
+def test_pictures_of_several_shapes_packed_equal_alone(stem: dict[str, Any]):
+    model = net(DROPPING, **stem)
+    samples = [
+        dataclasses.replace(two_pictures(i, i), images=[wide(i, h), wide(i, 32)]) for i, h in enumerate((8, 16, 32))
+    ]
+    samples += [dataclasses.replace(sample(9, ("image",)), images=[wide(9, 8)])] * 2
+    batch = pack([samples[:2], samples[2:]], DROPPING, 96)
+    assert len(batch.patches_PD) == 8 + 8 + 16 + 3 * 16 + 2 * 8
+    together = model(batch).label_RC
+    alone = torch.cat([model(collate([s], DROPPING)).label_RC for s in samples])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_specs_that_keep_padding_have_the_digest_they_had():
+    assert SPEC.digest != SPEC.model_copy(update={"image": SPEC.image.model_copy(update={"padding": "drop"})}).digest  # type: ignore[union-attr]
