@@ -237,14 +237,11 @@ def _people(commands: Any) -> None:
     plan.add_argument("--json", action="store_true")
 
     predict = _command(commands, "predict", "answer one question by flags, or many by --input", _predict)
-    predict.add_argument("--model", required=True, metavar="URI", help="models:/NAME@champion, or a folder")
-    predict.add_argument("--text", help="the question")
-    predict.add_argument("--image", metavar="FILE")
-    predict.add_argument("--audio", metavar="FILE")
-    predict.add_argument("--fields", metavar="JSON", help='named numbers and categories: {"age": 50}')
-    predict.add_argument("--input", type=Path, metavar="FILE.jsonl", help="one {text, image, audio, fields} a line")
+    _asked(predict)
     predict.add_argument("--json", action="store_true", help="print answers as JSON lines")
-    predict.add_argument("--tracking-uri", metavar="URI")
+
+    embed = _command(commands, "embed", "the vector of a text, picture or sound: what means the same lies near", _embed)
+    _asked(embed)
 
     serve = _command(commands, "serve", "answer over HTTP: GET /health, POST /predict, and a page to try it", _serve)
     serve.add_argument("--model", required=True, metavar="URI", help="models:/NAME@champion, or a folder")
@@ -267,6 +264,17 @@ def _people(commands: Any) -> None:
 
     doctor = _command(commands, "doctor", "say what this machine can do, and what is missing", _doctor)
     doctor.add_argument("--json", action="store_true")
+
+
+def _asked(command: argparse.ArgumentParser) -> None:
+    """The flags of what a model is asked about."""
+    command.add_argument("--model", required=True, metavar="URI", help="models:/NAME@champion, or a folder")
+    command.add_argument("--text", help="the question")
+    command.add_argument("--image", metavar="FILE")
+    command.add_argument("--audio", metavar="FILE")
+    command.add_argument("--fields", metavar="JSON", help='named numbers and categories: {"age": 50}')
+    command.add_argument("--input", type=Path, metavar="FILE.jsonl", help="one {text, image, audio, fields} a line")
+    command.add_argument("--tracking-uri", metavar="URI")
 
 
 def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -421,14 +429,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     from mmlm.publish.answering import Responder
 
-    keys = ("text", "image", "audio", "fields")
-    one = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
-    if bool(one) == bool(arguments.input):
-        raise ConfigError(
-            "nothing to answer" if not one else "both a question and --input",
-            wanted="--text, --image, --audio, --fields in any combination, or --input FILE.jsonl",
-        )
-    rows = _questions(arguments.input) if arguments.input else [one]
+    rows = _asked_rows(arguments)
     good = [row for row in rows if "error" not in row]
     answers = iter(Responder.load(arguments.model, tracking_uri=arguments.tracking_uri).answer(good) if good else [])
     failed = False
@@ -442,6 +443,29 @@ def _predict(arguments: argparse.Namespace) -> int:
         else:
             print(answer["answer"] + ("" if answer["score"] is None else f"   ({answer['score']:.3f})"))
     return 2 if failed else 0
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    from mmlm.publish.answering import Responder
+
+    rows = _asked_rows(arguments)
+    good = [row for row in rows if "error" not in row]
+    found = iter(Responder.load(arguments.model, tracking_uri=arguments.tracking_uri).embed(good) if good else [])
+    lines = [row if "error" in row else next(found) for row in rows]
+    for line in lines:
+        print(json.dumps(line, ensure_ascii=False))
+    return 2 if any("error" in line for line in lines) else 0
+
+
+def _asked_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    keys = ("text", "image", "audio", "fields")
+    one = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
+    if bool(one) == bool(arguments.input):
+        raise ConfigError(
+            "nothing to answer" if not one else "both a question and --input",
+            wanted="--text, --image, --audio, --fields in any combination, or --input FILE.jsonl",
+        )
+    return _questions(arguments.input) if arguments.input else [one]
 
 
 def _questions(path: Path) -> list[dict[str, Any]]:

@@ -44,6 +44,9 @@ class Timed:
     def counts(self, batch: Batch) -> dict[str, float]:
         return self.inner.counts(batch)
 
+    def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
+        self.inner.prepare(model, batches, device)
+
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
         if not model.training:  # the probe batch of a checkpoint
             return self.inner(model, batch)

@@ -5,6 +5,7 @@ Without torch, which processes that only decode do not load.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,18 +52,19 @@ def assemble(
     `empty(shape, dtype)` gives the memory of the largest, the patches.
     """
     opened = [[_open(s, spec, with_answer) for s in samples] for samples in sequences]
-    longest = max(sum(len(tokens) for tokens, _ in rows) for rows in opened)
+    longest = max(sum(len(row) for row, _, _ in rows) for rows in opened)
     if length is not None and longest > length:
         raise DataError(f"a sequence of {longest} positions", wanted=f"at most {length}")
     B, T = len(opened), length or longest
     tokens, target = np.full((B, T), PAD, np.int64), np.full((B, T), IGNORE, np.int64)
     prompt, position = np.zeros((B, T), bool), np.zeros((B, T), np.int64)
-    segment = np.full((B, T), -1, np.int64)
+    segment, context = np.full((B, T), -1, np.int64), np.zeros((B, T), bool)
     answer_at: list[int] = []
     for b, rows in enumerate(opened):
-        first = T - sum(len(row) for row, _ in rows) if pad_left else 0
-        for n, (row, at) in enumerate(rows):
+        first = T - sum(len(row) for row, _, _ in rows) if pad_left else 0
+        for n, (row, at, beside) in enumerate(rows):
             here = slice(first, first + len(row))
+            context[b, here] = beside
             tokens[b, here], segment[b, here], position[b, here] = row, n, np.arange(len(row))
             if at >= 0:
                 prompt[b, first : first + at + 1] = True
@@ -85,11 +87,13 @@ def assemble(
         "prompt_BT": prompt,
         "target_BT": target,
         "segment_BT": segment,
+        "context_BT": context,
         "position_BT": position,
         "answer_at_R": np.array(answer_at, np.int64),
         "label_R": np.array([_label(s, spec, offsets) for s in records], np.int64),
         "labels_RL": _labels(records, spec),
         "number_R": np.array([_number(s, spec) for s in records], np.float32),
+        "group_R": np.array([_group(s) for s in records], np.int64),
         "task_R": np.array([names.get(s.task, -1) for s in records], np.int64),
         "patches_PD": patches,
         "patch_at_P": patch_at,
@@ -100,8 +104,8 @@ def assemble(
     }
 
 
-def _open(sample: Sample, spec: FeatureSpec, with_answer: bool) -> tuple[np.ndarray, int]:
-    """The sequence with opened slots, and where `<answer>` stands in it, -1 in a piece."""
+def _open(sample: Sample, spec: FeatureSpec, with_answer: bool) -> tuple[np.ndarray, int, np.ndarray]:
+    """The sequence with opened slots, where `<answer>` stands in it, -1 in a piece, and which positions are context."""
     piece = sample.answer_at < 0
     tokens = sample.tokens if with_answer or piece else sample.tokens[: sample.answer_at + 1]
     repeats = np.ones(len(tokens), np.int64)
@@ -112,7 +116,16 @@ def _open(sample: Sample, spec: FeatureSpec, with_answer: bool) -> tuple[np.ndar
         repeats[: len(prompt)][prompt == AUDIO] = [mel_tokens(len(x), spec.audio) for x in sample.sounds]
     if spec.fields:
         repeats[: len(prompt)][prompt == FIELDS] = len(spec.fields.names)
-    return np.repeat(tokens, repeats), -1 if piece else int(repeats[: sample.answer_at].sum())
+    beside = np.zeros(len(tokens), bool)
+    for start, stop in sample.context_spans:
+        beside[start:stop] = True
+    at = -1 if piece else int(repeats[: sample.answer_at].sum())
+    return np.repeat(tokens, repeats), at, np.repeat(beside, repeats)
+
+
+def _group(sample: Sample) -> int:
+    """52 bits of what the record's group, or else the record, is called."""
+    return int(hashlib.sha256((sample.group or sample.id).encode()).hexdigest()[:13], 16)
 
 
 def mel_tokens(frames: int, spec: AudioSpec) -> int:

@@ -34,6 +34,8 @@ class Batch:
     """int64; the next token of the answer (in a piece: of the text), IGNORE elsewhere."""
     segment_BT: torch.Tensor
     """int64; the number of the record within its sequence, from 0; -1 where padded."""
+    context_BT: torch.Tensor
+    """bool; True where a text stands beside the question, its mark included."""
     position_BT: torch.Tensor
     """int64; the position within its record, from 0."""
     answer_at_R: torch.Tensor
@@ -44,6 +46,8 @@ class Batch:
     """int8 over the classes of tasks of which several hold at once: 1 holds, 0 does not, -1 was not asked."""
     number_R: torch.Tensor
     """float32; the standardised number to be answered, NaN without one."""
+    group_R: torch.Tensor
+    """int64; the same in records of one group, by a hash of its name."""
     task_R: torch.Tensor
     """int64; the number of the record's task in the spec, -1 when unknown."""
     patches_PD: torch.Tensor

@@ -37,6 +37,24 @@ def keep_modalities(sample: Sample, kept: frozenset[str] | set[str]) -> Sample:
     )
 
 
+def alone(sample: Sample, kept: frozenset[str] | set[str]) -> Sample:
+    """`<bos>`, the modalities in `kept`, `<answer>`: what an embedding is made of, as `views` makes it in training. The
+    question is left out, too, so that what is alike does not depend on how one asks."""
+    left = keep_modalities(sample, kept)
+    own = np.isin(left.tokens, [_SLOTS[name] for name in kept & _SLOTS.keys()])
+    for first, last in left.context_spans:
+        own[first:last] = True
+    own[left.answer_at :] = False
+    own[[0, left.answer_at]] = True
+    moved = np.cumsum(own) - 1
+    return dataclasses.replace(
+        left,
+        tokens=left.tokens[own],
+        answer_at=int(moved[left.answer_at]),
+        context_spans=[(int(moved[first]), int(moved[last - 1]) + 1) for first, last in left.context_spans],
+    )
+
+
 def drop_modalities(sample: Sample, rate: float, rng: np.random.Generator) -> Sample:
     """With probability `rate`, keep a random non-empty part of what is given, each such part equally likely.
 

@@ -65,7 +65,7 @@ class Answerer:
         """
         limit = limit or max(48, self.spec.max_len)
         rows = [s if given is None else keep_modalities(s, given) for s in samples]
-        order = np.argsort([_length(s, self.spec) for s in rows], kind="stable")
+        order = np.argsort([prompt_length(s, self.spec) for s in rows], kind="stable")
         answers: list[Answer | None] = [None] * len(rows)
         for first in range(0, len(rows), batch_size):
             chosen = order[first : first + batch_size]
@@ -97,7 +97,7 @@ class Answerer:
         return 0 if all(s.task in headed for s in samples) else limit
 
 
-def _length(sample: Sample, spec: FeatureSpec) -> int:
+def prompt_length(sample: Sample, spec: FeatureSpec) -> int:
     """Positions of the opened prompt; batches of similar length waste least."""
     prompt = sample.tokens[: sample.answer_at]
     length = len(prompt)

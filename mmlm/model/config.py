@@ -40,6 +40,9 @@ class ModelConfig(Config):
     picture in its record, the time of a video's frame."""
     audio_stem: Literal["linear", "conv"] = "linear"
     """How mel frames become a token: by one linear map, or by the two convolutions of Whisper (Radford et al. 2022)."""
+    embedding: int | None = Field(None, ge=2)
+    """Size of the vector that a record becomes, for finding what means the same (`train.loss.contrastive`); none: no such
+    head."""
     fusion: Literal["concat"] = "concat"
     """How modalities meet: `concat` puts their tokens into one sequence."""
     attention: Literal["causal", "prefix"] = "causal"

@@ -34,19 +34,19 @@ def image_embedding(config: ModelConfig, spec: ImageSpec) -> MediaEmbedding:
     D = config.width
     stem = Linear(spec.patch_dim, D) if config.image_stem == "linear" else PictureConvolutions(spec, D)
     places = Table(spec.tokens, D) if config.image_places == "table" else Grid(spec.size // spec.patch, D)
-    return MediaEmbedding(stem, places, D)
+    return MediaEmbedding(stem, places)
 
 
 def audio_embedding(config: ModelConfig, spec: AudioSpec) -> MediaEmbedding:
     D = config.width
     stem = Linear(spec.token_dim, D) if config.audio_stem == "linear" else SoundConvolutions(spec, D)
-    return MediaEmbedding(stem, Table(-(-spec.max_frames // spec.frames_per_token) + 1, D, wraps=False), D)
+    return MediaEmbedding(stem, Table(-(-spec.max_frames // spec.frames_per_token) + 1, D, wraps=False))
 
 
 class MediaEmbedding(nn.Module):
     """Features of one patch or mel token → one token: what a stem makes of them, plus their place."""
 
-    def __init__(self, stem: nn.Module, place: nn.Module, width: int) -> None:
+    def __init__(self, stem: nn.Module, place: nn.Module) -> None:
         super().__init__()
         self.project, self.place = stem, place
 

@@ -80,7 +80,8 @@ def _blocks(config: ModelConfig, shape: Shape) -> int:
 
 
 def _heads(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> int:
-    return 2 * config.width * (shape.targets * spec.vocab_size + shape.answers * spec.head_rows)
+    rows = spec.head_rows + (config.embedding or 0)
+    return 2 * config.width * (shape.targets * spec.vocab_size + shape.answers * rows)
 
 
 def _media(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from mmlm.model.classic import added_positions, last_norm_of
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import AnswerHead, AnswerLoss
 from mmlm.model.embeddings import FieldEmbedding, audio_embedding, fill, image_embedding
+from mmlm.model.heads import EmbeddingHead
 from mmlm.model.initialise import initialise
 from mmlm.model.kernels import rows_of
 from mmlm.model.packed import Arrangement, arrange
@@ -63,6 +64,8 @@ class Output(NamedTuple):
     """What the head says of each record, read at its `<answer>`: logits of the classes, then numbers, of all tasks."""
     answer: AnswerLoss | None = None
     """The loss of the same positions, when it was asked for."""
+    embedding_RE: torch.Tensor | None = None
+    """A vector of length 1 for each record, read at its `<answer>`; where the model has an embedding head."""
 
 
 class FusedTransformer(nn.Module):
@@ -84,6 +87,7 @@ class FusedTransformer(nn.Module):
         self.norm = last_norm_of(config)
         self.answer = AnswerHead(D, spec.vocab_size)
         self.label = nn.Linear(D, spec.head_rows)
+        self.embedding = EmbeddingHead(D, config.embedding) if config.embedding else None
         initialise(self)
 
     def set_up(self, *, recompute: int = 0, compiled: bool = False) -> None:
@@ -104,10 +108,17 @@ class FusedTransformer(nn.Module):
         if bool((target_U == IGNORE).any()):
             answered = (target_U != IGNORE).nonzero()[:, 0]
             x_AD, target_A = rows_of(x_UD, answered), target_U[answered]
-        label_RC = self.label(x_UD[(read_X.cumsum(0) - 1)[answer_R]])
+        x_RD = x_UD[(read_X.cumsum(0) - 1)[answer_R]]
+        label_RC, embedding_RE = self.label(x_RD), None
+        if self.embedding is not None:
+            embedding_RE = self.embedding(x_RD)
+            label_RC = label_RC + (0 * embedding_RE.sum()).to(
+                label_RC.dtype
+            )  # has a gradient also where nothing is learnt from it
         if z_loss is None:
-            return Output(self.answer(x_AD), label_RC)
-        return Output(x_AD.new_empty(0, self.answer.out_features), label_RC, self.answer(x_AD, target_A, z_loss))
+            return Output(self.answer(x_AD), label_RC, None, embedding_RE)
+        nothing, loss = x_AD.new_empty(0, self.answer.out_features), self.answer(x_AD, target_A, z_loss)
+        return Output(nothing, label_RC, loss, embedding_RE)
 
     def trunk(self, batch: Inputs, read_X: torch.Tensor | None = None) -> torch.Tensor:
         """Normalised hidden states, (U, D), of the valid positions that `read_X` marks, by default of all of them."""

@@ -23,6 +23,7 @@ from typing import Any
 from mmlm.corpus.records import Part, Record
 from mmlm.errors import DataError, MmlmError
 from mmlm.evals.answer import Answerer
+from mmlm.evals.embed import embed
 from mmlm.features.encode import Encoder
 from mmlm.features.sample import Sample
 from mmlm.features.spec import FeatureSpec, TaskSpec
@@ -80,17 +81,31 @@ class Responder:
                 results[i]["number"] = answer.number
         return results
 
+    def embed(self, rows: Iterable[Mapping[str, Any]], *, paths: bool = True) -> list[dict[str, Any]]:
+        """`{"embedding": [numbers]}` or `{"error"}` for each row of text, image, audio and fields, in order: a vector of
+        length 1 for all that the row gives. Raises ConfigError when the model has no embedding head."""
+        results: list[dict[str, Any]] = []
+        samples: dict[int, Sample] = {}
+        for i, row in enumerate(rows):
+            results.append({})
+            try:
+                parts, text = self._media(row, paths), row.get("text")
+                if not missing(text):
+                    parts.append(Part("text", role="context", text=str(text)))
+                if not parts:
+                    raise DataError("there is nothing to embed", wanted=" or ".join(KEYS))
+                samples[i] = self.encode(Record("thing", tuple(parts), self.spec.tasks[0].name), _no_read)
+            except MmlmError as error:
+                results[i] = {"error": str(error)}
+        with self._lock:
+            found = embed(self.answerer, samples.values())
+        for i, vector in zip(samples, found, strict=True):
+            results[i] = {"embedding": [round(float(x), 6) for x in vector]}
+        return results
+
     def sample(self, row: Mapping[str, Any], paths: bool = True) -> Sample:
         """The question as features. Raises DataError with a sentence for the person who asked."""
-        parts = []
-        for kind, word in MEDIA.items():
-            if missing(value := row.get(kind)):
-                continue
-            if getattr(self.spec, kind) is None:
-                raise DataError(f"this model takes no {word}s", cure=f"ask without {kind}")
-            parts.append(Part(kind, data=media_bytes(value, word, paths)))
-        if not missing(fields := row.get("fields")):
-            parts.append(Part("fields", fields=read_asked(fields, self.spec.fields)))
+        parts = self._media(row, paths)
         text = row.get("text")
         if missing(text) or not str(text).strip():
             if not parts:
@@ -107,6 +122,18 @@ class Responder:
         if text:
             parts.append(Part("text", text=text))
         return self.encode(Record("question", tuple(parts), task.name), _no_read)
+
+    def _media(self, row: Mapping[str, Any], paths: bool) -> list[Part]:
+        parts = []
+        for kind, word in MEDIA.items():
+            if missing(value := row.get(kind)):
+                continue
+            if getattr(self.spec, kind) is None:
+                raise DataError(f"this model takes no {word}s", cure=f"ask without {kind}")
+            parts.append(Part(kind, data=media_bytes(value, word, paths)))
+        if not missing(fields := row.get("fields")):
+            parts.append(Part("fields", fields=read_asked(fields, self.spec.fields)))
+        return parts
 
     def encode(self, record: Record, read: Callable[[Part], bytes]) -> Sample:
         """A record as this model's features, without its answer. Raises SampleError."""

@@ -10,6 +10,8 @@ from mmlm.config import Config
 from mmlm.data.config import DataConfig
 from mmlm.model.config import ModelConfig
 
+View = Literal["image", "audio", "fields", "context"]
+
 
 def _tag(default: str) -> Discriminator:
     """Tells the choices of a union apart by their `kind`; without one it is `default`."""
@@ -158,6 +160,27 @@ class EmaConfig(Config):
     """The average, not the last weights, is validated and becomes the model."""
 
 
+class ContrastiveConfig(Config):
+    """InfoNCE (van den Oord et al. 2018): a record's modalities, each alone, find each other among those of all records of
+    the step, on all ranks. Needs `model.embedding`."""
+
+    weight: float = Field(1.0, ge=0)
+    """Per pair of modalities of a record that has both."""
+    between: list[tuple[View, View]] = Field(
+        [("image", "audio"), ("image", "context"), ("audio", "context")], min_length=1
+    )
+    """Pairs of modalities."""
+    temperature: float = Field(0.07, gt=0)
+    """By which cosines are divided."""
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        kinds = [frozenset(pair) for pair in self.between]
+        if any(len(kind) < 2 for kind in kinds) or len(set(kinds)) < len(kinds):
+            raise ValueError("between: each pair names two modalities, and each pair once")
+        return self
+
+
 class LossConfig(Config):
     """Weights of the terms that are added up."""
 
@@ -171,6 +194,8 @@ class LossConfig(Config):
     """Error of the number that is to be answered, in standard deviations, per record."""
     number_error: Literal["huber", "squared"] = "huber"
     """`squared`: half the square; `huber`: beyond one standard deviation only linear, so that wild targets do not lead."""
+    contrastive: ContrastiveConfig | None = None
+    """What brings the embeddings of a record's modalities together; none: they are not trained."""
     z: float = Field(0.0, ge=0)
     """Square of the logarithm of the softmax's denominator, per token of the answers (PaLM, Chowdhery et al. 2022, used
     1e-4): keeps logits from growing."""
@@ -272,3 +297,9 @@ class LoopConfig(Config):
 
 class TrainConfig(LoopConfig):
     model: ModelConfig = ModelConfig()
+
+    @model_validator(mode="after")
+    def _embeds(self) -> Self:
+        if self.loss.contrastive and not self.model.embedding:
+            raise ValueError("loss.contrastive needs model.embedding, the size of the vectors, such as 64")
+        return self

@@ -89,6 +89,7 @@ def _take(session: Session, step: int, batches: list[Batch], counts: dict[str, f
     with session.telemetry.clock.phase("compute"):
         torch.manual_seed(_seed(config.seed, step, session.world.rank))
         sums = torch.zeros(len(objective.names), device=device)
+        objective.prepare(trainer.model, batches, device)
         for batch in batches:
             terms = objective(trainer.model, batch.to(device))
             trainer.backward(loss_of(terms, counts))

@@ -13,6 +13,7 @@ from mmlm.data.collate import IGNORE, Batch
 from mmlm.features.spec import FeatureSpec
 from mmlm.model.transformer import FusedTransformer, Output
 from mmlm.train.config import LossConfig
+from mmlm.train.terms.contrast import Contrast
 from mmlm.train.terms.many_labels import ManyLabels
 from mmlm.train.terms.number import Number
 from mmlm.train.terms.one_label import OneLabel, softened_kl
@@ -24,6 +25,10 @@ class Objective(Protocol):
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """How many tokens or records each term of `batch` sums; needs no model."""
+        ...
+
+    def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
+        """What must be known of all micro-batches of a step before the first of them is worked on."""
         ...
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]: ...
@@ -46,19 +51,31 @@ class Answering:
             self.parts.append(ManyLabels(config.labels, spec))
         if any(task.number for task in spec.tasks):
             self.parts.append(Number(config.number, config.number_error, spec))
+        self.contrast = Contrast(config.contrastive) if config.contrastive else None
         self.weights = {"answer": config.answer, **{part.name: part.weight for part in self.parts}}
+        if self.contrast:
+            self.weights["contrastive"] = self.contrast.weight
         if config.z:
             self.weights["z"] = config.z
         self.names: tuple[str, ...] = tuple(self.weights)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         answers = float((batch.target_BT != IGNORE).sum())
-        return {name: answers for name in ("answer", "z") if name in self.names} | {
-            part.name: part.count(batch) for part in self.parts
-        }
+        counts = {name: answers for name in self.names if name in ("answer", "z")}
+        counts |= {part.name: part.count(batch) for part in self.parts}
+        return counts | ({"contrastive": self.contrast.count(batch)} if self.contrast else {})
+
+    def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
+        if self.contrast:
+            self.contrast.prepare(model, batches, device)
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
-        return self.terms(model(batch, z_loss=self.z_share), batch)
+        if not self.contrast:
+            return self.terms(model(batch, z_loss=self.z_share), batch)
+        wide = self.contrast.widen(batch)
+        output: Output = model(wide, z_loss=self.z_share)
+        assert output.embedding_RE is not None
+        return {**self.terms(output, wide), "contrastive": self.contrast.term(output.embedding_RE, batch)}
 
     @property
     def z_share(self) -> float | None:
@@ -92,7 +109,8 @@ class Distilling:
     def __init__(
         self, config: LossConfig, spec: FeatureSpec, teacher: FusedTransformer, temperature: float, task: float
     ) -> None:
-        self.answering, self.teacher = Answering(config, spec), teacher
+        # embeddings are not distilled
+        self.answering, self.teacher = Answering(config.model_copy(update={"contrastive": None}), spec), teacher
         led = ("answer", *(part.name for part in self.answering.parts))
         self.names: tuple[str, ...] = (*self.answering.names, *(f"{name}_kl" for name in led))
         self.temperature, self.task = temperature, task
@@ -100,6 +118,9 @@ class Distilling:
     def counts(self, batch: Batch) -> dict[str, float]:
         counts = self.answering.counts(batch)
         return {**counts, **{name: counts[name.removesuffix("_kl")] for name in self.names if name.endswith("_kl")}}
+
+    def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
+        pass
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
         student: Output = model(batch)

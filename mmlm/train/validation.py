@@ -50,7 +50,8 @@ class Validation:
                 f"{shards} has no records for validation",
                 cure="give scan.yaml a `split` with `val`, or validation.every=0",
             )
-        self.objective = Answering(config.loss, self.reader.spec)
+        # embeddings of a few records at a time are no measure of how they will be found among all
+        self.objective = Answering(config.loss.model_copy(update={"contrastive": None}), self.reader.spec)
         self._told: set[int] = set()
         """Damaged samples that were told of."""
         order = np.random.default_rng((0, 7)).permutation(len(self.reader))

@@ -1,0 +1,202 @@
+"""Contrast: views against samples cut down, InfoNCE against its formula, and the same loss and gradients however it is cut."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmlm import world as worlds
+from mmlm.config import parse
+from mmlm.data.collate import Batch, collate, field_rows, pack
+from mmlm.data.modalities import alone
+from mmlm.data.views import only_views, view, with_views
+from mmlm.errors import ConfigError
+from mmlm.evals.answer import Answerer
+from mmlm.evals.embed import embed
+from mmlm.evals.retrieval import ranks as places
+from mmlm.features import spec as feature_spec
+from mmlm.features.config import TokenizerConfig
+from mmlm.features.sample import Sample
+from mmlm.features.spec import ANSWER, AUDIO, BOS, CONTEXT, EOS, IMAGE
+from mmlm.features.text import train_tokenizer
+from mmlm.launch.local import ranks
+from mmlm.model.config import ModelConfig
+from mmlm.model.transformer import FusedTransformer
+from mmlm.train import engine, weights
+from mmlm.train.config import ContrastiveConfig, LossConfig, TrainConfig
+from mmlm.train.objectives import Answering, loss_of
+from tests.small import SPEC, sample
+
+GIVEN = [
+    ("image", "audio", "context"), ("image", "context"), ("audio", "fields"), ("image", "audio"), (), ("context",),
+    ("image", "audio", "context"), ("audio", "context"),
+]  # fmt: skip
+LOSS = LossConfig(contrastive=ContrastiveConfig(weight=0.5, temperature=0.2))
+
+
+def net(**changes: Any) -> FusedTransformer:
+    torch.manual_seed(0)
+    config = ModelConfig(**{"width": 32, "layers": 1, "heads": 2, "attention": "prefix", "embedding": 16, **changes})
+    return FusedTransformer(config, SPEC, len(field_rows(SPEC)))
+
+
+def samples() -> list[Sample]:
+    made = [sample(i, given, task="free" if i == 2 else "kind") for i, given in enumerate(GIVEN)]
+    made[6].group = made[0].group  # the same thing twice
+    return made
+
+
+def embedded(model: FusedTransformer, one: Sample, modality: str) -> torch.Tensor:
+    return model(collate([alone(one, {modality})], SPEC)).embedding_RE[0]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("modality", ["image", "audio", "fields", "context"])
+def test_views_are_the_samples_with_one_modality_alone(modality: str):
+    model = net()
+    rows = samples()
+    batch = pack([rows[:3], rows[3:]], SPEC, 128)
+    views = [view(batch, modality)]
+    having = [n for n, given in enumerate(GIVEN) if modality in given]
+    assert views[0].record_V.tolist() == having
+    found = model(only_views(batch, views)).embedding_RE
+    wanted = torch.stack([embedded(model, rows[n], modality) for n in having])
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(found.norm(dim=1), torch.ones(len(having)), atol=1e-6)
+    whole = model(with_views(batch, views))
+    assert torch.allclose(whole.embedding_RE[-len(having) :], wanted, atol=1e-5)
+    assert torch.allclose(whole.label_RC[: len(rows)], model(batch).label_RC, atol=1e-5)
+
+
+def info_nce(model: FusedTransformer, rows: list[Sample]) -> torch.Tensor:
+    """The sum over pairs of modalities, records and directions, written out."""
+    assert LOSS.contrastive
+    total = torch.zeros(())
+    for pair in LOSS.contrastive.between:
+        for a, b in (pair, pair[::-1]):
+            candidates = [n for n, given in enumerate(GIVEN) if b in given]
+            for n, given in enumerate(GIVEN):
+                if a in given and b in given:
+                    others = [m for m in candidates if m == n or rows[m].group != rows[n].group]
+                    z = embedded(model, rows[n], a)
+                    score = (
+                        torch.stack([z @ embedded(model, rows[m], b) for m in others]) / LOSS.contrastive.temperature
+                    )
+                    total = total - score.log_softmax(0)[others.index(n)] / 2
+    return total
+
+
+def test_the_loss_is_its_formula_and_does_not_depend_on_micro_batches():
+    model, rows = net(), samples()
+    wanted = info_nce(model, rows)
+    wanted_gradient = torch.autograd.grad(wanted, list(model.parameters()), allow_unused=True)
+    for sizes in ([8], [3, 5], [2, 1, 1, 4]):
+        batches = [collate([rows[i] for i in part], SPEC) for part in torch.arange(8).split(sizes)]
+        objective = Answering(LOSS, SPEC)
+        assert sum(objective.counts(b)["contrastive"] for b in batches) == 3 + 3 + 3
+        objective.prepare(model, batches, torch.device("cpu"))
+        model.zero_grad()
+        total = torch.zeros(())
+        for batch in batches:
+            term = objective(model, batch)["contrastive"]
+            term.sum.backward()
+            total += term.sum.detach()
+        assert total.item() == pytest.approx(wanted.item(), rel=1e-5)
+        for (name, p), g in zip(model.named_parameters(), wanted_gradient, strict=True):
+            have, want = (torch.zeros_like(p) if x is None else x for x in (p.grad, g))
+            assert torch.allclose(have, want, atol=1e-4), name
+
+
+def test_a_batch_without_any_view_touches_all_parameters():
+    model, objective = net(), Answering(LOSS, SPEC)
+    batch = collate([sample(1, ()), sample(2, ())], SPEC)
+    loss = loss_of(objective(model, batch), objective.counts(batch))
+    loss.backward()
+    assert torch.isfinite(loss) and all(p.grad is not None for p in model.parameters())
+
+
+def test_contrast_without_an_embedding_is_refused():
+    with pytest.raises(ConfigError, match=r"model\.embedding"):
+        parse(TrainConfig, {"loss": {"contrastive": {}}}, "test")
+
+
+BASE = {"precision": "fp32", "model": {"width": 32, "layers": 1, "heads": 2, "embedding": 16}, "data": {"batch": 8}}
+
+
+def one_step(out: str, combinations: list[dict[str, Any]]) -> None:
+    """On every rank: the contrastive loss and the gradient norm of a step, for each combination."""
+    world = worlds.from_environment()
+    device = engine.start(world)
+    found = []
+    for changes in combinations:
+        config = parse(TrainConfig, {**BASE, **changes}, "test")
+        trainer = engine.DeepSpeedEngine(net(attention="causal").to(device), config, world)
+        objective = Answering(LOSS, SPEC)
+        mine = samples()[world.rank * 8 // world.size : (world.rank + 1) * 8 // world.size]
+        size = len(mine) // config.accumulate
+        batches: list[Batch] = [collate(mine[i : i + size], SPEC).to(device) for i in range(0, len(mine), size)]
+        sums = [sum(objective.counts(b)[name] for b in batches) for name in objective.names]
+        counts = dict(zip(objective.names, engine.total(sums, device), strict=True))
+        objective.prepare(trainer.model, batches, device)
+        loss = 0.0
+        for batch in batches:
+            terms = objective(trainer.model, batch)
+            trainer.backward(loss_of(terms, counts))
+            loss += float(terms["contrastive"].sum.detach())
+        found.append([engine.total([loss], device)[0] / counts["contrastive"], trainer.update(1e-3)])
+        trainer.model.destroy()
+    if world.is_main:
+        (Path(out) / "found.json").write_text(json.dumps(found))
+    engine.stop()
+
+
+def test_ranks_micro_batches_and_zero_stages_change_no_loss_and_no_gradient(tmp_path: Path):
+    combinations = [{"zero": {"stage": stage}, "accumulate": n} for stage, n in ((0, 1), (2, 1), (2, 2), (3, 2))]
+    found = {}
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        out = tmp_path / str(count)
+        arguments = {"out": str(out), "combinations": combinations}
+        ranks(count)("tests.train.test_contrast:one_step", arguments, log=out / "logs")
+        found[count] = json.loads((out / "found.json").read_text())
+    rows = [*found[1], *found[2]]
+    for loss, norm in rows:
+        assert loss == pytest.approx(rows[0][0], rel=1e-5)
+        assert norm == pytest.approx(rows[0][1], rel=1e-4)
+
+
+def thing(seed: int) -> Sample:
+    """One of four things: a bright quarter of the picture, a loud band of the sound, a word."""
+    kind, rng = seed % 4, np.random.default_rng(seed)
+    picture = rng.integers(0, 120, (16, 16, 1)).astype(np.uint8)
+    picture[kind // 2 * 8 :, kind % 2 * 8 :][:8, :8] += 120
+    mel = rng.uniform(-6, -3, (16, 8)).astype(np.float16)
+    mel[:, 2 * kind : 2 * kind + 2] += 3
+    tokens = np.array([BOS, IMAGE, AUDIO, CONTEXT, 20 + kind, int(rng.integers(30, 60)), ANSWER, 9, EOS], np.int32)
+    return Sample(f"t{seed}", "free", tokens, 6, [picture], [mel], context_spans=[(3, 6)], group=f"kind {kind}")
+
+
+def test_picture_sound_and_text_of_the_same_thing_become_neighbours(tmp_path: Path):
+    model, objective = net(), Answering(LossConfig(answer=0.1, contrastive=ContrastiveConfig()), SPEC)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(60):
+        batch = collate([thing(16 * step + n) for n in range(16)], SPEC)
+        optimizer.zero_grad()
+        loss_of(objective(model, batch), objective.counts(batch)).backward()
+        optimizer.step()
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    feature_spec.save(SPEC, shards)
+    train_tokenizer(["a b c"], TokenizerConfig(vocab_size=300)).save(shards)
+    weights.save_model(tmp_path, model.state_dict(), model.config, shards)
+    answerer, asked = Answerer(tmp_path), [thing(10_000 + n) for n in range(40)]
+    kinds = [s.group for s in asked]
+    for query, candidate in itertools.permutations(["image", "audio", "context"], 2):
+        q, c = (embed(answerer, asked, frozenset({m})) for m in (query, candidate))
+        assert np.allclose(np.linalg.norm(q, axis=1), 1, atol=1e-5)
+        assert (places(q, c, kinds, kinds) == 1).mean() > 0.9, (query, candidate)  # by lot: a quarter
