@@ -88,13 +88,17 @@ def _media(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> tuple[int, i
     """Of the maps that read features, and of those behind them in a stem. A picture is convolved as a whole, also where
     patches at its edges are left out."""
     D, first, rest = config.width, 0, 0
-    if spec.image and config.image_stem == "linear":
+    if encoder := spec.encoder("image"):
+        first += 2 * shape.patches * encoder.dim * D
+    elif spec.image and config.image_stem == "linear":
         first += 2 * shape.patches * spec.image.patch_dim * D
     elif spec.image:
         pictures = -(-shape.patches // spec.image.tokens)
         reading, behind = convolution_flops(spec.image, D)
         first, rest = first + pictures * reading, rest + pictures * behind
-    if spec.audio and config.audio_stem == "linear":
+    if encoder := spec.encoder("audio"):
+        first += 2 * shape.mels * encoder.dim * D
+    elif spec.audio and config.audio_stem == "linear":
         first += 2 * shape.mels * spec.audio.token_dim * D
     elif spec.audio:
         frames = shape.mels * spec.audio.frames_per_token
