@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.model.config import ModelConfig
 from mmlm.train.config import LoopConfig
 
@@ -11,7 +12,7 @@ from mmlm.train.config import LoopConfig
 class DistillConfig(LoopConfig):
     """A smaller model learns from the teacher's logits and from the data (Hinton et al. 2015)."""
 
-    model: ModelConfig = ModelConfig(width=80)
+    model: AnyModelConfig = ModelConfig(width=80)
     """The student."""
     temperature: float = Field(2.0, gt=0)
     """Both distributions are softened by it; the divergence is multiplied by its square."""

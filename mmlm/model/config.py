@@ -10,6 +10,8 @@ from mmlm.config import Config
 
 
 class ModelConfig(Config):
+    kind: Literal["transformer"] = "transformer"
+    """This model among the others (`mmlm/model/baseline_config.py`)."""
     width: int = Field(128, ge=8)
     """Size of the residual stream, d."""
     layers: int = Field(2, ge=1)

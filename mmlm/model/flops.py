@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from mmlm.features.spec import FeatureSpec
+from mmlm.model.baseline_config import AnyModelConfig, CnnConfig, RecurrentConfig
+from mmlm.model.baseline_flops import cnn_forward, recurrent_blocks
 from mmlm.model.config import ModelConfig
 from mmlm.model.stems import convolution_flops
 from mmlm.model.transformer import IGNORE, Inputs
@@ -53,23 +55,30 @@ class Shape:
         return sum(self.lengths)
 
 
-def forward_flops(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> int:
+def forward_flops(config: AnyModelConfig, spec: FeatureSpec, shape: Shape) -> int:
     """FLOPs of one forward pass."""
+    if isinstance(config, CnnConfig):
+        return cnn_forward(config, spec, shape)[0]
     return _blocks(config, shape) + _heads(config, spec, shape) + sum(_media(config, spec, shape))
 
 
-def training_flops(config: ModelConfig, spec: FeatureSpec, shape: Shape, *, recomputed: bool = False) -> int:
+def training_flops(config: AnyModelConfig, spec: FeatureSpec, shape: Shape, *, recomputed: bool = False) -> int:
     """FLOPs of one forward and backward pass: a product's two gradients cost as much as itself each; media features
     need no gradient of their own. `recomputed` adds the second forward pass of checkpointed blocks: give it for the
     time a step takes, leave it out for MFU.
     """
+    if isinstance(config, CnnConfig):
+        whole, first = cnn_forward(config, spec, shape)
+        return 3 * whole - first
     blocks = _blocks(config, shape)
     first, rest = _media(config, spec, shape)
     whole = 3 * (blocks + _heads(config, spec, shape) + rest) + 2 * first
     return whole + (blocks if recomputed else 0)
 
 
-def _blocks(config: ModelConfig, shape: Shape) -> int:
+def _blocks(config: ModelConfig | RecurrentConfig, shape: Shape) -> int:
+    if isinstance(config, RecurrentConfig):
+        return recurrent_blocks(config, shape)
     D, H = config.width, config.head_width
     maps = 2 * D * (H * (config.heads + 2 * config.key_value_heads) + D)
     scores = sum(4 * length * length * D for length in shape.lengths)  # Q Kᵀ, then its product with V
@@ -79,26 +88,23 @@ def _blocks(config: ModelConfig, shape: Shape) -> int:
     return attention + 2 * products * D * config.feed_forward * fed
 
 
-def _heads(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> int:
-    rows = spec.head_rows + (config.embedding or 0)
+def _heads(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Shape) -> int:
+    rows = spec.head_rows + (getattr(config, "embedding", None) or 0)
     return 2 * config.width * (shape.targets * spec.vocab_size + shape.answers * rows)
 
 
-def _media(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> tuple[int, int]:
+def _media(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Shape) -> tuple[int, int]:
     """Of the maps that read features, and of those behind them in a stem. A picture is convolved as a whole, also where
     patches at its edges are left out."""
     D, first, rest = config.width, 0, 0
-    if encoder := spec.encoder("image"):
-        first += 2 * shape.patches * encoder.dim * D
-    elif spec.image and config.image_stem == "linear":
+    stems = (config.image_stem, config.audio_stem) if isinstance(config, ModelConfig) else ("linear", "linear")
+    if spec.image and stems[0] == "linear":
         first += 2 * shape.patches * spec.image.patch_dim * D
     elif spec.image:
         pictures = -(-shape.patches // spec.image.tokens)
         reading, behind = convolution_flops(spec.image, D)
         first, rest = first + pictures * reading, rest + pictures * behind
-    if encoder := spec.encoder("audio"):
-        first += 2 * shape.mels * encoder.dim * D
-    elif spec.audio and config.audio_stem == "linear":
+    if spec.audio and stems[1] == "linear":
         first += 2 * shape.mels * spec.audio.token_dim * D
     elif spec.audio:
         frames = shape.mels * spec.audio.frames_per_token

@@ -62,7 +62,7 @@ class PictureConvolutions(nn.Module):
 
     def forward(self, rows_PD: torch.Tensor, at_P: torch.Tensor) -> torch.Tensor:
         n, p, T = self.spec.size // self.spec.patch, self.spec.patch, self.spec.tokens
-        picture_P = _numbered(at_P, T)
+        picture_P = numbered(at_P, T)
         place_P = picture_P * T + at_P % T
         pictures = int(picture_P[-1]) + 1
         grid = rows_PD.new_zeros(pictures * T, rows_PD.shape[1]).index_copy(0, place_P, rows_PD)
@@ -106,7 +106,7 @@ class SoundConvolutions(nn.Module):
 
     def forward(self, rows_MD: torch.Tensor, at_M: torch.Tensor) -> torch.Tensor:
         frames = self.spec.frames_per_token
-        sound_M = _numbered(at_M, None)
+        sound_M = numbered(at_M, None)
         sounds, longest = int(sound_M[-1]) + 1, int(at_M.max()) + 1
         place_M = sound_M * longest + at_M
         grid = rows_MD.new_zeros(sounds * longest, rows_MD.shape[1]).index_copy(0, place_M, rows_MD)
@@ -118,7 +118,7 @@ class SoundConvolutions(nn.Module):
         return x_MD if self.join is None else self.join(x_MD)
 
 
-def _numbered(at: torch.Tensor, each: int | None) -> torch.Tensor:
+def numbered(at: torch.Tensor, each: int | None) -> torch.Tensor:
     """The number of the picture or sound of each row: a new one begins where places do not grow, or where `each` places,
     the most of one picture, are over."""
     begins = at[1:] <= at[:-1]

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from mmlm.config import Config
 from mmlm.data.config import DataConfig
+from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.model.config import ModelConfig
 
 View = Literal["image", "audio", "fields", "context"]
@@ -296,10 +297,11 @@ class LoopConfig(Config):
 
 
 class TrainConfig(LoopConfig):
-    model: ModelConfig = ModelConfig()
+    model: AnyModelConfig = ModelConfig()
+    """`kind: transformer`, or a small model for small data: `cnn`, `lstm`, `gru`."""
 
     @model_validator(mode="after")
     def _embeds(self) -> Self:
-        if self.loss.contrastive and not self.model.embedding:
+        if self.loss.contrastive and not getattr(self.model, "embedding", None):
             raise ValueError("loss.contrastive needs model.embedding, the size of the vectors, such as 64")
         return self

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 
 from mmlm.features.spec import FeatureSpec
+from mmlm.model.baseline_config import AnyModelConfig
+from mmlm.model.baseline_flops import kept_values
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import LOGITS
 from mmlm.model.flops import Shape, training_flops
@@ -142,19 +144,19 @@ class Measured:
     notes: list[str] = field(default_factory=list)
 
 
-def count(config: ModelConfig, spec: FeatureSpec) -> int:
+def count(config: AnyModelConfig, spec: FeatureSpec) -> int:
     """Parameters of the model, which is built without memory."""
     with torch.device("meta"):
         return sum(p.numel() for p in weights.build(config, spec).parameters())
 
 
-def _tensors(config: ModelConfig, spec: FeatureSpec) -> int:
+def _tensors(config: AnyModelConfig, spec: FeatureSpec) -> int:
     with torch.device("meta"):
         return len(list(weights.build(config, spec).parameters()))
 
 
 def forecast(
-    config: LoopConfig, model: ModelConfig, spec: FeatureSpec, work: Workload, device: Device, ranks: int,
+    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, work: Workload, device: Device, ranks: int,
     measured: Measured | None = None,
 ) -> Forecast:  # fmt: skip
     """The forecast of one choice; the stage, offloading and precision are those of `config`."""
@@ -182,7 +184,7 @@ def moments(config: LoopConfig) -> int:
 
 
 def memory_of(
-    config: LoopConfig, model: ModelConfig, spec: FeatureSpec, mine: Workload, device: Device, ranks: int, P: int
+    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, mine: Workload, device: Device, ranks: int, P: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(bytes of one rank's device, bytes of the host for the ranks of one node), by part."""
     stage, b, on_node = config.zero.stage, low_bytes(config), min(ranks, device.per_node)
@@ -214,10 +216,14 @@ def memory_of(
 
 
 def activation_bytes(
-    config: LoopConfig, model: ModelConfig, spec: FeatureSpec, mine: Workload, device: Device
+    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, mine: Workload, device: Device
 ) -> float:
     """Bytes that autograd keeps of one micro-batch, and what the heads need on top at the end."""
     b, D, shape = low_bytes(config), model.width, mine.shape
+    if not isinstance(model, ModelConfig):
+        words = 0 if model.kind == "cnn" else shape.targets
+        ends = (spec.vocab_size * D * (4 + b)) if words else 0
+        return kept_values(model, spec, shape) * b + ends + min(LOGITS, words * spec.vocab_size) * (b + 8)
     attention, fed = attention_bytes(model, mine, b, device), (2 * D + 4 * model.feed_forward) * b
     read = shape.targets if shape.read is None else shape.read
     block = attention + shape.tokens * fed
@@ -244,7 +250,7 @@ def attention_bytes(model: ModelConfig, mine: Workload, b: int, device: Device) 
 
 
 def seconds_of(
-    config: LoopConfig, model: ModelConfig, spec: FeatureSpec, mine: Workload, device: Device, ranks: int, P: int,
+    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, mine: Workload, device: Device, ranks: int, P: int,
     measured: Measured | None,
 ) -> dict[str, float]:  # fmt: skip
     """Seconds of one step by part."""
@@ -266,7 +272,8 @@ def seconds_of(
     arithmetic = (flops + ((again - flops) / config.recompute if config.recompute else 0)) / peak
     # what is kept is written once and read once, and gradients of it are written and read as well
     moved = 4 * activation_bytes(config, model, spec, mine, device) / bandwidth
-    started = KERNELS * (model.layers + 5) * device.launch
+    depth = len(model.channels) if model.kind == "cnn" else model.layers
+    started = KERNELS * (depth + 5) * device.launch
     update = (4 * (4 + moments(config)) * part / 2 + 2 * b * P) / bandwidth
     return {
         "forward_backward": max(arithmetic + moved, started) * pieces,

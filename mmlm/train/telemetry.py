@@ -20,7 +20,7 @@ import torch
 
 from mmlm.data.collate import IGNORE, Batch
 from mmlm.features.spec import AUDIO, IMAGE, FeatureSpec
-from mmlm.model.config import ModelConfig
+from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.model.flops import Shape, training_flops
 from mmlm.train import engine
 from mmlm.train.memory import Trimmer, resident_bytes
@@ -59,7 +59,7 @@ class Telemetry:
     """Figures of a training. Every rank counts and calls `row`; rank 0 writes."""
 
     def __init__(
-        self, out: Path, world: World, device: torch.device, precision: str, model: ModelConfig, spec: FeatureSpec
+        self, out: Path, world: World, device: torch.device, precision: str, model: AnyModelConfig, spec: FeatureSpec
     ) -> None:
         self.path, self.world, self.device = out / "metrics.jsonl", world, device
         self.config, self.spec = model, spec

@@ -32,6 +32,10 @@ def train(config: TrainConfig, shards: Artifact, *, out: Path, launch: Launch, t
     work = artifacts.begin(out, "checkpoint", recipe=RECIPE, config=config, parents={"shards": shards})
     if work.artifact:
         return work.artifact
+    if (shards.path / feature_spec.FILE).is_file():
+        from mmlm.train import weights
+
+        weights.check(config.model, feature_spec.load(shards.path))
     arguments = {"config": config.model_dump(mode="json"), "shards": address(shards.path), "out": str(out)}
     arguments["digest"] = shards.digest
     return run_ranks(work, config, "mmlm.train.train:on_rank", arguments, launch, tracker, "train")

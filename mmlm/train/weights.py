@@ -17,7 +17,10 @@ from mmlm.data.collate import field_rows
 from mmlm.errors import ArtifactError
 from mmlm.features import spec as feature_spec
 from mmlm.features.spec import FeatureSpec
+from mmlm.model.baseline_config import CONFIGS, AnyModelConfig, CnnConfig
 from mmlm.model.config import ModelConfig
+from mmlm.model.convolutional import CnnModel, refuse
+from mmlm.model.recurrent import RecurrentModel
 from mmlm.model.transformer import FusedTransformer
 from mmlm.storage import atomic_write, write_json
 
@@ -30,11 +33,22 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", to
 """Names of dtypes in the header of a safetensors file."""
 
 
-def build(config: ModelConfig, spec: FeatureSpec) -> FusedTransformer:
-    return FusedTransformer(config, spec, len(field_rows(spec)))
+def build(config: AnyModelConfig, spec: FeatureSpec) -> FusedTransformer:
+    """The model that `config` asks for, with new weights. Raises ConfigError when it cannot do what the spec wants."""
+    if isinstance(config, ModelConfig):
+        return FusedTransformer(config, spec, len(field_rows(spec)))
+    if isinstance(config, CnnConfig):
+        return CnnModel(config, spec, len(field_rows(spec)))
+    return RecurrentModel(config, spec, len(field_rows(spec)))
 
 
-def save_model(folder: Path, tensors: dict[str, torch.Tensor], config: ModelConfig, shards: Path) -> None:
+def check(config: AnyModelConfig, spec: FeatureSpec) -> None:
+    """Raise ConfigError before anything starts, when the model cannot do what the spec wants."""
+    if isinstance(config, CnnConfig):
+        refuse(spec)
+
+
+def save_model(folder: Path, tensors: dict[str, torch.Tensor], config: AnyModelConfig, shards: Path) -> None:
     """Write everything of FILES into `folder`; spec and tokenizer are copied from `shards`."""
     write_tensors({name: t.contiguous().cpu() for name, t in tensors.items()}, folder / WEIGHTS)
     write_json(folder / CONFIG, config.model_dump(mode="json"))
@@ -67,12 +81,13 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
     return digest.hexdigest()
 
 
-def load_config(folder: Path) -> ModelConfig:
+def load_config(folder: Path) -> AnyModelConfig:
     try:
         data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{folder} has no {CONFIG}", wanted="a checkpoint", cure="check the path") from None
-    return parse(ModelConfig, data, str(folder / CONFIG))
+    kind = data.get("kind", "transformer") if isinstance(data, dict) else "transformer"
+    return parse(CONFIGS.get(kind, ModelConfig), data, str(folder / CONFIG))
 
 
 def load_model(folder: Path, spec: FeatureSpec) -> FusedTransformer:
