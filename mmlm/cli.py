@@ -236,12 +236,48 @@ def _people(commands: Any) -> None:
     plan.add_argument("--price", type=float, metavar="MONEY", help="of one device for an hour")
     plan.add_argument("--json", action="store_true")
 
+    advise = _command(
+        commands, "advise", "say which model, size and settings suit some data on this machine, and why", _advise
+    )
+    advise.add_argument(
+        "given", metavar="DIR|STORY", help="a manifest, a shard set, a run's folder, or a scanned story"
+    )
+    advise.add_argument("--out", type=Path, metavar="DIR", help="where the story's run lies (default: runs/STORY)")
+    advise.add_argument(
+        "--hours", type=float, default=8.0, metavar="N", help="a training may take so long (default: 8)"
+    )
+    advise.add_argument("--write", type=Path, metavar="FILE", help="write the train.yaml; nothing is written without")
+    advise.add_argument("--json", action="store_true")
+
     predict = _command(commands, "predict", "answer one question by flags, or many by --input", _predict)
     _asked(predict)
     predict.add_argument("--json", action="store_true", help="print answers as JSON lines")
 
     embed = _command(commands, "embed", "the vector of a text, picture or sound: what means the same lies near", _embed)
     _asked(embed)
+
+    why = _command(
+        commands, "explain", "show which words, patches and moments an answer rests on: a page, JSON and colours", _why
+    )
+    why.add_argument("--model", required=True, metavar="URI", help="models:/NAME@champion, or a folder")
+    why.add_argument("--text", help="the question")
+    why.add_argument("--image", metavar="FILE")
+    why.add_argument("--audio", metavar="FILE")
+    why.add_argument("--fields", metavar="JSON", help='named numbers and categories: {"age": 50}')
+    why.add_argument("--label", metavar="CLASS", help="explain this class instead of what is answered")
+    why.add_argument("--answer", metavar="TEXT", help="explain this text instead of what is answered")
+    why.add_argument(
+        "--out",
+        type=Path,
+        default=Path("explanation"),
+        metavar="DIR",
+        help="where the page goes (default: explanation)",
+    )
+    why.add_argument(
+        "--steps", type=int, default=64, metavar="N", help="points of the integral (at first; default: 64)"
+    )
+    why.add_argument("--json", action="store_true", help="print the figures as JSON")
+    why.add_argument("--tracking-uri", metavar="URI")
 
     serve = _command(commands, "serve", "answer over HTTP: GET /health, POST /predict, and a page to try it", _serve)
     serve.add_argument("--model", required=True, metavar="URI", help="models:/NAME@champion, or a folder")
@@ -426,6 +462,19 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _advise(arguments: argparse.Namespace) -> int:
+    from mmlm.advise import page
+
+    if arguments.write:
+        page.require_new(arguments.write)
+    found = page.compose(arguments.given, arguments.out, arguments.hours)
+    print(json.dumps(found, ensure_ascii=False, indent=1) if arguments.json else page.words(found))
+    if arguments.write:
+        page.write(found, arguments.write)
+        print(f"wrote {arguments.write}", file=sys.stderr)
+    return 0
+
+
 def _predict(arguments: argparse.Namespace) -> int:
     from mmlm.publish.answering import Responder
 
@@ -466,6 +515,32 @@ def _asked_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             wanted="--text, --image, --audio, --fields in any combination, or --input FILE.jsonl",
         )
     return _questions(arguments.input) if arguments.input else [one]
+
+
+def _why(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from mmlm.evals import explain_page
+    from mmlm.evals.explain import explain
+    from mmlm.publish.answering import Responder
+
+    question = {
+        key: value for key in ("text", "image", "audio", "fields") if (value := getattr(arguments, key)) is not None
+    }
+    if not question:
+        raise ConfigError("nothing to explain", wanted="--text, --image, --audio, --fields in any combination")
+    responder = Responder.load(arguments.model, tracking_uri=arguments.tracking_uri)
+    found = explain(
+        responder.answerer, responder.sample(question), label=arguments.label, text=arguments.answer,
+        steps=arguments.steps,
+    )  # fmt: skip
+    page = explain_page.write(found, {**question, "model": arguments.model}, arguments.out)
+    if arguments.json:
+        print(json.dumps(explain_page.as_json(found), ensure_ascii=False))
+    else:
+        Console(highlight=False, soft_wrap=True).print(explain_page.words(found))
+        print(page)
+    return 0
 
 
 def _questions(path: Path) -> list[dict[str, Any]]:

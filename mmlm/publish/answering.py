@@ -130,11 +130,6 @@ class Responder:
                 continue
             if getattr(self.spec, kind) is None:
                 raise DataError(f"this model takes no {word}s", cure=f"ask without {kind}")
-            if self.spec.encoder("image" if kind == "image" else "audio"):
-                raise DataError(
-                    f"this model reads what a pretrained encoder makes of a {word}, and no encoder runs here yet",
-                    cure=f"ask without {kind}, or evaluate on a shard set that was made with the encoder",
-                )
             parts.append(Part(kind, data=media_bytes(value, word, paths)))
         if not missing(fields := row.get("fields")):
             parts.append(Part("fields", fields=read_asked(fields, self.spec.fields)))

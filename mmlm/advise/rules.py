@@ -1,0 +1,233 @@
+"""What is recommended and why: each rule is a sentence with its source, a paper's or our own figure (docs/results.md)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmlm.advise.facts import Facts, Machine
+
+CNN_UP_TO = 10_000
+LSTM_UP_TO = 2_000
+LOGISTIC_UP_TO = 1_000
+TOKENS_A_PARAMETER = 20
+EPOCHS_OF_USE = 4
+
+HOFFMANN = "Hoffmann et al. 2022, table 3: about 20 tokens a parameter"
+MUENNIGHOFF = "Muennighoff et al. 2023: up to 4 epochs are worth nearly as much as new data"
+VIT = "Dosovitskiy et al. 2021, section 4.3: without pretraining on many pictures, convolutions beat patches"
+EZEN = "Ezen-Can 2020: an LSTM beat BERT on a small corpus, the more so the smaller"
+STAMPS = "docs/results.md: of 649 stamps the logistic regression learnt .714, the Transformer of 3.3 M parameters .603"
+TREES = "Grinsztajn et al. 2022: on tables of about 10,000 rows, trees beat neural networks"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something is as it is."""
+
+    choice: str
+    why: str
+    source: str = ""
+
+
+@dataclass
+class Advice:
+    """`model` and `settings` are the keys of a train.yaml."""
+
+    preset: str
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    reasons: list[Reason] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+SIZES: tuple[tuple[str, dict[str, int]], ...] = (
+    ("tiny", {"width": 128, "layers": 2, "heads": 4}),
+    ("small", {"width": 256, "layers": 4, "heads": 4}),
+    ("40m", {"width": 512, "layers": 8, "heads": 8}),
+    ("125m", {"width": 768, "layers": 12, "heads": 12}),
+    ("350m", {"width": 1024, "layers": 24, "heads": 16}),
+    ("760m", {"width": 1536, "layers": 24, "heads": 16}),
+    ("1b", {"width": 2048, "layers": 24, "heads": 16}),
+    ("7b", {"width": 4096, "layers": 32, "heads": 32}),
+)
+"""Shapes that are chosen among, from small to large; width and depth of the larger ones as Brown et al. 2020, table 2.1."""
+
+
+def advise(facts: Facts, here: Machine, budget_hours: float, cost: Any) -> Advice:
+    """The recommendation. `cost(model, settings)` → (parameters, hours, fits) of one choice on this machine."""
+    reasons: list[Reason] = []
+    kind = _kind(facts, reasons)
+    settings = _settings(facts, here, kind, reasons)
+    preset, model = _size(facts, kind, settings, budget_hours, cost, reasons)
+    settings["optimizer"] = {"lr": _rate(model, kind, reasons)}
+    return Advice(preset, model, settings, reasons, _warnings(facts))
+
+
+def _kind(facts: Facts, reasons: list[Reason]) -> str:
+    n = facts.train
+    if facts.texts:
+        if n and facts.tokens < 1e5 and not facts.media:
+            reasons.append(
+                Reason(
+                    "kind: lstm", f"answers are texts, and {facts.tokens:,.0f} tokens are few: a state is enough", EZEN
+                )
+            )
+            return "lstm"
+        why = "answers are texts, written token by token" + (" from what is seen or heard" if facts.media else "")
+        reasons.append(Reason("kind: transformer", why, "cnn answers classes only; lstm and gru lag on long records"))
+        return "transformer"
+    if facts.media and n <= CNN_UP_TO and facts.tokens < 40 * max(n, 1):
+        reasons.append(
+            Reason(
+                "kind: cnn", f"{n:,} records with {' and '.join(facts.media)}, answered by a class or number alone", VIT
+            )
+        )
+        return "cnn"
+    if not facts.media and n <= LSTM_UP_TO and facts.tokens:
+        reasons.append(Reason("kind: gru", f"{n:,} texts are few for attention to learn an order from", EZEN))
+        return "gru"
+    why = f"{n:,} records" + (f" of {', '.join(facts.media)} and text" if facts.media else " of text")
+    reasons.append(Reason("kind: transformer", f"{why} are enough, and it reads all of them together", VIT))
+    return "transformer"
+
+
+def _size(
+    facts: Facts, kind: str, settings: dict[str, Any], budget_hours: float, cost: Any, reasons: list[Reason]
+) -> tuple[str, dict[str, Any]]:
+    if kind == "cnn":
+        wide = facts.train > 2000
+        channels = [32, 64, 128] if wide else [16, 32, 64]
+        reasons.append(
+            Reason(
+                f"channels: {channels}",
+                f"{facts.train:,} records; {'more' if wide else 'fewer'} than 2,000",
+                "our rule",
+            )
+        )
+        return "cnn", {"kind": kind, "channels": channels, "width": 128 if wide else 64, "dropout": 0.2}
+    if kind in ("lstm", "gru"):
+        reasons.append(
+            Reason("width: 128, layers: 1", "one layer is trained in seconds and rarely beaten here", "our rule")
+        )
+        return kind, {"kind": kind, "width": 128, "layers": 1, "dropout": 0.2}
+    trained = max(facts.tokens, 1.0) * EPOCHS_OF_USE
+    wanted = trained / TOKENS_A_PARAMETER
+    name, shape, stopped = "tiny", SIZES[0][1], ""
+    for other, larger in SIZES[1:]:
+        parameters, hours, fits = cost({"kind": kind, **larger}, settings)
+        if parameters > wanted:
+            stopped = f"`{other}` has {parameters:,}"
+            break
+        if not fits or hours > budget_hours:
+            stopped = f"`{other}` would " + (f"take {hours:,.1f} h here" if fits else "not fit into memory here")
+            break
+        name, shape = other, larger
+    why = f"{facts.tokens:,.0f} tokens of text, {EPOCHS_OF_USE} times over, feed about {wanted:,.0f} parameters; {stopped}"
+    reasons.append(Reason(f"size: {name}", why, f"{HOFFMANN}; {MUENNIGHOFF}"))
+    model: dict[str, Any] = {**shape}
+    if facts.media or not facts.texts:
+        model["attention"] = "prefix"
+        reasons.append(
+            Reason(
+                "attention: prefix",
+                "a question is given whole: its parts may see each other",
+                "Raffel et al. 2020, 3.2.1",
+            )
+        )
+    if facts.train < 20_000:
+        model["dropout"] = 0.1
+        reasons.append(
+            Reason("dropout: 0.1", f"{facts.train:,} records are gone through many times", "Srivastava et al. 2014")
+        )
+    return name, model
+
+
+def _settings(facts: Facts, here: Machine, kind: str, reasons: list[Reason]) -> dict[str, Any]:
+    batch = 128 if facts.train >= 5000 else 64 if facts.train >= 500 else 32
+    long = facts.spec.max_len > 512
+    batch = max(8, batch // 4) if long and kind == "transformer" else batch
+    epochs = 4 if facts.texts and facts.tokens > 5e6 else 40 if facts.train < 20_000 else 10
+    least, most = (200, 2000) if here.gpus == [] else (200, 20_000)
+    steps = int(min(max(math.ceil(epochs * facts.train / batch), least), max(most, math.ceil(facts.train / batch))))
+    steps = max(steps, 10)
+    reasons.append(
+        Reason(f"batch: {batch}, steps: {steps}", f"{steps * batch / max(facts.train, 1):.1f} times through the data",
+               MUENNIGHOFF if epochs == 4 else "our rule: 10 to 40 epochs where answers are short (stories demo and stamps)")
+    )  # fmt: skip
+    data: dict[str, Any] = {"batch": batch}
+    if len(facts.spec.modalities) > 1 or (facts.media and facts.tokens > 40 * facts.train):
+        data["modality_dropout"] = 0.25
+        reasons.append(
+            Reason(
+                "modality_dropout: 0.25",
+                "records have several modalities, and some will lack one",
+                "Neverova et al. 2015",
+            )
+        )
+    augment = _augment(facts)
+    if augment:
+        data["augment"] = augment
+        reasons.append(
+            Reason(f"augment: {augment}", "each record is seen many times", "Park et al. 2019 (sound); our stories")
+        )
+    if long and kind != "cnn":
+        data["pack"] = {"kind": "best_fit"}
+        reasons.append(
+            Reason("pack: best_fit", "long records of many lengths: padding falls below 2 %", "docs/benchmarks.md")
+        )
+    precision = "bf16" if here.bf16 else "fp16" if here.gpus else "fp32"
+    reasons.append(
+        Reason(f"precision: {precision}", "matrix products in it are the fastest that this machine has",
+               "measured on a CPU with AMX: bf16 4 to 6 times as fast as fp32" if precision == "bf16" else "")
+    )  # fmt: skip
+    settings: dict[str, Any] = {"steps": steps, "seed": 0, "precision": precision, "data": data}
+    if facts.val >= 20:
+        every = max(1, steps // 20)
+        settings["validation"] = {"every": every, "patience": 6, "export": "best"}
+        reasons.append(
+            Reason(f"validation.every: {every}", f"{facts.val:,} records are held out: the best look is kept, and six without "
+                   "a better one end it", "Prechelt 1998")
+        )  # fmt: skip
+    return settings
+
+
+def _augment(facts: Facts) -> dict[str, Any]:
+    if facts.train >= 50_000:
+        return {}
+    found: dict[str, Any] = {}
+    if facts.spec.image:
+        found["shift"] = max(1, facts.spec.image.size // 16)
+    if facts.spec.audio:
+        found["time_mask"] = 0.1
+    return found
+
+
+def _rate(model: dict[str, Any], kind: str, reasons: list[Reason]) -> float:
+    width = int(model["width"])
+    rate = float(f"{max(2e-4, min(3e-3, 3e-3 * 128 / width)):.2g}") if kind == "transformer" else 2e-3
+    source = (
+        "Yang et al. 2022, table 3: 1 / width; 3e-3 at 128 in the story demo" if kind == "transformer" else "our rule"
+    )
+    reasons.append(Reason(f"lr: {rate:g}", f"a width of {width}", source))
+    return rate
+
+
+def _warnings(facts: Facts) -> list[str]:
+    found = []
+    if not facts.spec.tasks:
+        found.append("no task was found: nothing can be learnt; give the records labels or answers")
+    if facts.spec.fields and not facts.media and facts.tokens < 20 * max(facts.train, 1):
+        found.append(f"these are tables of numbers and categories: look at the row `logistic` first ({TREES})")
+    elif not facts.texts and facts.train <= LOGISTIC_UP_TO:
+        found.append(f"{facts.train:,} records: expect the report's row `logistic` to be as good or better ({STAMPS})")
+    if 0 < facts.test < 200:
+        half = 1.96 * math.sqrt(0.25 / facts.test)
+        found.append(
+            f"{facts.test} test records: an accuracy near .5 is known to ± {half:.2f} only (binomial, 95 %); "
+            "more test records or several splits tell more than any setting"
+        )
+    if facts.classes and facts.train / facts.classes < 20:
+        found.append(f"about {facts.train / facts.classes:.0f} records a class: merge rare classes, or collect more")
+    return found

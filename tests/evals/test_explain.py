@@ -1,0 +1,262 @@
+"""Explanations find what decides, add up, and agree with the same thing computed another way."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmlm.data.collate import Batch, collate, field_rows
+from mmlm.errors import ConfigError
+from mmlm.evals import explain_page
+from mmlm.evals.answer import Answerer
+from mmlm.evals.explain import FieldPart, PicturePart, SoundPart, TextPart, explain
+from mmlm.evals.rollout import probabilities, roll_out
+from mmlm.features.sample import Sample
+from mmlm.features.spec import (
+    ANSWER,
+    AUDIO,
+    BOS,
+    FIELDS,
+    IMAGE,
+    AudioSpec,
+    FeatureSpec,
+    FieldsSpec,
+    ImageSpec,
+    TaskSpec,
+)
+from mmlm.model.config import ModelConfig
+from mmlm.model.transformer import FusedTransformer
+from mmlm.train import weights
+from mmlm.train.terms.one_label import class_masks, own_classes
+
+CORNERS = [(0, 0), (0, 3), (3, 0), (3, 3)]
+TASKS = {
+    "corner": ["nw", "ne", "sw", "se", "none"],
+    "moment": ["0", "1", "2", "3", "none"],
+    "word": ["w0", "w1", "w2", "w3", "none"],
+}
+SPEC = FeatureSpec(
+    vocab_size=48, tokenizer_digest="none", max_len=64,
+    image=ImageSpec(size=16, patch=4, channels=1), audio=AudioSpec(max_seconds=0.4, n_mels=8, frames_per_token=4),
+    fields=FieldsSpec(numbers={"age": (0.0, 1.0)}, categories={}),
+    tasks=[TaskSpec(name=name, labels=labels) for name, labels in TASKS.items()],
+)  # fmt: skip
+
+
+class Letters:
+    """Ids 9 and on are letters."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) - 88 for c in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(i + 88) for i in ids)
+
+
+def crafted(task: str, right: int, seed: int) -> Sample:
+    """A record of which one corner of the picture, one moment of the sound or one of five letters decides; with `right` 4
+    none does. A picture always has a bright patch, since standardisation tells the others whether there is one."""
+    rng = np.random.default_rng((seed, right))
+    picture = rng.integers(0, 60, (16, 16, 1)).astype(np.uint8)
+    sound = rng.uniform(-6, -5, (20, 8)).astype(np.float16)
+    letters = rng.integers(20, 48, 5)
+    row, column = CORNERS[right] if right < 4 else rng.integers(1, 3, 2)
+    picture[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 250
+    if right < 4:
+        sound[4 * right + 1 : 4 * right + 3] = 0
+    slots = [IMAGE] if task == "corner" else [AUDIO] if task == "moment" else []
+    if task == "word" and right < 4:
+        letters[rng.integers(5)] = 9 + right
+    tokens = [BOS, 13 + list(TASKS).index(task), *slots, FIELDS, *letters.tolist(), ANSWER]
+    return Sample(
+        id=f"{task}{seed}", task=task, tokens=np.array(tokens, np.int32), answer_at=len(tokens) - 1,
+        images=[picture] if IMAGE in slots else [], sounds=[sound] if AUDIO in slots else [],
+        fields={"age": float(rng.normal())}, label=TASKS[task][right],
+    )  # fmt: skip
+
+
+def model(attention: Literal["causal", "prefix"]) -> FusedTransformer:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"width": 32, "layers": 2, "heads": 2, "kv_heads": 2, "mlp_width": 64, "qk_norm": False}
+    return weights.build(ModelConfig(**sizes, attention=attention), SPEC)
+
+
+@pytest.fixture(scope="module")
+def answerer() -> Any:
+    """A model that has learnt all three tasks."""
+    net = model("prefix")
+    steps, masks = 120, class_masks(SPEC)
+    optimizer = torch.optim.AdamW(net.parameters(), 4e-3)
+    for step in range(steps):
+        records = [crafted(task, i % 5, 1000 * step + i) for task in TASKS for i in range(20)]
+        batch = collate(records, SPEC)
+        logits = own_classes(net(batch).label_RC, batch.task_R, masks)
+        F.cross_entropy(logits, batch.label_R).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = Answerer.__new__(Answerer)  # without a folder
+    found.__dict__.update(
+        SimpleNamespace(model=net.eval(), spec=SPEC, tokenizer=Letters(), device=torch.device("cpu")).__dict__
+    )
+    return found
+
+
+@pytest.mark.parametrize("right", [0, 3])
+def test_the_corner_that_decides_is_found(answerer: Any, right: int):
+    found = explain(answerer, crafted("corner", right, 7))
+    picture = next(part for part in found.parts if isinstance(part, PicturePart))
+    assert found.answer == TASKS["corner"][right]
+    assert np.unravel_index(picture.patches.argmax(), (4, 4)) == CORNERS[right]
+    assert picture.patches.max() > 0.5 * (found.score - found.start)
+    assert max(found.by_modality, key=lambda name: found.by_modality[name]) == "image"
+
+
+@pytest.mark.parametrize("right", [1, 2])
+def test_the_moment_that_decides_is_found(answerer: Any, right: int):
+    found = explain(answerer, crafted("moment", right, 8))
+    sound = next(part for part in found.parts if isinstance(part, SoundPart))
+    assert found.answer == str(right)
+    assert sound.frames.argmax() in (4 * right + 1, 4 * right + 2)
+    assert sound.frames[4 * right + 1 : 4 * right + 3].sum() > 0.5 * (found.score - found.start)
+
+
+def test_the_word_that_decides_is_found(answerer: Any):
+    found = explain(answerer, crafted("word", 2, 9))
+    letters = [part for part in found.parts if isinstance(part, TextPart)]
+    best = max(letters, key=lambda part: part.attribution)
+    assert found.answer == "w2" and best.text == chr(9 + 2 + 88)
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_attributions_add_up_to_the_difference_of_scores(answerer: Any, task: str):
+    sample = crafted(task, 1, 5)
+    answer = answerer.answer([sample])[0]
+    for label in TASKS[task][:3]:
+        found = explain(answerer, sample, label=label)
+        assert found.complete and abs(found.delta) <= max(0.01, 0.02 * abs(found.score - found.start))
+        total = sum(part.attribution for part in found.parts)
+        assert total == pytest.approx(found.score - found.start, abs=found.tolerance)
+        assert np.exp(found.score) == pytest.approx(answer.label_scores[label], rel=1e-3)
+
+
+def test_too_few_steps_are_made_more(answerer: Any):
+    found = explain(answerer, crafted("corner", 1, 6), steps=2)
+    assert found.complete and found.steps > 2
+
+
+def test_pixels_sum_to_what_the_embedded_patches_get_by_hand(answerer: Any):
+    """The same integral over the embedded patches, without Captum, on 64 points of our own."""
+    sample = crafted("corner", 3, 4)
+    found = explain(answerer, sample)
+    picture = next(part for part in found.parts if isinstance(part, PicturePart))
+    net, batch = answerer.model, collate([sample], SPEC)
+    tokens = batch.tokens_BT[0]
+    letters = (tokens >= 9) & batch.prompt_BT[0]
+    ends: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    with torch.no_grad():
+        own = net.tokens(tokens)
+        ends["tokens"] = (torch.where(letters[:, None], net.tokens.weight[0], own), own)
+        zero = torch.zeros_like(batch.patches_PD)
+        ends["image"] = (net.image(zero, batch.patch_at_P), net.image(batch.patches_PD, batch.patch_at_P))
+        rows = field_rows(SPEC)
+        missing = net.fields(torch.ones(1, 1), torch.tensor([rows[("age", "missing")]]))
+        ends["fields"] = (missing, net.fields(batch.values_K[:, None], batch.value_at_K))
+    points, shares = np.polynomial.legendre.leggauss(64)
+    sums = torch.zeros_like(ends["image"][0])
+    for point, share in zip((points + 1) / 2, shares / 2, strict=True):
+        here = {name: (a + float(point) * (b - a)).requires_grad_() for name, (a, b) in ends.items()}
+        handles = [
+            getattr(net, name).register_forward_hook(lambda _, __, made, x=x: torch.cat([x, made[len(x) :]]))
+            for name, x in here.items()
+        ]
+        score = net(batch).label_RC[0, :5].log_softmax(-1)[3]
+        for handle in handles:
+            handle.remove()
+        sums += float(share) * torch.autograd.grad(score, here["image"])[0]
+    by_hand = (sums * (ends["image"][1] - ends["image"][0])).sum(-1).view(4, 4)
+    assert np.allclose(picture.patches, by_hand.numpy(), atol=2e-3)
+    assert np.allclose(picture.pixels_HW.reshape(4, 4, 4, 4).sum((1, 3)), picture.patches, atol=1e-6)
+
+
+def one(task: str = "word") -> Batch:
+    return collate([crafted(task, 0, 3)], SPEC)
+
+
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+@torch.no_grad()
+def test_recorded_probabilities_are_those_of_the_formula(attention: Literal["causal", "prefix"]):
+    """softmax(QKᵀ/√d) with the mask written out, from the queries and keys that the layer really makes."""
+    net, batch = model(attention).eval(), one()
+    recorded = probabilities(net, batch)
+    layer: Any = net.blocks[0].attention  # type: ignore[union-attr]
+    seen: list[torch.Tensor] = []
+    handle = layer.qkv.register_forward_hook(lambda _, __, made: seen.append(made))
+    net(batch)
+    handle.remove()
+    L = len(seen[0])
+    q, k, _ = seen[0].view(L, 3, 2, 16).unbind(1)
+    angle = torch.arange(L)[:, None, None] * 10000.0 ** (-torch.arange(0, 16, 2) / 16)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    scores = torch.einsum("inh,jnh->inj", turned(q), turned(k)) / 4
+    hidden = ~torch.ones(L, L, dtype=torch.bool).tril()
+    if net.config.attention == "prefix":
+        hidden &= ~(batch.prompt_BT[0][:, None] & batch.prompt_BT[0][None])
+    wanted = scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
+    assert torch.allclose(recorded[0], wanted, atol=1e-5)
+    assert len(recorded) == 2
+
+
+@torch.no_grad()
+def test_roll_out_is_the_product_of_the_layers(answerer: Any):
+    batch = one()
+    first, second = (p.mean(1) for p in probabilities(answerer.model, batch))
+    eye = torch.eye(len(first))
+    rolled = roll_out(answerer.model, batch)
+    assert rolled is not None
+    assert torch.allclose(rolled, (second + eye) / 2 @ ((first + eye) / 2), atol=1e-6)
+    assert torch.allclose(rolled.sum(1), torch.ones(len(first)), atol=1e-5)
+
+
+def test_explaining_leaves_the_model_as_it_was(answerer: Any):
+    batch = one("corner")
+    before = answerer.model(batch).label_RC
+    explain(answerer, crafted("corner", 0, 2))
+    assert torch.equal(before, answerer.model(batch).label_RC)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in answerer.model.modules())
+
+
+def test_a_text_is_explained_by_the_probability_of_its_tokens(answerer: Any):
+    found = explain(answerer, crafted("word", 1, 2), text="abc")
+    assert found.of == "text" and found.complete and found.score < 0
+    assert [part.text for part in found.parts if isinstance(part, TextPart)][-1:] != ["c"], "the answer is no question"
+
+
+def test_every_figure_is_in_the_json_and_every_part_in_the_words(answerer: Any):
+    found = explain(answerer, crafted("corner", 2, 1))
+    data = explain_page.as_json(found)
+    assert data["completeness"]["complete"] and set(data["by_modality"]) == {"text", "image", "fields"}
+    kinds = [part["kind"] for part in data["parts"]]
+    assert kinds == ["text", "image", "fields", *["text"] * 5]
+    assert np.array(data["parts"][1]["patches"]).shape == (4, 4)
+    shares = [np.sum(part["rollout"]) for part in data["parts"]]
+    assert 0.5 < sum(shares) <= 1  # the rest is at the marks
+    said = explain_page.words(found).plain
+    assert "row 4, column 1" in said and "age = " in said
+    assert any(isinstance(part, FieldPart) for part in found.parts)
+
+
+def test_what_cannot_be_explained_is_said(answerer: Any, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="no class 'x'"):
+        explain(answerer, crafted("corner", 2, 1), label="x")
+    monkeypatch.setitem(__import__("sys").modules, "captum.attr", None)
+    with pytest.raises(ConfigError, match=r"mmlm-workflows\[explain\]"):
+        explain(answerer, crafted("corner", 2, 1))

@@ -1,0 +1,123 @@
+"""Advice: rules that hold for data of each kind, and a train.yaml that training takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmlm.advise import page
+from mmlm.advise.facts import Facts, Machine, look
+from mmlm.advise.rules import SIZES, advise
+from mmlm.artifacts import Artifact
+from mmlm.cli import main
+from mmlm.config import parse
+from mmlm.features.spec import AudioSpec, FeatureSpec, ImageSpec, TaskSpec
+from mmlm.model.config import ModelConfig
+from mmlm.train.config import TrainConfig
+from mmlm.train.planning import count
+
+HERE = Machine(cores=2, memory=24e9)
+IMAGE, AUDIO = ImageSpec(size=32, patch=8, channels=3), AudioSpec()
+CLASSES = TaskSpec(name="kind", labels=["a", "b", "c"])
+WRITTEN = TaskSpec(name="say", has_text=True)
+
+
+def facts(train: int, tokens: float, *tasks: TaskSpec, test: int = 1000, val: int = 100, **spec: Any) -> Facts:
+    features = FeatureSpec(vocab_size=512, tokenizer_digest="none", max_len=128, tasks=list(tasks), **spec)
+    return Facts("data", features, None, train, test, val, tokens, tokens)
+
+
+def cost(model: dict[str, Any], settings: dict[str, Any]) -> tuple[int, float, bool]:
+    parameters = count(ModelConfig(**model), facts(1, 1, CLASSES).spec)
+    return parameters, parameters / 1e8, parameters < 2e9  # an hour for 100 million
+
+
+def kind_of(given: Facts) -> str:
+    return str(advise(given, HERE, 8.0, cost).model.get("kind", "transformer"))
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        (facts(800, 4000, CLASSES, image=IMAGE), "cnn"),
+        (facts(800, 4000, CLASSES, audio=AUDIO), "cnn"),
+        (facts(60_000, 300_000, CLASSES, image=IMAGE), "transformer"),
+        (facts(800, 4000, CLASSES, WRITTEN, image=IMAGE), "transformer"),  # a cnn writes nothing
+        (facts(800, 80_000, CLASSES, image=IMAGE), "transformer"),  # nor reads
+        (facts(1500, 30_000, CLASSES), "gru"),
+        (facts(1500, 30_000, WRITTEN), "lstm"),
+        (facts(20_000, 400_000, CLASSES), "transformer"),
+    ],
+)
+def test_the_kind_follows_from_data_and_tasks(given: Facts, kind: str):
+    assert kind_of(given) == kind
+
+
+@pytest.mark.parametrize("tokens", [1e5, 1e7, 1e8, 1e9, 1e11])
+def test_parameters_are_fed_by_twenty_tokens_each(tokens: float):
+    given = facts(100_000, tokens, WRITTEN)
+    advice = advise(given, HERE, 8.0, cost)
+    parameters, hours, fits = cost(advice.model, {})
+    assert advice.preset == "tiny" or 20 * parameters <= 4 * tokens
+    assert hours <= 8.0 and fits
+    names = [name for name, _ in SIZES]
+    if advice.preset != names[-1]:
+        larger, longer, room = cost(dict(SIZES[names.index(advice.preset) + 1][1]), {})
+        assert 20 * larger > 4 * tokens or longer > 8.0 or not room, "a larger one would do"
+
+
+def test_every_choice_has_a_reason_and_small_data_a_warning():
+    advice = advise(facts(300, 2000, CLASSES, image=IMAGE, test=60), HERE, 8.0, cost)
+    told = " ".join(reason.choice for reason in advice.reasons)
+    assert all(word in told for word in ("kind", "batch", "precision", "lr"))
+    warned = " ".join(advice.warnings)
+    assert "logistic" in warned and "± 0.13" in warned  # 1.96 √(.25 / 60)
+    slow = advise(facts(300, 2000, CLASSES, image=IMAGE), Machine(2, 24e9, bf16=False), 8.0, cost)
+    assert slow.settings["precision"] == "fp32"
+    volta = Machine(8, 64e9, ["Tesla V100-SXM2-32GB"], bf16=False)
+    assert advise(facts(300, 2000, CLASSES, image=IMAGE), volta, 8.0, cost).settings["precision"] == "fp16"
+
+
+def test_facts_of_a_manifest_and_of_its_shards_agree(keypad_manifest: Artifact, keypad_shards: Artifact):
+    scanned, sharded = look(str(keypad_manifest.path)), look(str(keypad_shards.path))
+    assert scanned.train == sharded.train == keypad_manifest.counts["train"]
+    assert (scanned.val, scanned.test) == (sharded.val, sharded.test)
+    assert scanned.media == sharded.media == ("image", "audio")
+    assert [t.name for t in scanned.spec.tasks] == [t.name for t in sharded.spec.tasks] and scanned.texts
+    assert 0.2 < scanned.tokens / sharded.tokens < 5
+
+
+def test_nothing_is_written_unless_asked_and_what_is_written_trains(
+    keypad_manifest: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = {p: p.stat().st_mtime_ns for p in keypad_manifest.path.rglob("*")}
+    file = tmp_path / "train.yaml"
+    assert main(["advise", str(keypad_manifest.path), "--write", str(file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {p: p.stat().st_mtime_ns for p in keypad_manifest.path.rglob("*")} == before
+    assert 0 < found["forecast"]["hours"] < 8 and found["forecast"]["fits"] and not found["forecast"]["measured"]
+    config = parse(TrainConfig, yaml.safe_load(file.read_text()), "train.yaml")
+    assert config == parse(TrainConfig, found["recommended"]["train"], "json")
+    assert count(config.model, look(str(keypad_manifest.path)).spec) == found["recommended"]["parameters"]
+    assert {other["kind"] for other in found["alternatives"]} == {"gru", "lstm"}  # the digits are written: no cnn
+    assert main(["advise", str(keypad_manifest.path), "--write", str(file)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    told = page.words(found)
+    assert "planned" in told and "zero.stage" in told and "Hoffmann" in told
+
+
+@pytest.mark.slow  # tries the model on this machine, with 1 and 2 ranks
+def test_shards_let_the_model_be_tried(keypad_shards: Artifact):
+    found = page.compose(str(keypad_shards.path))
+    assert found["forecast"]["measured"] and "tried" in page.words(found)
+    assert {other["kind"] for other in found["alternatives"]} == {"gru", "lstm"}
+
+
+def test_nothing_known_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["advise", "demo"]) == 2
+    assert "mmlm scan demo" in capsys.readouterr().err
