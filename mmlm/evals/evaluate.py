@@ -30,6 +30,7 @@ from mmlm.evals.predictions import (
     score_rows,
     write_predictions,
 )
+from mmlm.evals.retrieval_rows import retrieval_rows
 from mmlm.features.sample import Sample
 from mmlm.progress import Progress
 from mmlm.storage import sha256_json, write_json
@@ -70,6 +71,7 @@ def evaluate_on(
 
     started = time.monotonic()
     answered: list[Answered] = []
+    found: list[dict[str, Any]] = []
     baselines = Baselines(bench, config)
     test: list[Facts] = []
     for split in config.splits:
@@ -81,9 +83,10 @@ def evaluate_on(
             )
         test += facts
         answered += answer_split(bench, config, reader, facts, baselines)
+        found += retrieval_rows(bench.models, config, reader, facts, split)
     answering = time.monotonic() - started
     with threadpool_limits(1, user_api="blas"):  # narrow products: threads that wait for each other cost more
-        rows = [row for one in answered for row in score_rows(one, config)]
+        rows = [row for one in answered for row in score_rows(one, config)] + found
     digest = test_digest(test)
     write_json(work.path / "scores.json", rows)
     write_predictions(work.path / "predictions.parquet", answered)

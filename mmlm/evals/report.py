@@ -29,7 +29,7 @@ from mmlm.storage import write_bytes
 Row = Mapping[str, Any]
 COLUMNS = (
     "accuracy", "subset_accuracy", "f1_micro", "f1_macro", "roc_auc", "calibration_error", "exact_match", "chrf", "bleu",
-    "r2", "mae", "rmse",
+    "r2", "mae", "rmse", "recall@1", "recall@5", "recall@10",
 )  # fmt: skip
 TITLES = {
     "f1_macro": "F1 (macro)",

@@ -17,6 +17,7 @@ from mmlm.errors import ConfigError
 from mmlm.features.sample import Sample
 from mmlm.features.spec import IMAGE, AudioSpec, FeatureSpec, ImageSpec
 from mmlm.model.config import ModelConfig
+from mmlm.model.embeddings import Grid
 from mmlm.model.flops import Shape, forward_flops, training_flops
 from mmlm.model.stems import PictureConvolutions, SoundConvolutions
 from mmlm.model.transformer import FusedTransformer
@@ -96,6 +97,19 @@ def test_several_pictures_anywhere_are_told_apart(stem: dict[str, Any]):
     assert not torch.allclose(ab, ba, atol=1e-3)
     beside = model(pack([[two_pictures(1, 2), sample(4), two_pictures(2, 1)]], SPEC)).label_RC
     assert torch.allclose(beside[[0, 2]], torch.cat([ab, ba]), atol=1e-5)
+
+
+def test_a_frame_of_a_video_has_its_time_and_its_rows_and_columns():
+    places = Grid(2, 16)
+    at = torch.arange(12)  # three frames of two by two patches
+    made = places(at).view(3, 2, 2, 16).detach()
+    times = made[:, 0, 0] - made[0, 0, 0]
+    assert len({tuple(t.tolist()) for t in times}) == 3
+    assert torch.allclose(made - times[:, None, None], made[:1].expand(3, 2, 2, 16), atol=1e-5), (
+        "the same in each frame"
+    )
+    down, right = made[0, 1, 0] - made[0, 0, 0], made[0, 0, 1] - made[0, 0, 0]
+    assert torch.allclose(made[0, 1, 1], made[0, 0, 0] + down + right, atol=1e-5)
 
 
 def test_the_flops_of_convolutions_are_those_that_pytorch_counts():

@@ -18,8 +18,11 @@ from mmlm.data.modalities import alone
 from mmlm.data.views import only_views, view, with_views
 from mmlm.errors import ConfigError
 from mmlm.evals.answer import Answerer
+from mmlm.evals.config import EvaluateConfig
 from mmlm.evals.embed import embed
+from mmlm.evals.predictions import facts_of
 from mmlm.evals.retrieval import ranks as places
+from mmlm.evals.retrieval_rows import retrieval_rows
 from mmlm.features import spec as feature_spec
 from mmlm.features.config import TokenizerConfig
 from mmlm.features.sample import Sample
@@ -200,3 +203,9 @@ def test_picture_sound_and_text_of_the_same_thing_become_neighbours(tmp_path: Pa
         q, c = (embed(answerer, asked, frozenset({m})) for m in (query, candidate))
         assert np.allclose(np.linalg.norm(q, axis=1), 1, atol=1e-5)
         assert (places(q, c, kinds, kinds) == 1).mean() > 0.9, (query, candidate)  # by lot: a quarter
+    facts = [facts_of(i, s, "test") for i, s in enumerate(asked)]
+    rows = retrieval_rows({"teacher": answerer, "other": object()}, EvaluateConfig(), asked, facts, "test")
+    assert {r["modalities"] for r in rows} == {
+        f"{a}→{b}" for a, b in itertools.permutations(["image", "audio", "context"], 2)
+    }
+    assert len(rows) == 18 and all(r["value"] > 0.9 and r["n"] == 40 and r["model"] == "teacher" for r in rows)
