@@ -1,0 +1,146 @@
+"""The tables of `benchmarks.stamps`: accuracy beside majority and logistic regression, paired; recall beside chance and CCA."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ours.stamps import FOLDS, fold_of, read_all, training_set
+from mmlm.artifacts import Artifact
+from mmlm.evals.answer import Answerer
+from mmlm.evals.baselines import Logistic, fit_majority
+from mmlm.evals.config import LogisticConfig
+from mmlm.evals.embed import embed
+from mmlm.evals.flat import flat_rows
+from mmlm.evals.retrieval import DEPTHS, LinearCca, chance, ranks, recalls
+from mmlm.evals.statistics import Resamples, compare, interval
+from mmlm.features.sample import Sample
+
+GIVEN = {
+    "picture": frozenset({"image"}), "spoken caption": frozenset({"audio"}), "written caption": frozenset({"context"}),
+    "all three": frozenset({"image", "audio", "context"}),
+}  # fmt: skip
+NAMES = {"image": "picture", "audio": "sound", "context": "caption"}
+
+
+def tables(shards: Artifact, out: Path) -> dict[str, Any]:
+    samples = read_all(shards)
+    found = {"category": categories(samples, out), "retrieval": retrieval(samples, out)}
+    _head(
+        [
+            "category, five folds",
+            "n",
+            "model",
+            "logistic regression",
+            "majority",
+            "model - logistic",
+            "model - majority",
+        ]
+    )
+    for row in found["category"]:
+        cells = [row["given"], str(row["n"]), *(_cell(row[k]) for k in ("model", "logistic", "majority"))]
+        cells += [_cell(row[k], signed=True) for k in ("over_logistic", "over_majority")]
+        print("| " + " | ".join(cells) + " |")
+    _head(["retrieval, test split", "n", *(f"R@{k}: model, CCA, chance" for k in DEPTHS)])
+    for row in found["retrieval"]:
+        cells = [f"{_cell(row[f'model@{k}'])}, {row[f'cca@{k}'][0]:.3f}, {row[f'chance@{k}']:.3f}" for k in DEPTHS]
+        print(f"| {row['from']} → {row['to']} | {row['n']} | " + " | ".join(cells) + " |")
+    return found
+
+
+def _head(cells: list[str]) -> None:
+    print("\n| " + " | ".join(cells) + " |\n" + "|---" * len(cells) + "|")
+
+
+def _cell(value: list[float], signed: bool = False) -> str:
+    form = "{:+.3f} [{:+.3f}, {:+.3f}]" if signed else "{:.3f} [{:.3f}, {:.3f}]"
+    return form.format(*value)
+
+
+def categories(samples: list[Sample], out: Path) -> list[dict[str, Any]]:
+    """A row for each set of given modalities, over the records that have any of it."""
+    right: dict[str, dict[str, list[float]]] = {name: {} for name in GIVEN}
+    groups: dict[str, list[str]] = {name: [] for name in GIVEN}
+    for fold in range(FOLDS):
+        train = training_set(f"fold-{fold}", samples)
+        held = [s for s in samples if fold_of(s) == fold]
+        answerer = Answerer(out / f"fold-{fold}")
+        usual = fit_majority([s.label for s in train], [])
+        for name, kept in GIVEN.items():
+            asked = [s for s in held if not kept.isdisjoint(s.modalities)]
+            fitted = _logistic(out / f"fold-{fold}", name, kept, train, asked, answerer)
+            for model, labels in (
+                ("model", [a.label for a in answerer.answer(asked, given=kept)]),
+                ("logistic", fitted),
+                ("majority", [usual.label] * len(asked)),
+            ):
+                right[name].setdefault(model, []).extend(
+                    float(said == s.label) for said, s in zip(labels, asked, strict=True)
+                )
+            groups[name] += [s.group for s in asked]
+    rows = []
+    for name in GIVEN:
+        resamples = Resamples(len(groups[name]), groups[name], 2000, 0)
+        row: dict[str, Any] = {"given": name, "n": len(groups[name])}
+        for model, values in right[name].items():
+            v = np.array(values, np.float32)
+            got = interval(lambda w, v=v: (w @ v) / w.sum(1), resamples, 0.95)  # type: ignore[misc]
+            row[model] = [got.value, got.low, got.high]
+        for other in ("logistic", "majority"):
+            paired = compare(right[name][other], right[name]["model"], groups[name])
+            row[f"over_{other}"] = [paired[k] for k in ("difference", "low", "high")]
+        rows.append(row)
+    return rows
+
+
+def _logistic(
+    folder: Path, name: str, kept: frozenset[str], train: list[Sample], asked: list[Sample], answerer: Answerer
+) -> list[str | None]:
+    """What the better of two strengths, by a fifth of the training groups, says; kept in a file."""
+    file = folder / f"logistic-{name.replace(' ', '-')}.json"
+    if not file.exists():
+        usable = [s for s in train if not kept.isdisjoint(s.modalities)]
+        inner = [s for s in usable if hash_fifth(s) == 0]
+        rest = [s for s in usable if hash_fifth(s) != 0]
+        model = Logistic(kept, answerer.spec, answerer.tokenizer.decode).fit(
+            rest, inner, LogisticConfig(strengths=[0.003, 0.03])
+        )
+        file.write_text(json.dumps([p.label for p in model.predict(asked)]))
+    said: list[str | None] = json.loads(file.read_text())
+    return said
+
+
+def hash_fifth(sample: Sample) -> int:
+    """Another cut into fifths than the folds."""
+    return sum(sample.group.encode()) % 5
+
+
+def retrieval(samples: list[Sample], out: Path) -> list[dict[str, Any]]:
+    answerer = Answerer(out / "retrieval")
+    held = [s for s in samples if s.split == "test" and set(NAMES) <= set(s.modalities)]
+    train = [s for s in samples if s.split != "test" and set(NAMES) <= set(s.modalities)]
+    groups = [s.group for s in held]
+    vectors = {m: embed(answerer, held, frozenset({m})) for m in NAMES}
+    flat = {
+        m: [flat_rows(part, frozenset({m}), answerer.spec, answerer.tokenizer.decode) for part in (train, held)]
+        for m in NAMES
+    }
+    resamples = Resamples(len(groups), groups, 2000, 0)
+    rows = []
+    for a, b in itertools.permutations(NAMES, 2):
+        row: dict[str, Any] = {"from": NAMES[a], "to": NAMES[b], "n": len(held)}
+        cca = LinearCca(components=64, size=24, ridge=0.05).fit(flat[a][0], flat[b][0])
+        for model, q, c in (
+            ("model", vectors[a], vectors[b]),
+            ("cca", cca.transform(0, flat[a][1]), cca.transform(1, flat[b][1])),
+        ):
+            for name, score in recalls(ranks(q, c, groups, groups)).items():
+                got = interval(score, resamples, 0.95, share=True)
+                row[f"{model}@{name.removeprefix('recall@')}"] = [got.value, got.low, got.high]
+        row |= {f"chance@{k}": chance(groups, groups, k) for k in DEPTHS}
+        rows.append(row)
+    return rows
