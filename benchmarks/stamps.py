@@ -1,8 +1,8 @@
 """The stamps corpus: which category, from what is given; and picture, sound and caption finding each other.
 
-`python -m benchmarks.stamps --data DIR --out DIR [--seconds 220] [--json FILE]`, where `--data` holds `stamps/` (the
-fetcher's --dest). Works for about `--seconds` at a time and goes on where it stopped when the same command is given again;
-with everything done it prints the tables. Two cores, about 15 minutes in all.
+`python -m benchmarks.stamps --data DIR --out DIR [--seconds 220] [--json FILE]`, where `--data` holds `stamps/`, as that of
+`mmlm run stamps` does. Works for about `--seconds` at a time and goes on where it stopped when the same command is given
+again; with everything done it prints the tables. About ten minutes of one core.
 
 Folds: five, by group (the same thing drawn twice is never on both sides). One small model a fold answers every set of given
 modalities; the majority class and logistic regressions of the same stored features are fitted on the same four fifths.
@@ -16,31 +16,38 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from benchmarks.ours import stamps as ours
-from benchmarks.ours.stamps_tables import tables
+from benchmarks.ours.stamps_tables import rows_of, tables
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stamps", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="where `stamps/manifest.jsonl` lies")
-    parser.add_argument("--out", type=Path, required=True, help="shards, checkpoints and predictions, to go on from")
+    parser.add_argument("--data", type=Path, default=Path("runs/corpora"), help="where `stamps/manifest.jsonl` lies")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench/stamps"), help="shards, checkpoints and predictions, to go on from"
+    )
     parser.add_argument("--seconds", type=float, default=220, help="about how long to work before stopping (220)")
     parser.add_argument(
         "--steps", type=int, default=300, help="steps of a fold (300); the retrieval model has a third more"
     )
-    parser.add_argument("--json", type=Path, help="file for the tables")
+    parser.add_argument("--json", type=Path, help="file for the rows")
     asked = parser.parse_args()
+    if not (asked.data / "stamps" / "manifest.jsonl").exists():
+        print(
+            f"no stamps/manifest.jsonl in {asked.data}: nothing is measured; say where it is with --data",
+            file=sys.stderr,
+        )
+        return 0
     until = time.monotonic() + asked.seconds
     shards = ours.make_shards(asked.data, asked.out)
     for name, steps in (*((f"fold-{k}", asked.steps) for k in range(ours.FOLDS)), ("retrieval", asked.steps * 4 // 3)):
         if not ours.train(name, shards, asked.out, steps, until):
             print(f"{name} is not done yet: give the same command again to go on", file=sys.stderr)
             return 0
-    found: dict[str, Any] = tables(shards, asked.out)
+    found = rows_of(tables(shards, asked.out))
     if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1, ensure_ascii=False))
+        asked.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 

@@ -52,6 +52,27 @@ def tables(shards: Artifact, out: Path) -> dict[str, Any]:
     return found
 
 
+def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows in the form of all benchmarks, with intervals: the model over the logistic regression, and over linear CCA."""
+    rows = []
+    for row in found["category"]:
+        ours, peer = row["model"], row["logistic"]
+        rows.append(_row(f"category from {row['given']}", "accuracy", ours, peer, "logistic regression", row["n"]))
+    for row in found["retrieval"]:
+        for k in DEPTHS:
+            name = f"{row['from']} finds {row['to']}"
+            rows.append(_row(name, f"recall@{k}", row[f"model@{k}"], row[f"cca@{k}"], "linear CCA", row["n"]))
+    return rows
+
+
+def _row(name: str, unit: str, ours: list[float], peer: list[float], peer_name: str, n: int) -> dict[str, Any]:
+    ratio = ours[0] / peer[0] if peer[0] else None
+    return {
+        "name": name, "unit": unit, "ours": ours[0], "low": ours[1], "high": ours[2], "peer": peer[0], "peer_name": peer_name,
+        "ratio": ratio, "goal": None, "runs": 1, "n": n,
+    }  # fmt: skip
+
+
 def _head(cells: list[str]) -> None:
     print("\n| " + " | ".join(cells) + " |\n" + "|---" * len(cells) + "|")
 
