@@ -65,12 +65,19 @@ def on_rank(
     spec = feature_spec.load(folder)
     student = weights.build(settings.model, spec)
     student.set_up(recompute=settings.recompute, compiled=settings.compile)
-    objective: Objective = Answering(settings.loss, spec)
+    objective: Objective = Answering(settings.loss, spec, getattr(settings.model, "fusion", None))
     if teacher:
         leader = weights.load_model(Path(teacher), spec).eval().requires_grad_(False).to(device)
         if settings.precision == "bf16":
             leader = leader.bfloat16()
-        objective = Distilling(settings.loss, spec, leader, settings.temperature, settings.task)
+        objective = Distilling(
+            settings.loss,
+            spec,
+            leader,
+            settings.temperature,
+            settings.task,
+            getattr(settings.model, "fusion", None),
+        )
     name = "distill" if teacher else "scratch"
     counts = fit(student, objective, settings, folder, Path(out), name, Where(**(where or {})))
     write_counts(Path(out), counts, student)

@@ -1,14 +1,15 @@
-"""One layer of the Transformer: attention, then a feed-forward, each added to the residual stream.
+"""One layer of the Transformer: attention, then a feed-forward, each added to the residual stream; and many of them.
 
 Axes: X valid position of the batch, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmlm.model.attention import Attention, Table
 from mmlm.model.classic import Perceptron, norm_of
@@ -27,7 +28,7 @@ class Block(nn.Module):
         self.attention_norm = norm_of(config)
         self.attention = Attention(config)
         self.feed_forward_norm = norm_of(config)
-        self.feed_forward = FeedForward(config) if config.mlp == "swiglu" else Perceptron(config)
+        self.feed_forward = feed_forward_of(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -46,6 +47,10 @@ class Block(nn.Module):
         return x_XD + self.dropout(inner(norm(x_XD)))
 
 
+def feed_forward_of(config: ModelConfig) -> FeedForward | Perceptron:
+    return FeedForward(config) if config.mlp == "swiglu" else Perceptron(config)
+
+
 class FeedForward(nn.Module):
     """SwiGLU: (SiLU(x G) * x U) O (Shazeer 2020, eq. 6)."""
 
@@ -58,3 +63,28 @@ class FeedForward(nn.Module):
 
     def forward(self, x_XD: torch.Tensor) -> torch.Tensor:
         return self.out(swiglu(self.gate_up(x_XD)))
+
+
+def run(
+    blocks: Iterable[nn.Module],
+    x_XD: torch.Tensor,
+    table: Table | None,
+    seen: Arrangement | Sequence[Arrangement],
+    read: torch.Tensor | None = None,
+    *,
+    recompute: int = 0,
+    before: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Through all blocks, each with its own arrangement or all with the same. The last feed-forward, and what comes out,
+    are only of the positions `read`, if given. `recompute`: see FusedTransformer; `before` changes what block n gets.
+    """
+    stack = list(blocks)
+    for n, block in enumerate(stack):
+        if before is not None:
+            x_XD = before(n, x_XD)
+        here, arrangement = read if n == len(stack) - 1 else None, seen[n] if isinstance(seen, Sequence) else seen
+        if recompute and n % recompute == 0 and block.training:
+            x_XD = checkpoint(block, x_XD, table, arrangement, here, use_reentrant=False)
+        else:
+            x_XD = block(x_XD, table, arrangement, here)
+    return x_XD

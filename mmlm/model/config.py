@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from mmlm.config import Config
+from mmlm.model.fusion_config import ConcatConfig, FusionConfig
 
 
 class ModelConfig(Config):
@@ -45,8 +46,8 @@ class ModelConfig(Config):
     embedding: int | None = Field(None, ge=2)
     """Size of the vector that a record becomes, for finding what means the same (`train.loss.contrastive`); none: no such
     head."""
-    fusion: Literal["concat"] = "concat"
-    """How modalities meet: `concat` puts their tokens into one sequence."""
+    fusion: FusionConfig = ConcatConfig()
+    """How modalities meet; the word alone (`fusion: add`) is that kind with its defaults."""
     attention: Literal["causal", "prefix"] = "causal"
     """`prefix` lets the tokens of the question and its media see each other in both directions."""
     rope_theta: float = 10000.0

@@ -24,8 +24,9 @@ def initialise(model: FusedTransformer) -> None:
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for block in model.blocks:
-        for out in (block.attention.out, block.feed_forward.out):  # type: ignore[union-attr]
-            nn.init.normal_(out.weight, std=(out.in_features * 2 * len(model.blocks)) ** -0.5)  # type: ignore
+    for stack in model.fusion.stacks(model):
+        for block in stack:
+            for out in (block.attention.out, block.feed_forward.out):  # type: ignore[union-attr]
+                nn.init.normal_(out.weight, std=(out.in_features * 2 * len(stack)) ** -0.5)  # type: ignore
     for head in (model.answer, model.label):
         nn.init.normal_(head.weight, std=0.02)

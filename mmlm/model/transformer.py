@@ -17,24 +17,25 @@ A answer positions, U positions that a head reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from mmlm.features.spec import AUDIO, FIELDS, IMAGE, FeatureSpec
-from mmlm.model.attention import Cache, Filling, Step, Table, rotary
+from mmlm.features.spec import FeatureSpec
+from mmlm.model.adversary import Guess
+from mmlm.model.attention import Cache, Table, rotary
 from mmlm.model.block import Block
 from mmlm.model.classic import added_positions, last_norm_of
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import AnswerHead, AnswerLoss
 from mmlm.model.embeddings import FieldEmbedding, audio_embedding, fill, image_embedding
+from mmlm.model.fusion import build_fusion
 from mmlm.model.heads import EmbeddingHead
 from mmlm.model.initialise import initialise
 from mmlm.model.kernels import rows_of
-from mmlm.model.packed import Arrangement, arrange
+from mmlm.model.streams import SLOTS
 
 IGNORE = -100
 
@@ -66,6 +67,8 @@ class Output(NamedTuple):
     """The loss of the same positions, when it was asked for."""
     embedding_RE: torch.Tensor | None = None
     """A vector of length 1 for each record, read at its `<answer>`; where the model has an embedding head."""
+    modality: Guess | None = None
+    """What the discriminator of adversarial fusion says."""
 
 
 class FusedTransformer(nn.Module):
@@ -74,6 +77,8 @@ class FusedTransformer(nn.Module):
     recompute = 0
     """Every how manieth block keeps only its input and is run again in the backward pass; 0 is none. Costs time, saves
     memory, changes no number."""
+    progress = 0.0
+    """Share of the training's steps that are done, by which adversarial fusion grows."""
 
     def __init__(self, config: ModelConfig, spec: FeatureSpec, field_rows: int = 0) -> None:
         super().__init__()
@@ -83,26 +88,28 @@ class FusedTransformer(nn.Module):
         self.audio = audio_embedding(config, spec.audio) if spec.audio else None
         self.fields = FieldEmbedding(field_rows, D) if field_rows else None
         self.positions = added_positions(config, spec.max_len)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.fusion = build_fusion(config, spec)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers * self.fusion.trunks))
         self.norm = last_norm_of(config)
-        self.answer = AnswerHead(D, spec.vocab_size)
-        self.label = nn.Linear(D, spec.head_rows)
-        self.embedding = EmbeddingHead(D, config.embedding) if config.embedding else None
+        self.answer = AnswerHead(self.fusion.width, spec.vocab_size)
+        self.label = nn.Linear(self.fusion.width, spec.head_rows)
+        self.embedding = EmbeddingHead(self.fusion.width, config.embedding) if config.embedding else None
         initialise(self)
 
     def set_up(self, *, recompute: int = 0, compiled: bool = False) -> None:
         """How training is to be carried out; changes no number."""
         self.recompute = recompute
         if compiled:
-            for block in self.blocks:
-                block.compile()
+            for module in self.modules():
+                if isinstance(module, Block):
+                    module.compile()
 
     def forward(self, batch: Inputs, z_loss: float | None = None) -> Output:
         """With a `z_loss` (0 for none), the loss of the answers takes the place of their logits."""
         target_X = batch.target_BT[batch.valid_BT]
         answer_R = (batch.valid_BT.flatten().cumsum(0) - 1)[batch.answer_at_R]
         read_X = (target_X != IGNORE).index_fill(0, answer_R, True)
-        x_UD = self.trunk(batch, read_X)
+        x_UD, guess = self.fusion.read(self, batch, read_X)
         target_U = target_X[read_X]
         x_AD, target_A = x_UD, target_U
         if bool((target_U == IGNORE).any()):
@@ -116,72 +123,56 @@ class FusedTransformer(nn.Module):
                 label_RC.dtype
             )  # has a gradient also where nothing is learnt from it
         if z_loss is None:
-            return Output(self.answer(x_AD), label_RC, None, embedding_RE)
+            return Output(self.answer(x_AD), label_RC, None, embedding_RE, guess)
         nothing, loss = x_AD.new_empty(0, self.answer.out_features), self.answer(x_AD, target_A, z_loss)
-        return Output(nothing, label_RC, loss, embedding_RE)
+        return Output(nothing, label_RC, loss, embedding_RE, guess)
 
     def trunk(self, batch: Inputs, read_X: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalised hidden states, (U, D), of the valid positions that `read_X` marks, by default of all of them."""
-        x_XD = self.embed(batch, batch.valid_BT)
-        prefix = self.config.attention == "prefix"
-        seen = arrange(batch.segment_BT, batch.prompt_BT, prefix=prefix, dtype=x_XD.dtype)
-        table = self._rotary(batch.position_BT[batch.valid_BT], x_XD.dtype)
-        read = None if read_X is None or bool(read_X.all()) else read_X.nonzero()[:, 0]
-        for n, block in enumerate(self.blocks):
-            chosen = read if block is self.blocks[-1] else None
-            if self.recompute and n % self.recompute == 0 and self.training:
-                x_XD = checkpoint(block, x_XD, table, seen, chosen, use_reentrant=False)
-            else:
-                x_XD = block(x_XD, table, seen, chosen)
-        return self.norm(x_XD)
+        """Normalised hidden states, (U, F), of the valid positions that `read_X` marks, by default of all of them."""
+        return self.fusion.trunk(self, batch, read_X)
 
     def read_prompts(self, batch: Inputs, caches: list[Cache]) -> torch.Tensor:
-        """Normalised hidden states (B, D) of the last column of left-padded prompts; fills `caches`, one a block."""
-        x_XD = self.embed(batch, batch.valid_BT)
-        prefix = self.config.attention == "prefix"
-        seen = arrange(batch.segment_BT, batch.prompt_BT, prefix=prefix, dtype=x_XD.dtype)
+        """Normalised hidden states (B, F) of the last column of left-padded prompts; fills `caches`, one a block."""
         last_B = batch.valid_BT.sum(1).cumsum(0) - 1
-        filling = [Filling(cache, batch.valid_BT, seen) for cache in caches]
-        return self._cached(x_XD, batch.position_BT[batch.valid_BT], filling, last_B)
+        read_X = batch.valid_BT.new_zeros(int(last_B[-1]) + 1).index_fill(0, last_B, True)
+        return self.fusion.trunk(self, batch, read_X, caches)
 
     def extend(
         self, token_B: torch.Tensor, position_B: torch.Tensor, valid_BS: torch.Tensor | None, caches: list[Cache]
     ) -> torch.Tensor:
-        """Normalised hidden states (B, D) of one more token per record, which sees every valid position before it and
+        """Normalised hidden states (B, F) of one more token per record, which sees every valid position before it and
         itself; all of them where `valid_BS` is None."""
-        x_BD = self._placed(self.tokens(token_B), position_B)
-        return self._cached(x_BD, position_B, Step.of(caches, valid_BS, x_BD.dtype), None)
-
-    def _cached(
-        self, x_XD: torch.Tensor, position_X: torch.Tensor, seen: Sequence[Arrangement], read: torch.Tensor | None
-    ) -> torch.Tensor:
-        table = self._rotary(position_X, x_XD.dtype)
-        for n, (block, one) in enumerate(zip(self.blocks, seen, strict=True)):
-            x_XD = block(x_XD, table, one, read if n == len(seen) - 1 else None)
-        return self.norm(x_XD)
+        return self.fusion.extend(self, token_B, position_B, valid_BS, caches)
 
     def _placed(self, x_XD: torch.Tensor, position_X: torch.Tensor) -> torch.Tensor:
         """With what stands for the positions added, unless that is a rotation of queries and keys."""
         return x_XD if self.positions is None else x_XD + self.positions(position_X).to(x_XD.dtype)
 
     def _rotary(self, position_X: torch.Tensor, dtype: torch.dtype) -> Table | None:
+        """The rotation for the positions, once for all layers; None where something is added for them instead."""
         if self.positions is not None:
             return None
         return rotary(position_X, self.config.head_width, self.config.rope_theta, dtype)
 
-    def embed(self, batch: Inputs, keep_BT: torch.Tensor) -> torch.Tensor:
-        """(X, D) of the positions to keep: token embeddings, with media slots filled from their own embeddings, and what
-        stands for the positions added, unless that is rotary."""
+    def embed(
+        self, batch: Inputs, keep_BT: torch.Tensor, media: Collection[str] = tuple(SLOTS),
+        position_X: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """(X, D) of the positions to keep: token embeddings, with the slots of `media` filled from their own embeddings,
+        and what stands for the positions added, unless that is rotary. All slots of a modality of `media` are kept.
+        `position_X`: places in the record, by default the batch's.
+        """
         tokens_X, prompt_X = batch.tokens_BT[keep_BT], batch.prompt_BT[keep_BT]
         x_XD = self.tokens(tokens_X)
-        for module, slot, rows, at in (
-            (self.image, IMAGE, batch.patches_PD, batch.patch_at_P),
-            (self.audio, AUDIO, batch.mels_MD, batch.mel_at_M),
-            (self.fields, FIELDS, batch.values_K[:, None], batch.value_at_K),
+        for name, rows, at in (
+            ("image", batch.patches_PD, batch.patch_at_P),
+            ("audio", batch.mels_MD, batch.mel_at_M),
+            ("fields", batch.values_K[:, None], batch.value_at_K),
         ):
-            if module is not None:
-                x_XD = fill(x_XD, (tokens_X == slot) & prompt_X, module, rows, at)
-        return self._placed(x_XD, batch.position_BT[keep_BT])
+            module = getattr(self, name)
+            if module is not None and name in media:
+                x_XD = fill(x_XD, (tokens_X == SLOTS[name]) & prompt_X, module, rows, at)
+        return self._placed(x_XD, batch.position_BT[keep_BT] if position_X is None else position_X)
 
 
 def count_parameters(model: nn.Module) -> int:

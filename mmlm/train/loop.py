@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,6 +89,8 @@ def _take(session: Session, step: int, batches: list[Batch], counts: dict[str, f
     config, trainer, objective, device = session.config, session.trainer, session.objective, session.device
     with session.telemetry.clock.phase("compute"):
         torch.manual_seed(_seed(config.seed, step, session.world.rank))
+        module: Any = trainer.module
+        module.progress = step / config.steps
         sums = torch.zeros(len(objective.names), device=device)
         objective.prepare(trainer.model, batches, device)
         for batch in batches:

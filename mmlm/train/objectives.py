@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 from mmlm.data.collate import IGNORE, Batch
 from mmlm.features.spec import FeatureSpec
+from mmlm.model.fusion_config import AdversarialConfig, FusionConfig
 from mmlm.model.transformer import FusedTransformer, Output
 from mmlm.train.config import LossConfig
 from mmlm.train.terms.contrast import Contrast
 from mmlm.train.terms.many_labels import ManyLabels
+from mmlm.train.terms.modality import Modality
 from mmlm.train.terms.number import Number
 from mmlm.train.terms.one_label import OneLabel, softened_kl
 from mmlm.train.terms.term import Part, Term
@@ -41,9 +43,9 @@ def loss_of(terms: dict[str, Term], counts: dict[str, float]) -> torch.Tensor:
 
 class Answering:
     """Next token on the answers, and what the head says of the records: one class, several, or a number, where the spec
-    has such tasks; with `loss.z`, also the z-loss."""
+    has such tasks; with `loss.z`, also the z-loss; with adversarial `fusion`, what its discriminator pays."""
 
-    def __init__(self, config: LossConfig, spec: FeatureSpec) -> None:
+    def __init__(self, config: LossConfig, spec: FeatureSpec, fusion: FusionConfig | None = None) -> None:
         self.config = config
         self.label = OneLabel(config.label, spec)
         self.parts: list[Part] = [self.label]
@@ -57,12 +59,17 @@ class Answering:
             self.weights["contrastive"] = self.contrast.weight
         if config.z:
             self.weights["z"] = config.z
+        self.modality = Modality(fusion, spec) if isinstance(fusion, AdversarialConfig) else None
+        if self.modality:
+            self.weights["modality"] = self.modality.weight
         self.names: tuple[str, ...] = tuple(self.weights)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         answers = float((batch.target_BT != IGNORE).sum())
         counts = {name: answers for name in self.names if name in ("answer", "z")}
         counts |= {part.name: part.count(batch) for part in self.parts}
+        if self.modality:
+            counts["modality"] = self.modality.count(self.contrast.widen(batch) if self.contrast else batch)
         return counts | ({"contrastive": self.contrast.count(batch)} if self.contrast else {})
 
     def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
@@ -89,6 +96,8 @@ class Answering:
         terms |= {part.name: part.term(output, batch, scale) for part in self.parts}
         if self.config.z:
             terms["z"] = Term(square, scale * self.config.z)
+        if self.modality:
+            terms["modality"] = self.modality.term(output, batch)
         return terms
 
     def _answers(self, output: Output, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,10 +116,12 @@ class Distilling:
     own terms (Hinton, Vinyals & Dean 2015, section 2)."""
 
     def __init__(
-        self, config: LossConfig, spec: FeatureSpec, teacher: FusedTransformer, temperature: float, task: float
-    ) -> None:
-        # embeddings are not distilled
-        self.answering, self.teacher = Answering(config.model_copy(update={"contrastive": None}), spec), teacher
+        self, config: LossConfig, spec: FeatureSpec, teacher: FusedTransformer, temperature: float, task: float,
+        fusion: FusionConfig | None = None,
+    ) -> None:  # fmt: skip
+        """`fusion`: the student's. Embeddings are not distilled."""
+        self.answering = Answering(config.model_copy(update={"contrastive": None}), spec, fusion)
+        self.teacher = teacher
         led = ("answer", *(part.name for part in self.answering.parts))
         self.names: tuple[str, ...] = (*self.answering.names, *(f"{name}_kl" for name in led))
         self.temperature, self.task = temperature, task

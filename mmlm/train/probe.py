@@ -79,7 +79,7 @@ def _measure(config: TrainConfig, spec: FeatureSpec, shards: Path, ranks: int, P
     model = weights.build(config.model, spec)
     if config.precision == "bf16":
         model = model.bfloat16()
-    objective = Answering(config.loss, spec)
+    objective = Answering(config.loss, spec, getattr(config.model, "fusion", None))
     counts = objective.counts(batch)
 
     def learn(_: int) -> None:

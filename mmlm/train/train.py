@@ -99,7 +99,7 @@ def on_rank(
     torch.manual_seed(settings.seed)
     model = weights.build(settings.model, spec)
     model.set_up(recompute=settings.recompute, compiled=settings.compile)
-    objective = Answering(settings.loss, spec)
+    objective = Answering(settings.loss, spec, getattr(settings.model, "fusion", None))
     counts = fit(model, objective, settings, folder, Path(out), "train", Where(**(where or {})))
     write_counts(Path(out), counts, model)
     engine.stop()

@@ -89,7 +89,10 @@ def loss_of_all(model: FusedTransformer, step: int) -> torch.Tensor:
     answer = F.cross_entropy(output.answer_AV, targets, reduction="sum") / len(targets)
     labelled = (batch.label_R != IGNORE).sum()
     label = F.cross_entropy(logits_RC, batch.label_R, ignore_index=IGNORE, reduction="sum") / labelled
-    return answer + label
+    guess = output.modality
+    if guess is None:
+        return answer + label
+    return answer + label + F.cross_entropy(guess.logits, guess.kind_Z) * model.config.fusion.weight  # type: ignore
 
 
 def reference(config: TrainConfig, steps: int) -> Trained:
@@ -104,6 +107,7 @@ def reference(config: TrainConfig, steps: int) -> Trained:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     losses, gradients = [], []
     for step in range(steps):
+        model.progress = step / config.steps
         loss = loss_of_all(model, step)
         optimizer.zero_grad(set_to_none=False)
         loss.backward()
@@ -185,7 +189,7 @@ class Run:
 
     def __init__(self, changes: dict[str, Any]) -> None:
         self.config, self.world = settings(changes), worlds.from_environment()
-        self.objective = Answering(self.config.loss, SPEC)
+        self.objective = Answering(self.config.loss, SPEC, getattr(self.config.model, "fusion", None))
         self.device = engine.device_of(self.world)
         self.trainer = engine.DeepSpeedEngine(build(self.config).to(self.device), self.config, self.world)
         self.gradients: dict[str, torch.Tensor] = {}
@@ -193,6 +197,7 @@ class Run:
 
     def step(self, step: int) -> tuple[float, float]:
         """Loss and gradient norm of one step."""
+        self.trainer.module.progress = step / self.config.steps  # type: ignore[assignment]
         batches = self.batches(step)
         counts = dict.fromkeys(self.objective.names, 0.0)
         for batch, name in itertools.product(batches, counts):
