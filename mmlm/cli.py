@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -252,6 +252,11 @@ def _people(commands: Any) -> None:
     predict = _command(commands, "predict", "answer one question by flags, or many by --input", _predict)
     _asked(predict)
     predict.add_argument("--json", action="store_true", help="print answers as JSON lines")
+    predict.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="how answers are worded, such as "
+        "generation.temperature=0.7, generation.stop=[。] or generation.choices=[yes, no]; a line's own `generation` counts",
+    )  # fmt: skip
+    predict.add_argument("--stream", action="store_true", help="print the answer to one question as it is made")
 
     embed = _command(commands, "embed", "the vector of a text, picture or sound: what means the same lies near", _embed)
     _asked(embed)
@@ -477,10 +482,17 @@ def _advise(arguments: argparse.Namespace) -> int:
 
 def _predict(arguments: argparse.Namespace) -> int:
     from mmlm.publish.answering import Responder
+    from mmlm.publish.asked_generation import from_overrides
 
+    if arguments.stream and (arguments.input or arguments.json):
+        raise ConfigError("--stream beside --input or --json", wanted="one question, answered as plain text")
+    generation = from_overrides(arguments.set)
     rows = _asked_rows(arguments)
-    good = [row for row in rows if "error" not in row]
-    answers = iter(Responder.load(arguments.model, tracking_uri=arguments.tracking_uri).answer(good) if good else [])
+    good = [{"generation": generation, **row} for row in rows if "error" not in row]
+    responder = Responder.load(arguments.model, tracking_uri=arguments.tracking_uri)
+    if arguments.stream:
+        return _say_streaming(responder.stream(good[0]))
+    answers = iter(responder.answer(good))
     failed = False
     for row in rows:
         answer = row if "error" in row else next(answers)
@@ -492,6 +504,18 @@ def _predict(arguments: argparse.Namespace) -> int:
         else:
             print(answer["answer"] + ("" if answer["score"] is None else f"   ({answer['score']:.3f})"))
     return 2 if failed else 0
+
+
+def _say_streaming(pieces: Iterator[str | dict[str, Any]]) -> int:
+    for piece in pieces:
+        if isinstance(piece, str):
+            print(piece, end="", flush=True)
+        elif "error" in piece:
+            print(f"mmlm: {piece['error']}", file=sys.stderr)
+            return 2
+        else:
+            print("" if piece["score"] is None else f"   ({piece['score']:.3f})")
+    return 0
 
 
 def _embed(arguments: argparse.Namespace) -> int:

@@ -77,3 +77,55 @@ def contest(work: Callable[[Path, Path, dict[str, Any], Watch], dict[str, Any]])
 def files(folder: Path, *endings: str) -> list[Path]:
     """All files below `folder` with one of the endings, sorted."""
     return sorted(path for path in folder.rglob("*") if path.suffix in endings)
+
+
+def batches(source: Path, options: dict[str, Any], count: int) -> tuple[list[list[list[int]]], int]:
+    """`count` batches of `batch` texts of docs.jsonl as token ids (9 larger than the tokenizer's, whose place ours needs),
+    and the size of the vocabulary. With `length`, texts are joined and cut to that."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    with (source / "docs.jsonl").open(encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    rows = [[i + 9 for i in encoded.ids] for encoded in tokenizer.encode_batch(texts)]
+    if length := options.get("length"):
+        joined = [i for row in rows for i in row]
+        rows = [joined[at : at + length] for at in range(0, len(joined) - length + 1, length)]
+    batch = options["batch"]
+    return [rows[n * batch : (n + 1) * batch] for n in range(count)], tokenizer.get_vocab_size() + 9
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was told."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+class Memory:
+    """How much memory is taken at most from now on, beyond what is taken now."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+            self.before = _status("VmRSS")
+        else:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        """Bytes."""
+        if self.device == "cpu":
+            return _status("VmHWM") - self.before
+        import torch
+
+        return int(torch.cuda.max_memory_allocated()) - self.before
+
+
+def _status(name: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    return int(line.split()[1]) << 10

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,10 @@ from mmlm.features import spec as feature_spec
 from mmlm.features.sample import Sample
 from mmlm.features.spec import AUDIO, FIELDS, IMAGE, FeatureSpec
 from mmlm.features.text import Tokenizer
-from mmlm.model.generation import generate
+from mmlm.model.answers import Answers
+from mmlm.model.generation import generate, stream
+from mmlm.model.generation_config import GREEDY, GenerationConfig
+from mmlm.model.pieces import cut
 from mmlm.model.transformer import count_parameters
 from mmlm.train import weights
 
@@ -24,7 +29,8 @@ from mmlm.train import weights
 @dataclass(slots=True)
 class Answer:
     """`answer` is the text; `score` its probability in [0, 1], None for a number, which has none; `label` the most likely
-    class of the sample's task, `labels` those that hold where several may, `number` the number that is asked for."""
+    class of the sample's task, `labels` those that hold where several may, `number` the number that is asked for. `error`
+    says why the answer is not what was asked for."""
 
     answer: str
     score: float | None
@@ -32,6 +38,7 @@ class Answer:
     label_scores: dict[str, float]
     labels: list[str] | None = None
     number: float | None = None
+    error: str | None = None
 
 
 class Answerer:
@@ -56,45 +63,84 @@ class Answerer:
         batch_size: int = 128,
         given: frozenset[str] | None = None,
         limit: int | None = None,
+        generation: GenerationConfig = GREEDY,
     ) -> list[Answer]:
         """One Answer per sample, in order. `given` names the modalities that are kept; `limit` the longest
-        answer, tokens; by default what the longest sequence of the shards leaves room for.
+        answer, tokens; by default what `generation` says, else what the longest sequence of the shards leaves room for.
 
-        A task with classes or a number, and without answer texts of its own, is answered by the head, every other by
-        generation.
+        A task with classes or a number, and without answer texts of its own, is answered by the head unless `generation`
+        has choices or a JSON schema, every other by generation. Raises ConfigError for a schema that cannot be followed.
         """
-        limit = limit or max(48, self.spec.max_len)
         rows = [s if given is None else keep_modalities(s, given) for s in samples]
         order = np.argsort([prompt_length(s, self.spec) for s in rows], kind="stable")
         answers: list[Answer | None] = [None] * len(rows)
         for first in range(0, len(rows), batch_size):
             chosen = order[first : first + batch_size]
-            for i, answer in zip(chosen, self._batch([rows[i] for i in chosen], limit), strict=True):
+            for i, answer in zip(chosen, self._batch([rows[i] for i in chosen], generation, limit), strict=True):
                 answers[i] = answer
         return [a for a in answers if a is not None]
 
-    def _batch(self, samples: Sequence[Sample], limit: int) -> list[Answer]:
+    def stream(self, sample: Sample, generation: GenerationConfig = GREEDY) -> Iterator[str | Answer]:
+        """The answer in pieces of text, as soon as they are certain, and then the Answer, whose text they make up."""
+        batch = collate([sample], self.spec, pad_left=True, with_answer=False).to(self.device)
+        limit, seeds = self._limit([sample], generation, None), [_seed(generation, sample)]
+        for made in stream(self.model, batch, limit, generation, words=self.tokenizer, seeds=seeds):
+            if isinstance(made, Answers):
+                answer = self._answers([sample], made, generation)[0]
+                if not limit:
+                    yield answer.answer
+                yield answer
+            else:
+                yield made[1]
+
+    def _batch(self, samples: Sequence[Sample], generation: GenerationConfig, limit: int | None) -> list[Answer]:
         batch = collate(samples, self.spec, pad_left=True, with_answer=False).to(self.device)
-        with torch.inference_mode():
-            ids, log_score, label_logits = generate(self.model, batch, self._limit(samples, limit))
+        made = generate(
+            self.model, batch, self._limit(samples, generation, limit), generation, words=self.tokenizer,
+            seeds=[_seed(generation, sample) for sample in samples],
+        )  # fmt: skip
+        return self._answers(samples, made, generation)
+
+    def _answers(self, samples: Sequence[Sample], made: Answers, generation: GenerationConfig) -> list[Answer]:
         answers = []
-        for sample, tokens, log, head in zip(samples, ids, log_score.tolist(), label_logits.cpu(), strict=True):
+        rows = zip(samples, made.ids, made.log_score_R.tolist(), made.label_RC.cpu(), strict=True)
+        for sample, tokens, log, head in rows:
             said = read_head(head, sample.task, self.spec)
             label, scores, labels = (said.label, said.label_scores, said.labels) if said else (None, {}, None)
-            if said is not None and not self._has_text(sample.task):
+            if said is not None and not self._in_words(sample.task, generation):
                 answers.append(Answer(said.answer, said.score, label, scores, labels, said.number))
             else:
-                words = self.tokenizer.decode(tokens).strip()
-                answers.append(Answer(words, float(np.exp(log)), label, scores, labels))
+                words = cut(self.tokenizer.decode(tokens), generation.stop)
+                wrong = _unfinished(words, len(tokens)) if generation.json_schema is not None else None
+                answers.append(Answer(words, float(np.exp(log)), label, scores, labels, error=wrong))
         return answers
 
-    def _has_text(self, task: str) -> bool:
-        return any(t.has_text for t in self.spec.tasks if t.name == task)
+    def _in_words(self, task: str, generation: GenerationConfig) -> bool:
+        """Whether the answer is generated, not read off the head."""
+        return generation.constrained or any(t.has_text for t in self.spec.tasks if t.name == task)
 
-    def _limit(self, samples: Sequence[Sample], limit: int) -> int:
-        """No tokens need generating where the head gives every answer."""
-        headed = {t.name for t in self.spec.tasks if (t.labels or t.number) and not t.has_text}
-        return 0 if all(s.task in headed for s in samples) else limit
+    def _limit(self, samples: Sequence[Sample], generation: GenerationConfig, limit: int | None) -> int:
+        """Tokens of the longest answer. No tokens need generating where the head gives every answer; choices need as many
+        as they have bytes, at most."""
+        headed = {t.name for t in self.spec.tasks if (t.labels or t.number) and not self._in_words(t.name, generation)}
+        if all(s.task in headed for s in samples):
+            return 0
+        if generation.choices:
+            return max(len(choice.encode()) for choice in generation.choices) + 1
+        return limit or generation.max_tokens or max(48, self.spec.max_len)
+
+
+def _seed(generation: GenerationConfig, sample: Sample) -> int:
+    """Of what is drawn for one record: not of its place among others."""
+    return int.from_bytes(hashlib.sha256(f"{generation.seed} {sample.id}".encode()).digest()[:8], "little")
+
+
+def _unfinished(words: str, tokens: int) -> str | None:
+    try:
+        json.loads(words)
+    except ValueError:
+        return f"after {tokens} tokens the JSON was not complete; raise generation.max_tokens, or bound the schema"
+    return None
 
 
 def prompt_length(sample: Sample, spec: FeatureSpec) -> int:

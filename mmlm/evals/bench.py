@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from mmlm.artifacts import Artifact
 from mmlm.features.sample import Sample
 from mmlm.features.spec import FeatureSpec
+from mmlm.model.generation_config import GenerationConfig
 
 CACHE_BYTES = 256 << 20
 """Decoded samples kept between rounds, bytes; a small test split is decoded once."""
@@ -25,7 +26,12 @@ class Answering(Protocol):
     """What evaluation needs of `answer.Answerer`."""
 
     def answer(
-        self, samples: Sequence[Sample], *, batch_size: int = ..., given: frozenset[str] | None = ...
+        self,
+        samples: Sequence[Sample],
+        *,
+        batch_size: int = ...,
+        given: frozenset[str] | None = ...,
+        generation: GenerationConfig = ...,
     ) -> Sequence[Any]: ...
 
 

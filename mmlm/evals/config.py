@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from mmlm.config import Config
+from mmlm.model.generation_config import GenerationConfig
 
 Modality = Literal["context", "fields", "image", "audio", "video"]
 
@@ -47,6 +48,9 @@ class EvaluateConfig(Config):
     given: list[list[Modality]] | None = None
     """What is given beside the question, one row of scores each, such as [[image, audio], [image]]; the first
     is the headline. Absent: all together, each modality taken away, and each alone."""
+    generation: GenerationConfig = GenerationConfig()
+    """How answers are worded; by default the most probable word after word. Served models do the same unless a question
+    asks for another way."""
     bootstrap: BootstrapConfig = BootstrapConfig()
     min_n_per_language: int = Field(20, ge=1)
     """Records of one language in the split below which no score of that language is given."""

@@ -170,7 +170,7 @@ def _predict(
 ) -> Iterator[tuple[str, list[Prediction | None]]]:  # fmt: skip
     """(model, one prediction or None per sample), for the models, then the baselines."""
     for name, model in bench.models.items():
-        answers = model.answer(samples, batch_size=config.batch_size, given=chosen.kept)
+        answers = model.answer(samples, batch_size=config.batch_size, given=chosen.kept, generation=config.generation)
         yield name, [Prediction(a.label, a.label_scores, a.answer, a.score, a.labels, a.number) for a in answers]
     for name in baselines.names:
         predictions: list[Prediction | None] = [None] * len(samples)

@@ -43,12 +43,14 @@ class Row:
     pieces: Pieces | None = None
     follower: Follower | None = None
     ids: list[int] = field(default_factory=list)
+    log: float = 0.0
+    """Its log-probability under the model alone."""
     new: str = ""
     """The text that the last token has made certain."""
 
-    def take(self, token: int) -> bool:
-        """Add a token. Whether the answer goes on."""
-        self.new = ""
+    def take(self, token: int, log: float) -> bool:
+        """Add a token and its log-probability. Whether the answer goes on."""
+        self.new, self.log = "", self.log + log
         if token == EOS:
             return False
         self.ids.append(token)

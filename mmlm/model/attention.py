@@ -28,6 +28,9 @@ def rotary(position_X: torch.Tensor, head_width: int, theta: float, dtype: torch
 
 def rotate(x_XNH: torch.Tensor, table: Table) -> torch.Tensor:
     cos, sin = table
+    if len(x_XNH) <= 32 and not torch.is_grad_enabled():  # a step of generation: three calls instead of eight
+        swapped = x_XNH.roll(x_XNH.shape[-1] // 2, -1)
+        return torch.addcmul(x_XNH * torch.cat([cos, cos], -1), swapped, torch.cat([-sin, sin], -1))
     a, b = x_XNH.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 

@@ -21,10 +21,8 @@ class Beam:
     """An answer as far as it has come."""
 
     row: Row
-    log: float = 0.0
-    """Its log-probability under the model alone."""
     sum: float = 0.0
-    """The same after the repetition penalty, by which beams are compared."""
+    """Its log-probability, after the repetition penalty: by which beams are compared."""
     tokens: int = 0
     """With `<eos>`, where it was chosen."""
     place: int = 0
@@ -89,7 +87,7 @@ def search(model: FusedTransformer, prompts: Inputs, limit: int, config: Generat
         hidden_BD = model.extend(token_B, position_B, valid_BS, caches)
         position_B = position_B + 1
     best = [hunt.best(config) for hunt in hunts]
-    return Answers([beam.row.ids for beam in best], torch.tensor([beam.log for beam in best]), label_RC)
+    return Answers([beam.row.ids for beam in best], torch.tensor([beam.row.log for beam in best]), label_RC)
 
 
 def _step(hunt: Hunt, logits_BV: torch.Tensor, config: GenerationConfig) -> None:
@@ -114,7 +112,7 @@ def _step(hunt: Hunt, logits_BV: torch.Tensor, config: GenerationConfig) -> None
             if value == -torch.inf or len(opened) == config.beams:
                 break
             parent = hunt.open[at // V]
-            log = parent.log + float(log_BV[at // V, at % V])
-            beam = Beam(parent.row.branch(), log, value, parent.tokens + 1, parent.place)
-            (opened if beam.row.take(at % V) else ended).append(beam)
+            beam = Beam(parent.row.branch(), value, parent.tokens + 1, parent.place)
+            goes_on = beam.row.take(at % V, float(log_BV[at // V, at % V]))
+            (opened if goes_on else ended).append(beam)
     hunt.open, hunt.ended = opened, hunt.ended + ended

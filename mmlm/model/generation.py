@@ -17,6 +17,7 @@ from mmlm.model.beam import search
 from mmlm.model.constrained import Words
 from mmlm.model.generation_config import GREEDY, GenerationConfig
 from mmlm.model.pieces import Pieces
+from mmlm.model.quick import quick_maps
 from mmlm.model.sampling import drawn, penalised, words_only
 from mmlm.model.transformer import FusedTransformer, Inputs
 
@@ -33,7 +34,6 @@ class Run:
         self.label_RC = model.label(self.hidden_BD).float()
         self.valid_BS = None if bool(prompts.valid_BT.all()) else prompts.valid_BT
         self.position_B = prompts.valid_BT.sum(1)
-        self.score_R = torch.zeros(len(rows), device=self.hidden_BD.device)
         self.rows, self.open = rows, list(rows)
 
     def __iter__(self) -> Iterator[list[Row]]:
@@ -41,14 +41,17 @@ class Run:
         for step in range(self.limit):
             logits_BV = words_only(self.model.answer(self.hidden_BD).float())
             token_B = self.choose(logits_BV)
-            log_B = logits_BV.log_softmax(-1).gather(1, token_B[:, None])[:, 0]
-            self.score_R[torch.tensor([row.number for row in self.open], device=log_B.device)] += log_B
-            taken = zip(self.open, token_B.tolist(), strict=True)
-            going = [n for n, (row, token) in enumerate(taken) if row.take(token)]
+            log_B = logits_BV.gather(1, token_B[:, None])[:, 0] - logits_BV.logsumexp(-1)
+            taken = zip(self.open, token_B.tolist(), log_B.tolist(), strict=True)
+            going = [n for n, (row, token, log) in enumerate(taken) if row.take(token, log)]
             yield self.open
             if not going or step + 1 == self.limit:
                 return
             self.extend(token_B, going)
+
+    def answers(self) -> Answers:
+        log_R = torch.tensor([row.log for row in self.rows], dtype=torch.float32)
+        return Answers([row.ids for row in self.rows], log_R, self.label_RC)
 
     def choose(self, logits_BV: torch.Tensor) -> torch.Tensor:
         logits_BV = penalised(logits_BV, [row.ids for row in self.open], self.config.repetition_penalty)
@@ -83,7 +86,7 @@ def closed_up(going: list[int]) -> list[int]:
     return [row if row in stays else late.pop() for row in range(n)]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: FusedTransformer,
     prompts: Inputs,
@@ -102,12 +105,13 @@ def generate(
     if config.beams > 1:
         return search(model, prompts, limit, config, rows)
     run = Run(model, prompts, limit, config, rows)
-    for _ in run:
-        pass
-    return Answers([row.ids for row in rows], run.score_R, run.label_RC)
+    with quick_maps(model):
+        for _ in run:
+            pass
+    return run.answers()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def stream(
     model: FusedTransformer,
     prompts: Inputs,
@@ -131,12 +135,13 @@ def stream(
         yield answers
         return
     run = Run(model, prompts, limit, config, rows)
-    for given in run:
-        for row in given:
-            if row.new:
-                yield row.number, row.new
-                row.new = ""
+    with quick_maps(model):
+        for given in run:
+            for row in given:
+                if row.new:
+                    yield row.number, row.new
+                    row.new = ""
     for row in rows:
         if row.pieces is not None and (rest := row.pieces.close()):
             yield row.number, rest
-    yield Answers([row.ids for row in rows], run.score_R, run.label_RC)
+    yield run.answers()

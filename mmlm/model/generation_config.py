@@ -11,6 +11,10 @@ from mmlm.config import Config
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
+DEEPEST = 64
+"""Levels of a JSON schema."""
+
+
 class GenerationConfig(Config):
     """Without any of these an answer is the most probable word after word, until the model ends it."""
 
@@ -51,6 +55,8 @@ class GenerationConfig(Config):
             raise ValueError("beams search for the most probable answer: leave temperature at 0")
         if "length_penalty" in self.model_fields_set and self.beams == 1:
             raise ValueError("length_penalty compares the answers of several beams: give beams above 1, too")
+        if _depth(self.json_schema) > DEEPEST:
+            raise ValueError(f"json_schema is nested more than {DEEPEST} deep")
         if self.choices and self.json_schema is not None:
             raise ValueError("choices and json_schema both say what the answer looks like: give one of them")
         return self
@@ -58,6 +64,15 @@ class GenerationConfig(Config):
     @property
     def constrained(self) -> bool:
         return bool(self.choices) or self.json_schema is not None
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and objects, without calling itself: what is asked over the network may be as deep as it likes."""
+    depth, level = 0, [value]
+    while level := [x for x in level if isinstance(x, (dict, list))]:
+        depth += 1
+        level = [inner for x in level for inner in (x.values() if isinstance(x, dict) else x)]
+    return depth
 
 
 GREEDY = GenerationConfig()

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 EPSILON = 1e-6
 """Added to the mean square: the same in every precision, while the library's default in bf16 is 0.0078."""
+FEW = 1 << 14
+"""Values: the library's forms are the faster ones for so few, as in a step of generation, where a call costs more than its
+work (RMSNorm of 768 values: 19 µs against 47)."""
 
 
 class RMSNorm(nn.RMSNorm):
@@ -24,7 +27,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=EPSILON)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
+        if x.is_cuda or (x.numel() <= FEW and not torch.is_grad_enabled()):
             return super().forward(x)
         return _Norm.apply(x, self.weight)
 
@@ -54,7 +57,7 @@ class _Norm(torch.autograd.Function):
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """SiLU(x G) · (x U) of both halves side by side (Shazeer 2020, eq. 6)."""
-    if gate_up.is_cuda:
+    if gate_up.is_cuda or not torch.is_grad_enabled():
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
     return _SwiGLU.apply(gate_up)

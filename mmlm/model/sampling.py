@@ -12,13 +12,13 @@ import torch
 from mmlm.features.spec import EOS, SPECIAL_TOKENS
 from mmlm.model.generation_config import GenerationConfig
 
-BARRED = [n for n in range(len(SPECIAL_TOKENS)) if n != EOS]
-
 
 def words_only(logits_XV: torch.Tensor) -> torch.Tensor:
     """Logits in which no special token but `<eos>` can be chosen: a slot in an answer would mean nothing."""
-    barred = torch.tensor(BARRED, device=logits_XV.device)
-    return logits_XV.index_fill(-1, barred, -torch.inf)
+    words_XV = logits_XV.clone()
+    words_XV[..., :EOS] = -torch.inf
+    words_XV[..., EOS + 1 : len(SPECIAL_TOKENS)] = -torch.inf
+    return words_XV
 
 
 def penalised(logits_BV: torch.Tensor, given: Sequence[Sequence[int]], penalty: float) -> torch.Tensor:

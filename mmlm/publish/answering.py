@@ -1,7 +1,7 @@
 """Responder: answers questions of text, picture and sound; one for the command line, the server and the bundle.
 
 A question is `{"text": str, "image": bytes | path, "audio": bytes | path, "fields": {name: number | category}}`, every key
-optional; an answer is
+optional, and with `generation` (GenerationConfig) for how it is to be worded; an answer is
 `{"answer": str, "score": float, "label_scores": {label: float}}`, or `{"error": sentence}`; with `labels` where several
 may hold, and with `number` (which has no score: null) where one is asked for.
 """
@@ -16,18 +16,20 @@ import re
 import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmlm.corpus.records import Part, Record
-from mmlm.errors import DataError, MmlmError
-from mmlm.evals.answer import Answerer
+from mmlm.errors import ConfigError, DataError, MmlmError
+from mmlm.evals.answer import Answer, Answerer
 from mmlm.evals.embed import embed
 from mmlm.features.encode import Encoder
 from mmlm.features.sample import Sample
 from mmlm.features.spec import FeatureSpec, TaskSpec
+from mmlm.model.generation_config import GenerationConfig
 from mmlm.publish.asked_fields import read_asked
+from mmlm.publish.asked_generation import read_generation
 from mmlm.storage import is_remote, read_uri
 
 KEYS = ("text", "image", "audio", "fields")
@@ -63,23 +65,41 @@ class Responder:
 
     def _answer(self, rows: list[Mapping[str, Any]], paths: bool) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = [{} for _ in rows]
-        samples: dict[int, Sample] = {}
+        asked: dict[str, tuple[GenerationConfig, dict[int, Sample]]] = {}
         for i, row in enumerate(rows):
             try:
-                samples[i] = self.sample(row, paths)
+                sample, generation = self.sample(row, paths), read_generation(row.get("generation"), self.spec)
             except MmlmError as error:
                 results[i] = {"error": str(error)}
-        with self._lock:
-            answers = self.answerer.answer(list(samples.values())) if samples else []
-        for i, answer in zip(samples, answers, strict=True):
-            scores = {label: round(share, 6) for label, share in answer.label_scores.items()}
-            score = None if answer.score is None else round(answer.score, 6)
-            results[i] = {"answer": answer.answer, "score": score, "label_scores": scores}
-            if answer.labels is not None:
-                results[i]["labels"] = answer.labels
-            if answer.number is not None:
-                results[i]["number"] = answer.number
+            else:
+                asked.setdefault(generation.model_dump_json(), (generation, {}))[1][i] = sample
+        for generation, samples in asked.values():
+            try:
+                with self._lock:
+                    answers = self.answerer.answer(list(samples.values()), generation=generation)
+            except ConfigError as error:  # a schema that cannot be followed
+                results = [{"error": str(error)} if i in samples else known for i, known in enumerate(results)]
+                continue
+            for i, answer in zip(samples, answers, strict=True):
+                results[i] = _told(answer)
         return results
+
+    def stream(self, question: Mapping[str, Any], *, paths: bool = True) -> Iterator[str | dict[str, Any]]:
+        """Pieces of the answer as soon as they are certain, and in the end what `answer` gives, whose text they make up.
+
+        Several may be on their way at once: each takes its turn token by token.
+        """
+        try:
+            sample, generation = self.sample(question, paths), read_generation(question.get("generation"), self.spec)
+            made = self.answerer.stream(sample, generation)
+            while True:
+                with self._lock:
+                    piece = next(made, None)
+                if piece is None:
+                    return
+                yield piece if isinstance(piece, str) else _told(piece)
+        except MmlmError as error:
+            yield {"error": str(error)}
 
     def embed(self, rows: Iterable[Mapping[str, Any]], *, paths: bool = True) -> list[dict[str, Any]]:
         """`{"embedding": [numbers]}` or `{"error"}` for each row of text, image, audio and fields, in order: a vector of
@@ -138,6 +158,19 @@ class Responder:
     def encode(self, record: Record, read: Callable[[Part], bytes]) -> Sample:
         """A record as this model's features, without its answer. Raises SampleError."""
         return self._encoder.encode(record, read, with_answer=False)
+
+
+def _told(answer: Answer) -> dict[str, Any]:
+    if answer.error is not None:
+        return {"error": answer.error}
+    scores = {label: round(share, 6) for label, share in answer.label_scores.items()}
+    score = None if answer.score is None else round(answer.score, 6)
+    told: dict[str, Any] = {"answer": answer.answer, "score": score, "label_scores": scores}
+    if answer.labels is not None:
+        told["labels"] = answer.labels
+    if answer.number is not None:
+        told["number"] = answer.number
+    return told
 
 
 def missing(value: Any) -> bool:

@@ -1,12 +1,14 @@
 """Verb serve: one model behind HTTP. `GET /health`, `POST /predict` with {text, image, audio, fields}, and a page at `GET /`.
 
 Media come as base64 (a `data:` URI is fine), never as a path. What is wrong with a request is said in JSON:
-`{"error": sentence}` with a 4xx status.
+`{"error": sentence}` with a 4xx status. `generation` says how the answer is worded; with `"stream": true` it comes as
+server-sent events, `{"piece": text}` as soon as it is certain, and in the end the same JSON as without.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import signal
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from mmlm.publish.answering import Responder
 
-KEYS = ("text", "image", "audio", "fields")
+KEYS = ("text", "image", "audio", "fields", "generation", "stream")
 MAX_BODY = 32 << 20
 """A request body larger than this, bytes, is refused while it arrives."""
 PAGE = Path(__file__).with_name("page.html")
@@ -126,7 +128,7 @@ def _ending() -> Iterator[_Ending]:
 def application(responder: Responder, model: str) -> FastAPI:
     """The web application, for any ASGI server."""
     from fastapi import FastAPI, Request
-    from fastapi.responses import HTMLResponse, JSONResponse
+    from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
     from starlette.concurrency import run_in_threadpool
 
     app = FastAPI(title="mmlm", docs_url=None, redoc_url=None, openapi_url=None)
@@ -139,9 +141,21 @@ def application(responder: Responder, model: str) -> FastAPI:
     async def home() -> Any:
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
 
+    async def streamed(pieces: Iterator[str | dict[str, Any]]) -> Any:
+        """What is wrong with the question shows before the first piece, and so gets a status."""
+        first = await run_in_threadpool(next, pieces)
+        if isinstance(first, dict) and "error" in first:
+            return JSONResponse(first, 422)
+        return StreamingResponse(
+            map(event, itertools.chain([first], pieces)), media_type="text/event-stream",
+            headers={"Cache-Control": "no-store"},
+        )  # fmt: skip
+
     async def predict(request: Any) -> Any:
         try:
             question = parse(await read_body(request), request.headers.get("content-type", ""))
+            if question.pop("stream", None):
+                return await streamed(responder.stream(question, paths=False))
             answer = (await run_in_threadpool(responder.answer, [question], paths=False))[0]
         except RequestError as error:
             return JSONResponse({"error": error.sentence}, error.status)
@@ -158,6 +172,12 @@ def application(responder: Responder, model: str) -> FastAPI:
     app.get("/")(home)
     app.post("/predict")(predict)
     return app
+
+
+def event(piece: str | dict[str, Any]) -> str:
+    """A server-sent event (WHATWG HTML, section 9.2): one line of data, since JSON holds no line breaks."""
+    data = {"piece": piece} if isinstance(piece, str) else piece
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 def describe(responder: Responder, model: str) -> dict[str, Any]:
@@ -205,9 +225,12 @@ def parse(body: bytes, content_type: str) -> dict[str, Any]:
             422, f"unknown field {', '.join(f'`{k[:40]}`' for k in unknown[:5])}; known: {', '.join(KEYS)}"
         )
     for key, value in question.items():
-        if key == "fields":
+        if key in ("fields", "generation"):
             if value is not None and not isinstance(value, dict):
-                raise RequestError(422, f"`fields` must be an object, not {type(value).__name__}")
+                raise RequestError(422, f"`{key}` must be an object, not {type(value).__name__}")
+        elif key == "stream":
+            if value is not None and not isinstance(value, bool):
+                raise RequestError(422, f"`stream` must be true or false, not {type(value).__name__}")
         elif value is not None and not isinstance(value, str):
             wanted = "a text" if key == "text" else "base64 text"
             raise RequestError(422, f"`{key}` must be {wanted}, not {type(value).__name__}")

@@ -28,7 +28,7 @@ class Guesser:
     def __init__(self, skill: float, seed: int = 0) -> None:
         self.skill, self.seed = skill, seed
 
-    def answer(self, samples, *, batch_size=64, given=None):  # type: ignore[no-untyped-def]
+    def answer(self, samples, *, batch_size=64, given=None, generation=None):  # type: ignore[no-untyped-def]
         from mmlm.evals.predictions import Prediction
 
         found = []
