@@ -54,13 +54,6 @@ class Artifact:
     created: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def started(self) -> float | None:
-        """When the making of it began, seconds since 1970; None where the artifact does not say."""
-        if not self.created:
-            return None
-        return datetime.datetime.fromisoformat(self.created).timestamp() - self.seconds
-
 
 class ArtifactConflict(ArtifactError):
     """The folder holds a noun, or unfinished work, of another fingerprint. `mmlm run` sets it aside and goes on."""

@@ -149,7 +149,7 @@ def _make(config: ShardConfig, manifest: Artifact, work: Work, places: Places) -
     spec = make_spec(manifest, config.features, tokenizer)
     tokenizer.save(work.path)
     feature_spec.save(spec, work.path)
-    writer = UnitWriter(spec, tokenizer, config, absolute(places.data), work.path, manifest.started)
+    writer = UnitWriter(spec, tokenizer, config, absolute(places.data), work.path)
     counts, extra = _make_shards(config, manifest.path, writer, work.path, places)
     step = max(1, min(counts["records"], AMONG) // REPORTED)
     extra["tokens"] = token_report(islice(read_records(manifest.path, media=False), 0, AMONG, step), tokenizer)

@@ -34,15 +34,13 @@ from mmlm.shards.faultpoints import point
 from mmlm.shards.memory import keep_freed_memory
 from mmlm.shards.plan import Slot, Unit
 from mmlm.shards.tar import TarWriter
-from mmlm.storage import MAX_FILE_BYTES, is_remote, prefetch, read_uri, resolve, sha256_bytes, split_fragment
+from mmlm.storage import MAX_FILE_BYTES, is_remote, prefetch, read_uri, sha256_bytes
 from mmlm.stores import blank
 
 TEMPORARY = ".tmp"
 """Folder below the shard set for what is not published yet."""
 AHEAD = 64
 """Records whose media are fetched together where they lie elsewhere."""
-CLOCKS = 60.0
-"""Seconds by which the clock of a file server may differ from ours."""
 CACHED_MEDIA = 64
 """Decoded pictures and sounds kept inside one unit: neighbouring records often share them."""
 INDEX = pa.schema([("key", pa.string()), ("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
@@ -97,13 +95,9 @@ class Written:
 class UnitWriter:
     """Writes units for one shard set. Made once per worker; holds the tokenizer."""
 
-    def __init__(
-        self, spec: FeatureSpec, tokenizer: Tokenizer, config: ShardConfig, data: str, out: Path,
-        scanned: float | None = None,
-    ) -> None:  # fmt: skip
-        """`scanned`: when the scan of these records began, seconds since 1970; what changed since then is noticed."""
+    def __init__(self, spec: FeatureSpec, tokenizer: Tokenizer, config: ShardConfig, data: str, out: Path) -> None:
         self.spec, self.tokenizer, self.config = spec, tokenizer, config
-        self.data, self.folder, self.scanned = data, out / TEMPORARY, scanned
+        self.data, self.folder = data, out / TEMPORARY
         self.encoders: Mapping[str, Ask] = make_encoders(config.features, spec)
 
     def write(self, unit: Unit) -> Written:
@@ -176,47 +170,30 @@ class UnitWriter:
         return stored_images(members) if lossy else sample.images
 
     def _read(self, part: Part) -> bytes:
-        return read_part(part, self.data, self.scanned)
+        return read_part(part, self.data)
 
 
-def read_part(part: Part, data: str, scanned: float | None = None) -> bytes:
-    """The bytes of a media part, inline or below `data`. Raises SampleError `missing_file`, `too_large` or `changed`."""
+def read_part(part: Part, data: str) -> bytes:
+    """The bytes of a media part, inline or below `data`. Raises SampleError `missing_file`, `too_large` or `changed`.
+
+    What the scan hashed is hashed again, 4 % of a picture's time: a folder that was swapped for another keeps sizes, dates
+    and the inodes' times of change.
+    """
     if part.data is not None:
         return part.data
     if not part.uri:
         raise SampleError("missing_file", f"the {part.kind} has neither a path nor content")
     try:
         found = read_uri(part.uri, data)
-        same = _as_scanned(part, part.uri, found, data, scanned)
     except DataError as error:
         reason = "too_large" if "larger than" in error.found else "missing_file"
         raise SampleError(reason, error.found, cure=error.cure) from None
-    if not same:
+    if part.sha256 is not None and (len(found) != part.size or sha256_bytes(found) != part.sha256):
         raise SampleError(
             "changed", f"{blank(part.uri)} is not the file that was scanned", wanted="the same bytes",
             cure="scan again; the shards of what is as it was are taken over",
         )  # fmt: skip
     return found
-
-
-def _as_scanned(part: Part, uri: str, found: bytes, data: str, scanned: float | None) -> bool:
-    """Whether the scan saw the same bytes. They are hashed, 3 % of a picture's time, unless the inode's time of change,
-    which no program can set, says that the file has not been written, moved or linked since."""
-    if part.size is None or part.sha256 is None:
-        return True
-    if len(found) != part.size:
-        return False
-    return not _touched(resolve(split_fragment(uri)[0], data), scanned) or sha256_bytes(found) == part.sha256
-
-
-def _touched(where: str, scanned: float | None) -> bool:
-    """Whether a file may have changed since `scanned`; true where that is not known."""
-    if scanned is None or is_remote(where):
-        return True
-    try:
-        return max(os.stat(where).st_ctime, os.lstat(where).st_ctime) >= scanned - CLOCKS
-    except OSError:
-        return True
 
 
 def quarantine_row(record: Record, error: SampleError) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from mmlm.artifacts import Artifact
 from mmlm.corpus.config import Ask, ScanConfig, SplitConfig, TableMap, TableSource
 from mmlm.corpus.records import Part, read_records
 from mmlm.corpus.scan import scan
+from mmlm.errors import DataError
 from mmlm.features.failures import SampleError
 from mmlm.shards.shard import shard
 from mmlm.shards.write import read_part
@@ -73,13 +74,25 @@ def test_changed_files_go_to_quarantine(tmp_path: Path) -> None:
     assert made.counts["samples"] == 4
 
 
-def test_a_file_that_was_not_touched_since_the_scan_is_not_hashed_again(tmp_path: Path) -> None:
+def test_a_folder_that_was_swapped_for_an_older_one_is_noticed(tmp_path: Path) -> None:
+    data, other = tmp_path / "data", tmp_path / "other"
+    noise = np.random.default_rng(1).uniform(-0.5, 0.5, 4000)
+    other.mkdir()
+    for number in range(8):
+        write_wav(other / f"{number}.wav", noise)
+    manifest = make_corpus(data)
+    shutil.copy(data / "sounds.csv", other)
+    data.rename(tmp_path / "aside")
+    other.rename(data)  # sizes, names and times of change of its files tell nothing
+    with pytest.raises(DataError, match="`changed`"):
+        shard(CONFIG, manifest, data=data, out=tmp_path / "shards")
+
+
+def test_size_and_content_are_compared(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(b"old")
-    part = Part("audio", uri="a.wav", size=3, sha256=sha256_bytes(b"new"))
-    for scanned in (None, time.time() - 5):
+    assert read_part(Part("audio", uri="a.wav", size=3, sha256=sha256_bytes(b"old")), str(tmp_path)) == b"old"
+    assert read_part(Part("audio", uri="a.wav"), str(tmp_path)) == b"old"  # manifests of before say neither
+    for size, content in ((3, b"new"), (4, b"old")):
         with pytest.raises(SampleError) as caught:
-            read_part(part, str(tmp_path), scanned)
+            read_part(Part("audio", uri="a.wav", size=size, sha256=sha256_bytes(content)), str(tmp_path))
         assert caught.value.reason == "changed"
-    assert read_part(part, str(tmp_path), time.time() + 3600) == b"old"
-    with pytest.raises(SampleError):  # the size is always looked at
-        read_part(Part("audio", uri="a.wav", size=4, sha256=""), str(tmp_path), time.time() + 3600)
