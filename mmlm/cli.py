@@ -234,6 +234,7 @@ def _people(commands: Any) -> None:
     )
     plan.add_argument("--zero", metavar="N,N", help="ZeRO stages (default: all)")
     plan.add_argument("--price", type=float, metavar="MONEY", help="of one device for an hour")
+    plan.add_argument("--presets", action="store_true", help="instead: every size by name, on one device")
     plan.add_argument("--json", action="store_true")
 
     advise = _command(
@@ -459,6 +460,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     from mmlm.world import cores
 
     what, device = plans.subject(arguments.story, arguments.set, arguments.out), devices.find(arguments.gpu)
+    if arguments.presets:
+        sizes = plans.presets(what, device)
+        print(json.dumps(sizes, indent=1) if arguments.json else plans.words_of_presets(what, device, sizes))
+        return 0
     usual = [n for n in (1, 2, 4, 8) if not device.is_cpu or n <= cores()]
     counts = plans.numbers(arguments.gpus, "--gpus", least=1) if arguments.gpus else usual
     rows = plans.table(what, device, counts, plans.stages_of(arguments.zero))

@@ -93,8 +93,18 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}{at} is not YAML: {getattr(error, 'problem', error)}") from None
 
 
+DECIDED_BY_PRESET = frozenset(
+    {"width", "layers", "encoder_layers", "heads", "kv_heads", "mlp_width", "qk_norm", "layout", "mlp", "norm",
+     "norm_at", "positions"}
+)  # fmt: skip
+"""Keys of a model that a preset says something of."""
+
+
 def apply_override(data: dict[str, Any], dotted: str, raw: str) -> None:
-    """Set `a.b.c` in nested `data` to `raw` read as YAML (so `3`, `true`, `[1, 2]` and `text` are what they look like)."""
+    """Set `a.b.c` in nested `data` to `raw` read as YAML (so `3`, `true`, `[1, 2]` and `text` are what they look like).
+
+    A `preset` replaces what was said before it of what it decides.
+    """
     *path, last = dotted.split(".")
     here = data
     for step in path:
@@ -102,6 +112,9 @@ def apply_override(data: dict[str, Any], dotted: str, raw: str) -> None:
         if not isinstance(following, dict):
             raise ConfigError(f"--set {dotted}: `{step}` is a value, not a section")
         here = following
+    if last == "preset":
+        for key in DECIDED_BY_PRESET & here.keys():
+            del here[key]
     try:
         here[last] = yaml.safe_load(raw)
     except yaml.YAMLError:

@@ -13,10 +13,12 @@ from typing import Any, get_args
 
 from mmlm import artifacts
 from mmlm import story as stories
-from mmlm.config import apply_override, parse, read_yaml, split_override
+from mmlm.config import DECIDED_BY_PRESET, apply_override, parse, read_yaml, split_override
 from mmlm.errors import ConfigError
 from mmlm.features import spec as feature_spec
 from mmlm.features.spec import FeatureSpec
+from mmlm.model.config import ModelConfig
+from mmlm.model.presets import PRESETS
 from mmlm.shards.config import ShardConfig
 from mmlm.train.config import TrainConfig, ZeroConfig
 from mmlm.train.devices import NODE_LINK, Device
@@ -108,6 +110,52 @@ def table(what: Subject, device: Device, counts: Sequence[int], stages: Sequence
             wanted="at least one sequence for each",
         )
     return rows
+
+
+def presets(what: Subject, device: Device) -> list[dict[str, Any]]:
+    """What a training of this story would take on one device with each preset that it can have."""
+    work, rows = work_of(what), []
+    given = what.config.model if isinstance(what.config.model, ModelConfig) else ModelConfig()
+    for name in PRESETS:
+        model = sized(given, name)
+        try:
+            row = forecast(what.config, model, what.spec, work, device, 1)
+        except ConfigError:  # an encoder for tasks of words
+            continue
+        rows.append(
+            {
+                "preset": name, "width": model.width, "layers": model.layers, "heads": model.heads,
+                "kv_heads": model.key_value_heads, "parameters": row.parameters, "flops_per_step": row.flops,
+                "bytes": row.bytes, "fits": row.fits, "step_seconds": row.step, "hours": row.hours,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def sized(model: ModelConfig, name: str) -> ModelConfig:
+    """The same model in the sizes of a preset, as `--set train.model.preset=NAME` makes it."""
+    kept = {key: value for key, value in model.model_dump(mode="json").items() if key not in DECIDED_BY_PRESET}
+    return parse(ModelConfig, {**kept, "preset": name}, "model")
+
+
+def words_of_presets(what: Subject, device: Device, rows: Sequence[dict[str, Any]]) -> str:
+    """The table, for a terminal."""
+    head = ["preset", "width", "layers", "heads", "parameters", "FLOPs a step", "memory", "a step", "hours"]
+    body = [
+        [
+            row["preset"], str(row["width"]), str(row["layers"]), f"{row['heads']}/{row['kv_heads']}", f"{row['parameters']:,}",
+            f"{row['flops_per_step']:.2e}", size(row["bytes"]) + ("" if row["fits"] else "!"), duration(row["step_seconds"]),
+            f"{row['hours']:.3g}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    lines = ["  ".join(cell.rjust(n) for cell, n in zip(line, widths, strict=True)) for line in [head, *body]]
+    told = (
+        f"{what.name} in every size, on one {device.name}, at ZeRO stage {what.config.zero.stage} "
+        "(!: does not fit; by its data sheet, nothing was tried)"
+    )
+    return "\n".join([told, *lines, "choose one by --set train.model.preset=NAME; other keys beside it override it"])
 
 
 def _possible(stage: int) -> dict[str, Any]:

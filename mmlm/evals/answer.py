@@ -117,13 +117,14 @@ class Answerer:
 
     def _in_words(self, task: str, generation: GenerationConfig) -> bool:
         """Whether the answer is generated, not read off the head."""
-        return generation.constrained or any(t.has_text for t in self.spec.tasks if t.name == task)
+        asked = generation.constrained or any(t.has_text for t in self.spec.tasks if t.name == task)
+        return self.model.generates and asked
 
     def _limit(self, samples: Sequence[Sample], generation: GenerationConfig, limit: int | None) -> int:
         """Tokens of the longest answer. No tokens need generating where the head gives every answer; choices need as many
         as they have bytes, at most."""
         headed = {t.name for t in self.spec.tasks if (t.labels or t.number) and not self._in_words(t.name, generation)}
-        if all(s.task in headed for s in samples):
+        if not self.model.generates or all(s.task in headed for s in samples):
             return 0
         if generation.choices:
             return max(len(choice.encode()) for choice in generation.choices) + 1

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmlm.model.attention import Cache
+from mmlm.model.attention import Cache, sharpness_of
 from mmlm.model.config import ModelConfig
 from mmlm.model.kernels import RMSNorm
 from mmlm.model.packed import HIDDEN, similar, varlen_attn
@@ -45,11 +45,13 @@ class CrossAttention(nn.Module):
         self.query_norm = RMSNorm(H) if config.qk_norm else None
         self.key_norm = RMSNorm(H) if config.qk_norm else None
         self.out = nn.Linear(config.heads * H, D, bias=False)
+        self.sharpness = sharpness_of(config)
 
     def forward(self, x_YD: torch.Tensor, source_SD: torch.Tensor | None, crossing: Crossing) -> torch.Tensor:
         """Without a source, over what `crossing` remembers of one."""
         q = self.query(x_YD).unflatten(1, (self.heads, self.head_width))
         q = q if self.query_norm is None else self.query_norm(q)
+        q = q if self.sharpness == 1 else q * self.sharpness
         if source_SD is None:
             return self.out(crossing.attend(q, None, None).flatten(1))
         k, v = self.key_value(source_SD).unflatten(1, (2 * self.kv_heads, self.head_width)).chunk(2, 1)

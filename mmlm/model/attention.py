@@ -133,6 +133,12 @@ class Step:
         return y.squeeze(2)
 
 
+def sharpness_of(config: ModelConfig) -> float:
+    """What queries are multiplied by: with muP, scores are divided by H, as much as by √H at the base's head width."""
+    chosen = config.initialisation
+    return 1.0 if chosen.kind == "depth" else (chosen.base_head_width / config.head_width) ** 0.5
+
+
 class Attention(nn.Module):
     """softmax(QKᵀ/√H) V over N heads (Vaswani et al. 2017, eq. 1); K key-value heads are shared by N/K heads each
     (Ainslie et al. 2023); queries and keys may be normalised per head (Dehghani et al. 2023, section 2)."""
@@ -147,6 +153,7 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(H) if config.qk_norm else None
         self.key_norm = RMSNorm(H) if config.qk_norm else None
         self.out = nn.Linear(config.heads * H, D, bias=False)
+        self.sharpness = sharpness_of(config)
 
     def forward(self, x_XD: torch.Tensor, table: Table | None, arrangement: Arrangement) -> torch.Tensor:
         N, K = self.heads, self.kv_heads
@@ -155,4 +162,5 @@ class Attention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             qk = torch.cat([self.query_norm(qk[:, :N]), self.key_norm(qk[:, N:])], 1)
         q, k = (qk if table is None else rotate(qk, table)).split([N, K], 1)
+        q = q if self.sharpness == 1 else q * self.sharpness
         return self.out(arrangement.attend(q, k, v).flatten(1))

@@ -40,6 +40,10 @@ class Block(nn.Module):
             x_XD = rows_of(x_XD, read)
         return self.add(x_XD, self.feed_forward_norm, self.feed_forward)
 
+    def writers(self) -> list[nn.Linear]:
+        """The maps whose results are added to the residual stream."""
+        return [self.attention.out, self.feed_forward.out]
+
     def add(self, x_XD: torch.Tensor, norm: nn.Module, inner: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """What a sub-layer makes of the residual stream, added to it."""
         if self.after:

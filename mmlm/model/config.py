@@ -8,14 +8,23 @@ from pydantic import Field, model_validator
 
 from mmlm.config import Config
 from mmlm.model.fusion_config import ConcatConfig, FusionConfig
+from mmlm.model.initialisation_config import DepthConfig, InitialisationConfig
+from mmlm.model.presets import PRESETS, sizes
 
 
 class ModelConfig(Config):
     kind: Literal["transformer"] = "transformer"
     """This model among the others (`mmlm/model/baseline_config.py`)."""
+    preset: Literal["tiny", "mini", "small", "base", "350m", "760m", "1b", "3b", "7b", "vaswani", "bert"] = "tiny"
+    """Sizes by name (`mmlm plan STORY --presets` shows them); what is given beside it overrides it."""
+    layout: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    """`encoder` answers by class only and reads the whole question in both directions; `encoder_decoder` reads the question
+    with one stack of blocks and writes the answer with another."""
     width: int = Field(128, ge=8)
     """Size of the residual stream, d."""
     layers: int = Field(2, ge=1)
+    encoder_layers: int | None = Field(None, ge=1)
+    """Blocks of the encoder of layout encoder_decoder; default as many as `layers`, those of the decoder."""
     heads: int = Field(4, ge=1)
     """Attention heads; `width` is a multiple of them."""
     kv_heads: int | None = 2
@@ -50,6 +59,8 @@ class ModelConfig(Config):
     """How modalities meet; the word alone (`fusion: add`) is that kind with its defaults."""
     attention: Literal["causal", "prefix"] = "causal"
     """`prefix` lets the tokens of the question and its media see each other in both directions."""
+    initialisation: InitialisationConfig = DepthConfig()
+    """How weights are drawn; `mup` lets a learning rate found at a small width serve at any other."""
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies (Su et al. 2021)."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -57,18 +68,25 @@ class ModelConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _share_keys_and_values(cls, given: Any) -> Any:
-        """What the default of `kv_heads` is depends on `heads`."""
-        heads = given.get("heads", cls.model_fields["heads"].default) if isinstance(given, dict) else None
-        if isinstance(heads, int) and "kv_heads" not in given:
-            return {**given, "kv_heads": heads if heads % 2 else heads // 2}
-        return given
+    def _fill(cls, given: Any) -> Any:
+        """What a preset says, and what the default of `kv_heads` is, which depends on `heads`."""
+        if not isinstance(given, dict) or given.get("preset", "tiny") not in PRESETS:
+            return given
+        made = sizes(given.get("preset", "tiny"), given)
+        heads = made["heads"]
+        if isinstance(heads, int) and "kv_heads" not in made:
+            made["kv_heads"] = heads if heads % 2 else heads // 2
+        return made
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.width % self.heads or (self.positions == "rotary" and (self.width // self.heads) % 2):
             even = "an even" if self.positions == "rotary" else "a"
             raise ValueError(f"width {self.width} must be {even} multiple of heads {self.heads}")
+        if self.encoder_layers is not None and self.layout != "encoder_decoder":
+            raise ValueError("encoder_layers is a setting of layout encoder_decoder")
+        if self.layout != "decoder" and self.fusion.kind != "concat":
+            raise ValueError(f"layout {self.layout} joins modalities by fusion concat only, not by {self.fusion.kind}")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
         return self

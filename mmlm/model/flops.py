@@ -7,7 +7,9 @@ Norms, softmax, activation functions and embedding look-ups are left out: under 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +17,7 @@ from mmlm.features.spec import FeatureSpec
 from mmlm.model.baseline_config import AnyModelConfig, CnnConfig, RecurrentConfig
 from mmlm.model.baseline_flops import cnn_forward, recurrent_blocks
 from mmlm.model.config import ModelConfig
+from mmlm.model.packed import numbered
 from mmlm.model.stems import convolution_flops
 from mmlm.model.transformer import IGNORE, Inputs
 
@@ -33,15 +36,19 @@ class Shape:
     mels: int = 0
     read: int | None = None
     """Positions that a head reads, which is where the last feed-forward works; by default as many as `targets`."""
+    prompts: tuple[int, ...] | None = None
+    """Positions of each record before `<answer>`, of a piece its media; by default all but the targets."""
 
     @classmethod
     def of(cls, batch: Inputs) -> Shape:
         """The shape of a real batch. On a GPU this waits for the batch to be there: take it before the batch is moved."""
-        B, T = batch.segment_BT.shape
-        row_BT = torch.arange(B, device=batch.segment_BT.device)[:, None] * T + batch.segment_BT
-        lengths = torch.unique(row_BT[batch.segment_BT >= 0], return_counts=True)[1]
+        record_X = numbered(batch.segment_BT)
+        prompt_BT = batch.prompt_BT.flatten().index_fill(0, batch.answer_at_R, False).view(batch.prompt_BT.shape)
+        lengths = torch.bincount(record_X)
+        prompts = torch.bincount(record_X[prompt_BT[batch.segment_BT >= 0]], minlength=len(lengths))
         return cls(
             lengths=tuple(lengths.tolist()),
+            prompts=tuple(prompts.tolist()),
             targets=int((batch.target_BT != IGNORE).sum()),
             answers=len(batch.answer_at_R),
             patches=len(batch.patches_PD),
@@ -53,6 +60,14 @@ class Shape:
     def tokens(self) -> int:
         """Real positions, without padding."""
         return sum(self.lengths)
+
+    @property
+    def prompts_or_rest(self) -> tuple[int, ...]:
+        """`prompts`, or what the targets leave of each record."""
+        if self.prompts is not None:
+            return self.prompts
+        each = -(-self.targets // max(len(self.lengths), 1))
+        return tuple(max(0, length - each) for length in self.lengths)
 
 
 def forward_flops(config: AnyModelConfig, spec: FeatureSpec, shape: Shape) -> int:
@@ -76,21 +91,57 @@ def training_flops(config: AnyModelConfig, spec: FeatureSpec, shape: Shape, *, r
     return whole + (blocks if recomputed else 0)
 
 
+class Stack(NamedTuple):
+    """Blocks that follow each other, and what goes through them."""
+
+    layers: int
+    lengths: Sequence[int]
+    """Positions of each record."""
+    read: int
+    """Positions that are read in the end, which is where the last feed-forward works."""
+    asked: Sequence[int] | None = None
+    """Positions of each record's encoder, where every block asks one."""
+
+
+def stacks_of(config: ModelConfig, shape: Shape) -> list[Stack]:
+    read, prompts = shape.targets if shape.read is None else shape.read, shape.prompts_or_rest
+    if config.layout == "decoder":
+        return [Stack(config.layers, shape.lengths, read)]
+    if config.layout == "encoder":  # of a record also `<answer>`, which a piece of a long one has not
+        answered = [n + (r < shape.answers) for r, n in enumerate(prompts)]
+        return [Stack(config.layers, answered, shape.answers)]
+    written = [length - prompt for length, prompt in zip(shape.lengths, prompts, strict=True)]
+    encoder = Stack(config.encoder_layers or config.layers, prompts, sum(prompts))
+    return [encoder, Stack(config.layers, written, read, prompts)]
+
+
 def _blocks(config: ModelConfig | RecurrentConfig, shape: Shape) -> int:
     if isinstance(config, RecurrentConfig):
         return recurrent_blocks(config, shape)
-    D, H = config.width, config.head_width
+    return sum(_stack(config, stack) for stack in stacks_of(config, shape))
+
+
+def _stack(config: ModelConfig, stack: Stack) -> int:
+    D, H, tokens = config.width, config.head_width, sum(stack.lengths)
     maps = 2 * D * (H * (config.heads + 2 * config.key_value_heads) + D)
-    scores = sum(4 * length * length * D for length in shape.lengths)  # Q Kᵀ, then its product with V
-    attention = config.layers * (maps * shape.tokens + scores)
-    fed = (config.layers - 1) * shape.tokens + (shape.targets if shape.read is None else shape.read)
+    scores = sum(4 * length * length * D for length in stack.lengths)  # Q Kᵀ, then its product with V
+    across = _across(config, stack.lengths, stack.asked) if stack.asked is not None else 0
+    fed = (stack.layers - 1) * tokens + stack.read
     products = 3 if config.mlp == "swiglu" else 2
-    return attention + 2 * products * D * config.feed_forward * fed
+    return stack.layers * (maps * tokens + scores + across) + 2 * products * D * config.feed_forward * fed
+
+
+def _across(config: ModelConfig, asking: Sequence[int], asked: Sequence[int]) -> int:
+    """Of the attention of one block from these positions of each record to those."""
+    D, H = config.width, config.head_width
+    maps = 2 * D * H * (2 * config.heads * sum(asking) + 2 * config.key_value_heads * sum(asked))
+    return maps + sum(4 * a * b * D for a, b in zip(asking, asked, strict=True))
 
 
 def _heads(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Shape) -> int:
     rows = spec.head_rows + (getattr(config, "embedding", None) or 0)
-    return 2 * config.width * (shape.targets * spec.vocab_size + shape.answers * rows)
+    words = 0 if getattr(config, "layout", "") == "encoder" else shape.targets
+    return 2 * config.width * (words * spec.vocab_size + shape.answers * rows)
 
 
 def _media(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Shape) -> tuple[int, int]:

@@ -24,9 +24,28 @@ def initialise(model: FusedTransformer) -> None:
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for stack in model.fusion.stacks(model):
-        for block in stack:
-            for out in (block.attention.out, block.feed_forward.out):  # type: ignore[union-attr]
-                nn.init.normal_(out.weight, std=(out.in_features * 2 * len(stack)) ** -0.5)  # type: ignore
+    for blocks in model.stacks:
+        for block in blocks:
+            for out in block.writers():  # type: ignore[operator]
+                nn.init.normal_(out.weight, std=(out.in_features * 2 * len(blocks)) ** -0.5)
     for head in (model.answer, model.label):
         nn.init.normal_(head.weight, std=0.02)
+    scale_by_width(model)
+
+
+def scale_by_width(model: FusedTransformer) -> None:
+    """muP where it is chosen (Yang et al. 2022, table 3, for Adam): with a width m times that of the base, maps from width
+    to width learn at 1/m of the rate and start at 1/√fan-in, which they do already; heads learn at 1/m and start m times
+    smaller than those of the base; what has a fan-in of its own (embeddings, media, norms, biases) stays as it is.
+
+    The weights that learn at another rate are told by their attribute `rate`, which the optimizer's groups read.
+    """
+    chosen = model.config.initialisation
+    if chosen.kind == "depth":
+        return
+    m = model.config.width / chosen.base_width
+    for head in (model.answer, model.label):
+        head.weight.data /= m
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith(("image", "audio", "fields")):
+            module.weight.rate = 1 / m  # type: ignore[attr-defined, assignment]

@@ -58,6 +58,13 @@ def arrange(segment_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool, 
     return Grouped.of(segment_BT, prompt_BT, prefix=prefix, dtype=dtype)
 
 
+def arrange_both_ways(segment_BT: torch.Tensor, *, dtype: torch.dtype) -> Arrangement:
+    """As `arrange`, with every position seeing all of its record: for encoders."""
+    if segment_BT.is_cuda and dtype != torch.float32 and varlen_attn is not None:
+        return Varlen.of(segment_BT, window=(-1, -1))
+    return arrange(segment_BT, torch.ones_like(segment_BT, dtype=torch.bool), prefix=True, dtype=dtype)
+
+
 @dataclass(frozen=True)
 class Block:
     """Queries `first` to `last` of every record of a group, and the keys before `reach`, which are all that they see."""
@@ -255,31 +262,38 @@ def _backward(
 
 @dataclass(frozen=True)
 class Varlen:
-    """Causal flash attention over records of any length (Dao 2023), on a GPU in bf16 or fp16."""
+    """Flash attention over records of any length (Dao 2023), on a GPU in bf16 or fp16."""
 
     ends: torch.Tensor
     """(records + 1,) int32: where records begin and end among the valid positions."""
     longest: int
+    window: tuple[int, int]
+    """How many positions before and after itself each one sees; -1 is all."""
 
     @classmethod
-    def of(cls, segment_BT: torch.Tensor) -> Varlen:
+    def of(cls, segment_BT: torch.Tensor, window: tuple[int, int] = (-1, 0)) -> Varlen:
         lengths = lengths_of(segment_BT)
         ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        return cls(ends, int(lengths.max()))
+        return cls(ends, int(lengths.max()), window)
 
     def attend(self, q_XNH: torch.Tensor, k_XKH: torch.Tensor, v_XKH: torch.Tensor) -> torch.Tensor:
         grouped = k_XKH.shape[1] != q_XNH.shape[1]
         return varlen_attn(  # type: ignore[return-value]
             q_XNH, k_XKH, v_XKH, self.ends, self.ends, self.longest, self.longest,
-            window_size=(-1, 0), enable_gqa=grouped,
+            window_size=self.window, enable_gqa=grouped,
         )  # fmt: skip
+
+
+def numbered(segment_BT: torch.Tensor) -> torch.Tensor:
+    """(X,) int64: the record of each valid position, counted through the batch, on the device of `segment_BT`."""
+    B, T = segment_BT.shape
+    number_BT = torch.arange(B, device=segment_BT.device)[:, None] * (T + 1) + segment_BT
+    return torch.unique_consecutive(number_BT[segment_BT >= 0], return_inverse=True)[1]
 
 
 def lengths_of(segment_BT: torch.Tensor) -> torch.Tensor:
     """Positions of each record, in order of sequences and segments, on the device of `segment_BT`."""
-    B, T = segment_BT.shape
-    number_BT = torch.arange(B, device=segment_BT.device)[:, None] * (T + 1) + segment_BT
-    return torch.unique_consecutive(number_BT[segment_BT >= 0], return_counts=True)[1]
+    return torch.bincount(numbered(segment_BT))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """The fused Transformer: text, patches and mel frames in one sequence, answered by the next token and by a class head.
 
-Departures from Vaswani et al. 2017, each of which `ModelConfig` can take back (classic.py): decoder only; RMSNorm before
-each sub-layer and no biases (LLaMA, Touvron et al. 2023); rotary positions instead of added ones (Su et al. 2021); SwiGLU
-feed-forward (Shazeer 2020); half as many key-value heads (Ainslie et al. 2023); normalised queries and keys (Dehghani et
-al. 2023). Beyond it, media enter as tokens through one linear map each (ViT, Dosovitskiy et al. 2021), and optionally the
-prompt attends in both directions (prefix-LM, Raffel et al. 2020). A missing modality is just fewer tokens. A sequence may
-hold several records: none sees another.
+Departures from Vaswani et al. 2017, each of which `ModelConfig` can take back (classic.py, layouts.py): decoder only;
+RMSNorm before each sub-layer and no biases (LLaMA, Touvron et al. 2023); rotary positions instead of added ones (Su et
+al. 2021); SwiGLU feed-forward (Shazeer 2020); half as many key-value heads (Ainslie et al. 2023); normalised queries and
+keys (Dehghani et al. 2023). Beyond it, media enter as tokens through one linear map each (ViT, Dosovitskiy et al. 2021),
+and optionally the prompt attends in both directions (prefix-LM, Raffel et al. 2020). A missing modality is just fewer
+tokens. A sequence may hold several records: none sees another.
 
 Departures from the usual layout: padding is dropped at the door, so that every map works on the X valid positions of the
 batch, one after the other; the last feed-forward works only on positions that a head reads; and the loss of the answers
@@ -17,7 +17,7 @@ A answer positions, U positions that a head reads.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -74,6 +74,8 @@ class Output(NamedTuple):
 class FusedTransformer(nn.Module):
     """Built from a ModelConfig and the FeatureSpec of the shards that it reads."""
 
+    generates = True
+    """Whether it has words for an answer, not only classes."""
     recompute = 0
     """Every how manieth block keeps only its input and is run again in the backward pass; 0 is none. Costs time, saves
     memory, changes no number."""
@@ -89,12 +91,21 @@ class FusedTransformer(nn.Module):
         self.fields = FieldEmbedding(field_rows, D) if field_rows else None
         self.positions = added_positions(config, spec.max_len)
         self.fusion = build_fusion(config, spec)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers * self.fusion.trunks))
+        self.add_blocks(config)
         self.norm = last_norm_of(config)
         self.answer = AnswerHead(self.fusion.width, spec.vocab_size)
         self.label = nn.Linear(self.fusion.width, spec.head_rows)
         self.embedding = EmbeddingHead(self.fusion.width, config.embedding) if config.embedding else None
         initialise(self)
+
+    def add_blocks(self, config: ModelConfig) -> None:
+        """What other layouts (layouts.py) have more of."""
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers * self.fusion.trunks))
+
+    @property
+    def stacks(self) -> list[Sequence[nn.Module]]:
+        """Blocks that follow each other."""
+        return self.fusion.stacks(self)
 
     def set_up(self, *, recompute: int = 0, compiled: bool = False) -> None:
         """How training is to be carried out; changes no number."""
@@ -109,23 +120,30 @@ class FusedTransformer(nn.Module):
         target_X = batch.target_BT[batch.valid_BT]
         answer_R = (batch.valid_BT.flatten().cumsum(0) - 1)[batch.answer_at_R]
         read_X = (target_X != IGNORE).index_fill(0, answer_R, True)
-        x_UD, guess = self.fusion.read(self, batch, read_X)
+        x_UD, guess = self.read(batch, read_X)
         target_U = target_X[read_X]
         x_AD, target_A = x_UD, target_U
         if bool((target_U == IGNORE).any()):
             answered = (target_U != IGNORE).nonzero()[:, 0]
             x_AD, target_A = rows_of(x_UD, answered), target_U[answered]
-        x_RD = x_UD[(read_X.cumsum(0) - 1)[answer_R]]
-        label_RC, embedding_RE = self.label(x_RD), None
-        if self.embedding is not None:
-            embedding_RE = self.embedding(x_RD)
-            label_RC = label_RC + (0 * embedding_RE.sum()).to(
-                label_RC.dtype
-            )  # has a gradient also where nothing is learnt from it
+        label_RC, embedding_RE = self.classify(x_UD[(read_X.cumsum(0) - 1)[answer_R]])
         if z_loss is None:
             return Output(self.answer(x_AD), label_RC, None, embedding_RE, guess)
         nothing, loss = x_AD.new_empty(0, self.answer.out_features), self.answer(x_AD, target_A, z_loss)
         return Output(nothing, label_RC, loss, embedding_RE, guess)
+
+    def classify(self, x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits over the classes of all tasks, and with an embedding head, (R, E) vectors of length 1."""
+        label_RC = self.label(x_RD)
+        if self.embedding is None:
+            return label_RC, None
+        embedding_RE = self.embedding(x_RD)
+        # the head has a gradient also where nothing is learnt from it
+        return label_RC + (0 * embedding_RE.sum()).to(label_RC.dtype), embedding_RE
+
+    def read(self, batch: Inputs, read_X: torch.Tensor | None) -> tuple[torch.Tensor, Guess | None]:
+        """What `trunk` gives, and what a discriminator says, where there is one."""
+        return self.fusion.read(self, batch, read_X)
 
     def trunk(self, batch: Inputs, read_X: torch.Tensor | None = None) -> torch.Tensor:
         """Normalised hidden states, (U, F), of the valid positions that `read_X` marks, by default of all of them."""

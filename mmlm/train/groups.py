@@ -44,7 +44,9 @@ def parameter_groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any
     groups: dict[Treatment, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         decays = id(parameter) in matrices
-        treatment = Treatment(_rule(name, decays, config), decays, _factor(name, config), _spans(name, config.freeze))
+        rule = _rule(name, decays, config)
+        factor = _factor(name, config) * _rate(parameter, rule)
+        treatment = Treatment(rule, decays, factor, _spans(name, config.freeze))
         if treatment not in groups:
             decay = config.optimizer.weight_decay if decays else 0.0
             groups[treatment] = {"params": [], **treatment._asdict(), "name": treatment.name, "weight_decay": decay}
@@ -72,6 +74,13 @@ def _rule(name: str, is_matrix: bool, config: LoopConfig) -> str:
 
 def _factor(name: str, config: LoopConfig) -> float:
     return next((factor for pattern, factor in config.lr_factors.items() if fits(pattern, name)), 1.0)
+
+
+def _rate(parameter: nn.Parameter, rule: str) -> float:
+    """What the width makes of the rate (model/initialise.py). A step of Muon is as large as one of AdamW entry by entry, but
+    has no direction that stands out, so that what it adds to a sum over n inputs grows with √n, not n."""
+    rate = float(getattr(parameter, "rate", 1.0))
+    return rate**0.5 if rule == "muon" else rate
 
 
 def _spans(name: str, freezes: list[FreezeConfig]) -> tuple[Span, ...]:

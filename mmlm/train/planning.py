@@ -27,12 +27,9 @@ import torch
 
 from mmlm.features.spec import FeatureSpec
 from mmlm.model.baseline_config import AnyModelConfig
-from mmlm.model.baseline_flops import kept_values
-from mmlm.model.config import ModelConfig
-from mmlm.model.cross_entropy import LOGITS
 from mmlm.model.flops import Shape, training_flops
-from mmlm.model.packed import KEPT
 from mmlm.train import weights
+from mmlm.train.activations import activation_bytes, low_bytes
 from mmlm.train.config import LoopConfig
 from mmlm.train.devices import NODE_LINK, Device
 
@@ -69,8 +66,10 @@ class Workload:
         f = rows / self.rows
         lengths = self.shape.lengths[: max(1, round(len(self.shape.lengths) * f))]
         scale = self.shape.tokens * f / max(sum(lengths), 1)
+        prompts = self.shape.prompts and self.shape.prompts[: len(lengths)]
         shape = Shape(
             lengths=tuple(max(1, round(n * scale)) for n in lengths),
+            prompts=prompts and tuple(round(n * min(scale, 1)) for n in prompts),
             targets=math.ceil(self.shape.targets * f),
             answers=math.ceil(self.shape.answers * f),
             patches=math.ceil(self.shape.patches * f),
@@ -173,11 +172,6 @@ def forecast(
     )  # fmt: skip
 
 
-def low_bytes(config: LoopConfig) -> int:
-    """Bytes of a number in the working precision."""
-    return 4 if config.precision == "fp32" else 2
-
-
 def moments(config: LoopConfig) -> int:
     """Bytes of optimizer state a parameter, beside its float32 master; of Muon what its matrices take."""
     return 4 if config.optimizer.kind in ("lion", "muon") else 8
@@ -198,7 +192,7 @@ def memory_of(
         "buffers": b * min(P, BUCKET) * (0, 1, 1, 3)[stage],  # of what is sent; stage 3 fetches ahead as well
         "optimizer": 0.0 if offloaded else state + 4 * part,
         "average": 4 * part if config.ema else 0.0,
-        "activations": activation_bytes(config, model, spec, mine, device),
+        "activations": activation_bytes(config, model, spec, mine.shape, on_cpu=device.is_cpu),
     }
     # every rank takes part in gathering a checkpoint, and holds it in the host's memory
     saved = (4 + moments(config)) * P
@@ -213,40 +207,6 @@ def memory_of(
     host |= {"checkpoint": float(saved), "process": 3.0e9}  # a rank with CUDA's libraries loaded; an assumption
     memory["runtime"] = CONTEXT
     return memory, {key: value * on_node for key, value in host.items()}
-
-
-def activation_bytes(
-    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, mine: Workload, device: Device
-) -> float:
-    """Bytes that autograd keeps of one micro-batch, and what the heads need on top at the end."""
-    b, D, shape = low_bytes(config), model.width, mine.shape
-    if not isinstance(model, ModelConfig):
-        words = 0 if model.kind == "cnn" else shape.targets
-        ends = (spec.vocab_size * D * (4 + b)) if words else 0
-        return kept_values(model, spec, shape) * b + ends + min(LOGITS, words * spec.vocab_size) * (b + 8)
-    attention, fed = attention_bytes(model, mine, b, device), (2 * D + 4 * model.feed_forward) * b
-    read = shape.targets if shape.read is None else shape.read
-    block = attention + shape.tokens * fed
-    last = attention + read * fed  # its feed-forward works where a head reads
-    every = config.recompute
-    whole = [n for n in range(model.layers) if not every or n % every]
-    kept = sum(last if n == model.layers - 1 else block for n in whole)
-    if every:  # the others keep their input, and one at a time is run again
-        kept += (model.layers - len(whole)) * shape.tokens * D * b + block
-    # embeddings with filled slots (which a block that is run again keeps as its input), what the heads read, the
-    # vocabulary head's own gradient, a piece of logits
-    ends = ((0 if every else shape.tokens) + 4 * read) * D * b + spec.vocab_size * D * (4 + b)
-    return kept + ends + min(LOGITS, shape.targets * spec.vocab_size) * (b + 8)
-
-
-def attention_bytes(model: ModelConfig, mine: Workload, b: int, device: Device) -> float:
-    """Of one block's attention: norm in and out, queries, keys, values, what the output map reads; the probabilities of
-    short records on a CPU (model/packed.py), on a GPU the matrix of all three and the rotated queries and keys."""
-    tokens, D = mine.shape.tokens, model.width
-    if not device.is_cpu:
-        return float(tokens * 8 * D * b + (tokens * 2 * D * b if model.qk_norm else 0))
-    seen = sum(length**2 for length in mine.shape.lengths if length <= KEPT)
-    return float(tokens * (6 + 2 * model.qk_norm) * D * b + seen * model.heads * b)
 
 
 def seconds_of(
@@ -271,7 +231,7 @@ def seconds_of(
     flops, again = (training_flops(model, spec, mine.shape, recomputed=yes) for yes in (False, True))
     arithmetic = (flops + ((again - flops) / config.recompute if config.recompute else 0)) / peak
     # what is kept is written once and read once, and gradients of it are written and read as well
-    moved = 4 * activation_bytes(config, model, spec, mine, device) / bandwidth
+    moved = 4 * activation_bytes(config, model, spec, mine.shape, on_cpu=device.is_cpu) / bandwidth
     depth = len(model.channels) if model.kind == "cnn" else model.layers
     started = KERNELS * (depth + 5) * device.launch
     update = (4 * (4 + moments(config)) * part / 2 + 2 * b * P) / bandwidth

@@ -30,12 +30,14 @@ def workload(loader: Loader, config: LoopConfig, sequences: int = 512) -> Worklo
     steps = max(1, min(8, sequences // config.data.batch))
     batches = [loader.batch(step) for step in range(steps)]
     shapes = [Shape.of(batch) for batch in batches]
-    lengths = sorted((n for shape in shapes for n in shape.lengths), reverse=True)[:: len(shapes)]
+    records = [pair for shape in shapes for pair in zip(shape.lengths, shape.prompts_or_rest, strict=True)]
+    lengths, prompts = zip(*sorted(records, reverse=True)[:: len(shapes)], strict=True)
 
     def mean(name: str) -> int:
         return round(statistics.mean(getattr(shape, name) for shape in shapes))
 
-    shape = Shape(tuple(lengths), *(mean(name) for name in ("targets", "answers", "patches", "mels", "read")))
+    figures = {name: mean(name) for name in ("targets", "answers", "patches", "mels", "read")}
+    shape = Shape(lengths, prompts=prompts, **figures)
     rows, length = (round(statistics.mean(b.tokens_BT.shape[i] for b in batches)) for i in (0, 1))
     return Workload(shape, rows, length, f"the mean of {steps} batches of the shards")
 

@@ -20,6 +20,7 @@ from mmlm.features.spec import FeatureSpec
 from mmlm.model.baseline_config import CONFIGS, AnyModelConfig, CnnConfig
 from mmlm.model.config import ModelConfig
 from mmlm.model.convolutional import CnnModel, refuse
+from mmlm.model.layouts import build_model
 from mmlm.model.recurrent import RecurrentModel
 from mmlm.model.transformer import FusedTransformer
 from mmlm.storage import atomic_write, write_json
@@ -36,7 +37,7 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", to
 def build(config: AnyModelConfig, spec: FeatureSpec) -> FusedTransformer:
     """The model that `config` asks for, with new weights. Raises ConfigError when it cannot do what the spec wants."""
     if isinstance(config, ModelConfig):
-        return FusedTransformer(config, spec, len(field_rows(spec)))
+        return build_model(config, spec, len(field_rows(spec)))
     if isinstance(config, CnnConfig):
         return CnnModel(config, spec, len(field_rows(spec)))
     return RecurrentModel(config, spec, len(field_rows(spec)))

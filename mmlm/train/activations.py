@@ -1,0 +1,68 @@
+"""Bytes that autograd keeps of a micro-batch, counted tensor by tensor from the model's own code."""
+
+from __future__ import annotations
+
+from mmlm.features.spec import FeatureSpec
+from mmlm.model.baseline_flops import kept_values
+from mmlm.model.config import ModelConfig
+from mmlm.model.cross_entropy import LOGITS
+from mmlm.model.flops import Shape, Stack, stacks_of
+from mmlm.model.packed import KEPT
+from mmlm.train.config import LoopConfig
+
+HIDDEN = {"swiglu": 4, "relu": 1, "gelu": 2}
+"""How many values a feed-forward keeps for each hidden one: both halves, SiLU and the product; the maximum; both sides."""
+
+
+def low_bytes(config: LoopConfig) -> int:
+    """Bytes of a number in the working precision."""
+    return 4 if config.precision == "fp32" else 2
+
+
+def activation_bytes(config: LoopConfig, model: ModelConfig, spec: FeatureSpec, shape: Shape, *, on_cpu: bool) -> float:
+    """Of one micro-batch, and what the heads need on top at the end."""
+    b, D, every = low_bytes(config), model.width, config.recompute
+    if not isinstance(model, ModelConfig):
+        rows = 0 if model.kind == "cnn" else shape.targets
+        ends = (spec.vocab_size * D * (4 + b)) if rows else 0
+        return kept_values(model, spec, shape) * b + ends + min(LOGITS, rows * spec.vocab_size) * (b + 8)
+    stacks = stacks_of(model, shape)
+    kept, largest = 0.0, 0.0
+    for stack in stacks:
+        block, last = _block(model, stack, b, on_cpu)
+        whole = [n for n in range(stack.layers) if not every or n % every]
+        kept += sum(last if n == stack.layers - 1 else block for n in whole)
+        kept += (stack.layers - len(whole)) * sum(stack.lengths) * D * b if every else 0  # the others keep their input
+        largest = max(largest, block if every else 0)  # and one at a time is run again
+    # embeddings with filled slots (which a block that is run again keeps as its input), what the heads read, the
+    # vocabulary head's own gradient, a piece of logits
+    read, words = stacks[-1].read, 0 if model.layout == "encoder" else spec.vocab_size
+    tokens = sum(sum(stack.lengths) for stack in stacks)
+    ends = ((0 if every else tokens) + 4 * read) * D * b + words * D * (4 + b)
+    return kept + largest + ends + min(LOGITS, shape.targets * words) * (b + 8)
+
+
+def _block(model: ModelConfig, stack: Stack, b: int, on_cpu: bool) -> tuple[float, float]:
+    """Of one block, and of the last, whose feed-forward works where a head reads."""
+    fed = (2 * model.width + HIDDEN[model.mlp] * model.feed_forward) * b
+    attention = _attention(model, stack, b, on_cpu) + (_across(model, stack, b) if stack.asked is not None else 0)
+    return attention + sum(stack.lengths) * fed, attention + stack.read * fed
+
+
+def _attention(model: ModelConfig, stack: Stack, b: int, on_cpu: bool) -> float:
+    """Norm in and out, queries, keys, values, what the output map reads; the probabilities of short records on a CPU
+    (model/packed.py), on a GPU the matrix of all three and the rotated queries and keys."""
+    tokens, D = sum(stack.lengths), model.width
+    if not on_cpu:
+        return float(tokens * 8 * D * b + (tokens * 2 * D * b if model.qk_norm else 0))
+    seen = sum(length**2 for length in stack.lengths if length <= KEPT)
+    return float(tokens * (6 + 2 * model.qk_norm) * D * b + seen * model.heads * b)
+
+
+def _across(model: ModelConfig, stack: Stack, b: int) -> float:
+    """Norm in and out, queries, what the output map reads; keys and values, once for each head that reads them, and the
+    probabilities."""
+    asked = stack.asked or ()
+    seen = sum(n * m for n, m in zip(stack.lengths, asked, strict=True))
+    asking = sum(stack.lengths) * (6 + model.qk_norm)
+    return float((asking + sum(asked) * (2 + model.qk_norm)) * model.width * b + seen * model.heads * b)
