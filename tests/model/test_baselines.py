@@ -21,6 +21,7 @@ from mmlm.model.baseline_config import CONFIGS, CnnConfig
 from mmlm.model.config import ModelConfig
 from mmlm.model.flops import Shape, forward_flops, training_flops
 from mmlm.model.generation import generate
+from mmlm.model.generation_config import GenerationConfig
 from mmlm.model.sampling import words_only
 from mmlm.model.transformer import FusedTransformer
 from mmlm.train import weights
@@ -75,6 +76,38 @@ def test_generation_with_a_kept_state_equals_the_full_pass(kind: Kind):
         assert log.argmax(-1).tolist()[: len(ids)] == ids
         assert log.max(-1).values[:count].sum().item() == pytest.approx(total.item(), abs=1e-4)
         assert torch.allclose(out.label_RC[0], logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_a_beam_of_one_record_does_not_depend_on_the_others(kind: Kind):
+    net, spec = model(kind)
+    samples, config = several(), GenerationConfig(beams=3)
+    together = generate(net, collate(samples, spec, pad_left=True, with_answer=False), 6, config)
+    for n, one in enumerate(samples):
+        alone = generate(net, collate([one], spec, pad_left=True, with_answer=False), 6, config)
+        assert alone.ids[0] == together.ids[n]
+        assert alone.log_score_R[0].item() == pytest.approx(together.log_score_R[n].item(), abs=1e-4)
+
+
+def test_several_pictures_count_alike_and_padding_of_pictures_may_be_left_out():
+    net, spec = model("cnn")
+    one, other = sample(1, ("image",)), sample(2, ("image",))
+    both = dataclasses.replace(one, tokens=np.insert(one.tokens, 1, IMAGE), answer_at=one.answer_at + 1)
+    both.images = [*one.images, *other.images]
+    turned = dataclasses.replace(both, images=both.images[::-1])
+    out = net(collate([both, turned, one], spec)).label_RC
+    assert torch.allclose(out[0], out[1], atol=1e-5) and not torch.allclose(out[0], out[2], atol=1e-3)
+    assert spec.image is not None
+    wide = dataclasses.replace(one, images=[one.images[0].copy()])
+    wide.images[0][:4], wide.images[0][12:] = 255, 255
+    tall = spec.image.model_copy(update={"patch": 4, "padding": "drop"})
+    small = spec.model_copy(update={"image": tall})
+    torch.manual_seed(0)
+    pruned = weights.build(CnnConfig(channels=(8, 16), width=32), small).eval()
+    batch = collate([wide, one], small)
+    assert len(batch.patches_PD) == 8 + 16
+    alone = torch.cat([pruned(collate([s], small)).label_RC for s in (wide, one)])
+    assert torch.allclose(pruned(batch).label_RC, alone, atol=1e-5)
 
 
 def test_a_cnn_answers_prompts_as_it_was_trained():

@@ -69,9 +69,35 @@ def test_two_steps_and_two_more_after_a_stop_equal_four(
     assert losses(out) == losses(whole.path) and resumed.digest == whole.digest
     assert whole.counts["predicted"]["parameters"] == whole.counts["parameters"]
     answerer = Answerer(out)
+    assert answerer.model.config.kind == kind  # type: ignore[comparison-overlap]
     reader = ShardReader(shards[kind].path, ("test",), 10**7)
     samples = [reader[n] for n in range(4)]
     assert all(a.label in answerer.spec.tasks[0].labels for a in answerer.answer(samples))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cnn", "lstm"])
+def test_a_small_model_is_evaluated_asked_and_explained_as_any(
+    kind: str, shards: dict[str, Artifact], keypad_manifest: Artifact, tmp_path: Path
+):
+    from mmlm.evals.config import EvaluateConfig
+    from mmlm.evals.evaluate import evaluate
+    from mmlm.evals.explain import explain
+    from mmlm.publish.answering import Responder
+
+    model = run(shards[kind], tmp_path / "model", 1, kind)
+    config = parse(EvaluateConfig, {"bootstrap": {"samples": 100}, "examples": 2}, "test")
+    report = evaluate(config, shards[kind], {"teacher": model}, out=tmp_path / "report", tracker=None, story="t")
+    rows = json.loads((report.path / "scores.json").read_text())
+    assert {row["modalities"] for row in rows if row["model"] == "teacher"} >= {"text+image", "text+audio"}
+    picture = next((keypad_manifest.path.parent / "raw").rglob("*.png"))
+    responder = Responder(model.path)
+    question = {"text": "Which digit is it?", "image": str(picture)}
+    answer = responder.answer([question])[0]
+    assert set(answer["label_scores"]) == {str(i) for i in range(10)}
+    found = explain(responder.answerer, responder.sample(question), label="3")
+    assert found.complete and found.rolled_out is False and found.by_modality["image"] != 0
+    assert (found.by_modality.get("text", 0.0) == 0) is (kind == "cnn")  # a cnn reads no text
 
 
 def test_texts_are_refused_before_any_rank_starts(tmp_path: Path, keypad_shards: Artifact):
