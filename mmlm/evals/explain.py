@@ -272,10 +272,28 @@ class _LogProbability:
             batch = dataclasses.replace(batch, patches_PD=given["patches"].flatten(0, 1))
         if "mels" in given:
             batch = dataclasses.replace(batch, mels_MD=given["mels"].flatten(0, 1))
-        tokens = given.get("tokens")
-        with _giving(getattr(self.model, "tokens", None), tokens), _giving(self.model.fields, given.get("fields")):
+        with self._embedding(given.get("tokens")), _giving(self.model.fields, given.get("fields")):
             output: Output = self.model(batch)
         return self._text(output, batch, n) if self.of == "text" else self._head(output.label_RC.float())
+
+    @contextmanager
+    def _embedding(self, tokens_NLD: torch.Tensor | None) -> Iterator[None]:
+        """In here the model reads `tokens_NLD`. It may embed parts of a sequence, as often as its fusion wants."""
+        if tokens_NLD is None:
+            yield
+            return
+        flat, own = tokens_NLD.flatten(0, 1), self.model.embed
+
+        def embed(batch: Batch, keep_BT: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+            with _giving(self.model.tokens, flat[keep_BT.flatten()]):
+                made: torch.Tensor = own(batch, keep_BT, *more, **named)
+            return made
+
+        self.model.embed = embed
+        try:
+            yield
+        finally:
+            del self.model.embed
 
     def _head(self, head_NC: torch.Tensor) -> torch.Tensor:
         task = self.spec.task(self.task)
@@ -297,11 +315,11 @@ class _LogProbability:
 
 @contextmanager
 def _giving(module: torch.nn.Module | None, rows: torch.Tensor | None) -> Iterator[None]:
-    """In here `module` gives `rows`, (n, …, D), whatever it is asked; what it makes beyond them stays."""
+    """In here `module` gives `rows`, (…, D), whatever it is asked; what it makes beyond them stays."""
     if module is None or rows is None:
         yield
         return
-    flat = rows.flatten(0, 1)
+    flat = rows.flatten(0, -2)
 
     def replace(_: Any, __: Any, made: torch.Tensor) -> torch.Tensor:
         return torch.cat([flat, made[len(flat) :]]).view_as(made)

@@ -19,6 +19,7 @@ from mmlm.model.baseline_config import RecurrentConfig
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import AnswerHead
 from mmlm.model.embeddings import FieldEmbedding, audio_embedding, image_embedding
+from mmlm.model.fusion import Concat
 from mmlm.model.kernels import RMSNorm, rows_of
 from mmlm.model.packed import records_of, similar
 from mmlm.model.transformer import FusedTransformer, Inputs
@@ -42,6 +43,7 @@ class RecurrentModel(FusedTransformer):
         self.audio = audio_embedding(LINEAR.model_copy(update={"width": D}), spec.audio) if spec.audio else None
         self.fields = FieldEmbedding(field_rows, D) if field_rows else None
         self.positions = None  # the order is in the reading
+        self.fusion = Reading(config, spec)  # type: ignore[arg-type]
         self.blocks = nn.ModuleList(RecurrentBlock(config) for _ in range(config.layers))
         self.norm = RMSNorm(D)
         self.answer = AnswerHead(D, spec.vocab_size)
@@ -49,31 +51,36 @@ class RecurrentModel(FusedTransformer):
         self.embedding = None
         _initialise(self)
 
-    def trunk(self, batch: Inputs, read_X: torch.Tensor | None = None) -> torch.Tensor:
-        x_XD = self.embed(batch, batch.valid_BT)
-        groups = groups_of(batch.segment_BT)
-        for n, block in enumerate(self.blocks):
-            if self.recompute and n % self.recompute == 0 and self.training:
-                x_XD = checkpoint(block, x_XD, groups, use_reentrant=False)
-            else:
-                x_XD = block(x_XD, groups)
-        return self.norm(x_XD if read_X is None or bool(read_X.all()) else rows_of(x_XD, read_X.nonzero()[:, 0]))
 
-    def read_prompts(self, batch: Inputs, caches: list[Cache]) -> torch.Tensor:
-        x_XD = self.embed(batch, batch.valid_BT)
-        length_B = batch.valid_BT.sum(1)
-        rows_BL = _rows(length_B)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x_XD = block.read(x_XD, rows_BL, length_B, cache)  # type: ignore[operator]
-        return self.norm(x_XD[length_B.cumsum(0) - 1])
+class Reading(Concat):
+    """`concat`, with recurrent blocks: how the model reads, and goes on by a token."""
+
+    def trunk(
+        self, model: FusedTransformer, batch: Inputs, read_X: torch.Tensor | None, caches: list[Cache] | None = None
+    ) -> torch.Tensor:
+        x_XD = model.embed(batch, batch.valid_BT)
+        if caches:
+            length_B = batch.valid_BT.sum(1)
+            rows_BL = _rows(length_B)
+            for block, cache in zip(model.blocks, caches, strict=True):
+                x_XD = block.read(x_XD, rows_BL, length_B, cache)  # type: ignore[operator]
+        else:
+            groups = groups_of(batch.segment_BT)
+            for n, block in enumerate(model.blocks):
+                if model.recompute and n % model.recompute == 0 and model.training:
+                    x_XD = checkpoint(block, x_XD, groups, use_reentrant=False)
+                else:
+                    x_XD = block(x_XD, groups)
+        return model.norm(x_XD if read_X is None or bool(read_X.all()) else rows_of(x_XD, read_X.nonzero()[:, 0]))
 
     def extend(
-        self, token_B: torch.Tensor, position_B: torch.Tensor, valid_BS: torch.Tensor | None, caches: list[Cache]
-    ) -> torch.Tensor:
-        x_BD = self.tokens(token_B)
-        for block, cache in zip(self.blocks, caches, strict=True):
+        self, model: FusedTransformer, token_B: torch.Tensor, position_B: torch.Tensor, valid_BS: torch.Tensor | None,
+        caches: list[Cache],
+    ) -> torch.Tensor:  # fmt: skip
+        x_BD = model.tokens(token_B)
+        for block, cache in zip(model.blocks, caches, strict=True):
             x_BD = block.step(x_BD, cache)  # type: ignore[operator]
-        return self.norm(x_BD)
+        return model.norm(x_BD)
 
 
 class RecurrentBlock(nn.Module):

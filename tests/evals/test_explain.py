@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mmlm.config import parse
 from mmlm.data.collate import Batch, collate, field_rows
 from mmlm.errors import ConfigError
 from mmlm.evals import explain_page
@@ -99,10 +100,14 @@ def answerer() -> Any:
         F.cross_entropy(logits, batch.label_R).backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = Answerer.__new__(Answerer)  # without a folder
-    found.__dict__.update(
-        SimpleNamespace(model=net.eval(), spec=SPEC, tokenizer=Letters(), device=torch.device("cpu")).__dict__
-    )
+    return answering(net)
+
+
+def answering(net: FusedTransformer) -> Any:
+    """An Answerer without a folder."""
+    found = Answerer.__new__(Answerer)
+    parts = SimpleNamespace(model=net.eval(), spec=SPEC, tokenizer=Letters(), device=torch.device("cpu"))
+    found.__dict__.update(parts.__dict__)
     return found
 
 
@@ -142,6 +147,22 @@ def test_attributions_add_up_to_the_difference_of_scores(answerer: Any, task: st
         total = sum(part.attribution for part in found.parts)
         assert total == pytest.approx(found.score - found.start, abs=found.tolerance)
         assert np.exp(found.score) == pytest.approx(answer.label_scores[label], rel=1e-3)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "add", "cross_attention", "adversarial", "late"])
+@pytest.mark.parametrize("of", ["label", "text"])
+def test_attributions_add_up_however_modalities_meet(fusion: str, of: str):
+    net = parse(ModelConfig, {"width": 32, "layers": 1, "heads": 2, "fusion": fusion}, "test")
+    torch.manual_seed(1)
+    other = answering(weights.build(net, SPEC))
+    sample = crafted("corner", 1, 5)
+    sample.tokens = np.insert(sample.tokens, 3, AUDIO)
+    sample.answer_at, sample.sounds = sample.answer_at + 1, crafted("moment", 1, 5).sounds
+    found = explain(other, sample, **({"label": "ne"} if of == "label" else {"text": "ab"}))
+    assert found.complete and set(found.by_modality) == {"text", "image", "audio", "fields"}
+    assert all(value for value in found.by_modality.values())
+    if of == "label":
+        assert np.exp(found.score) == pytest.approx(other.answer([sample])[0].label_scores["ne"], rel=1e-3)
 
 
 def test_too_few_steps_are_made_more(answerer: Any):
