@@ -32,9 +32,7 @@ def look_at_tables(data: Path, names: list[str]) -> Guess:
         rows[name], totals[name] = _sampled_rows(data, name)
     shown = ", ".join(name for name, _ in groups)
     if not any(rows.values()):
-        raise DataError(
-            f"{shown} has no rows that can be read", wanted="rows with named columns", cure="check the file"
-        )
+        raise _no_row(data, [name for name, _ in groups], shown)
     every = [r for found in rows.values() for r in found]
     says = [f"{n} is not UTF-8; it is read as GB18030 (GBK)." for n in rows if _is_gb(data / n)]
     if sum("messages" in r or "conversations" in r for r in every) > len(every) / 2:
@@ -50,6 +48,20 @@ def look_at_tables(data: Path, names: list[str]) -> Guess:
 def _sampled_rows(data: Path, name: str) -> tuple[list[dict[str, Any]], int]:
     """(at most ROWS rows in their order, number of all rows)."""
     return drawn_rows(read_rows(filled(data / name), name))
+
+
+def _no_row(data: Path, names: list[str], shown: str) -> DataError:
+    """Of tables without a single row that can be read: the reason of the first refusal, if there was one."""
+    for name in names:
+        for row in read_rows(filled(data / name), name):
+            if isinstance(row, Refusal):
+                cure = (
+                    "save it as UTF-8 (a spreadsheet offers `CSV UTF-8`), or `iconv -f cp1252 -t utf-8`"
+                    if row.reason == "bad_encoding"
+                    else "check the file"
+                )
+                return DataError(f"no row of {shown} can be read: {row.source}: {row.detail}", cure=cure)
+    return DataError(f"{shown} has no rows", wanted="rows with named columns", cure="check the file")
 
 
 def _is_gb(path: Path) -> bool:

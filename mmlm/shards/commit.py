@@ -180,8 +180,10 @@ def reopen(folder: Path, reason: str) -> int:
     """
     rows = read_published(folder)
     reasons = Counter(lost["reason"] for row in rows for lost in row["quarantine"])
-    if not (reasons if reason == "all" else reasons[reason]):
-        listed = ", ".join(f"{name} ({count})" for name, count in reasons.most_common()) or "none at all"
+    if not reasons:
+        raise DataError(f"no sample of {folder} was lost: there is nothing to retry")
+    if reason != "all" and not reasons[reason]:
+        listed = ", ".join(f"{name} ({count})" for name, count in reasons.most_common())
         raise DataError(f"no sample of {folder} was lost to {reason!r}", wanted=f"one of: {listed}, or all")
     kept = [row for row in rows if not any(reason in ("all", lost["reason"]) for lost in row["quarantine"])]
     with atomic_write(folder / JOURNAL) as file:

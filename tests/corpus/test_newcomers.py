@@ -71,6 +71,12 @@ def test_what_is_not_chinese_is_not_read_as_such(tmp_path: Path, scanned: Scan) 
     assert (made.counts["kept"], list(made.reasons.values())) == (40, ["bad_encoding"])
 
 
+def test_a_table_in_another_encoding_is_told_why(tmp_path: Path) -> None:
+    (tmp_path / "liste.csv").write_bytes("Text;Klasse\nschön;grün\nGrüße;weiß\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"liste\.csv:2: not UTF-8; save it as UTF-8"):
+        look(tmp_path)
+
+
 def test_texts_that_repeat_and_have_no_telling_name(tmp_path: Path, scanned: Scan) -> None:
     rows = [{"said": ("转账", "余额", "开户", "挂失")[i % 4], "intent": "abcd"[i % 4]} for i in range(40)]
     guess = look(table(tmp_path / "t.csv", rows))

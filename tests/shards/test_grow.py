@@ -128,6 +128,8 @@ def test_samples_that_failed_are_tried_again_when_asked(tmp_path: Path) -> None:
     (data / "5.png").write_bytes(pictures["5.png"])
     done = shard(CONFIG, manifest, data=data, out=out / "shards", retry="all")
     assert files(done) == files(shard(CONFIG, manifest, data=data, out=tmp_path / "whole"))
+    with pytest.raises(DataError, match="nothing to retry"):
+        shard(CONFIG, manifest, data=data, out=out / "shards", retry="all")
 
 
 def test_a_shard_taken_over_with_its_failures_is_tried_again_too(tmp_path: Path) -> None:
