@@ -10,7 +10,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DAGSTER_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help venv demo test check faults bench ui clean
+.PHONY: help venv demo test check faults slow bench ui clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -44,7 +44,10 @@ check: venv ## format, lint, types, who may import whom
 faults: venv ## kill it in every stage, and see it recover (slow)
 	@command -v strace >/dev/null || { test "`id -u`" = 0 && command -v apt-get >/dev/null && apt-get install -y -qq strace >/dev/null; } \
 	  || echo "no strace here: the cells that need it skip themselves (on Debian or Ubuntu: apt-get install strace)"
-	@$(BIN)/python -m pytest -m slow tests/faults tests/launch tests/shards tests/stories tests/train
+	@$(BIN)/python -m pytest -m slow tests/faults
+
+slow: venv ## the other slow tests: whole runs, every ZeRO stage, ranks killed while they train
+	@$(BIN)/python -m pytest -m slow --ignore=tests/faults
 
 bench: venv ## ours against peers, side by side
 	@found=`ls benchmarks/[a-z]*.py 2>/dev/null`; test -n "$$found" || echo "no benchmarks yet"; mkdir -p runs/bench; \
