@@ -90,7 +90,8 @@ def read(path: Path | str, kind: str | None = None) -> Artifact:
             f"{path} has format {found.format}", wanted=f"at most {FORMAT}", cure="update mmlm: a newer one wrote it"
         )
     if kind and found.kind != kind:
-        raise ArtifactError(f"{path} holds a {found.kind}", wanted=f"a {kind}", cure="check the path")
+        here, wanted = (f"a {_WORDS.get(each, each)}" for each in (found.kind, kind))
+        raise ArtifactError(f"{path} holds {here}", wanted=wanted, cure="check the path")
     return found
 
 

@@ -97,3 +97,5 @@ def test_a_newer_format_is_refused(tmp_path: Path):
 def test_a_noun_of_another_kind_is_refused(tmp_path: Path):
     with pytest.raises(ArtifactError, match="wanted a checkpoint"):
         artifacts.read(make(tmp_path / "n", 3).path, "checkpoint")
+    with pytest.raises(ArtifactError, match="holds a numbers; wanted a shard set"):
+        artifacts.read(tmp_path / "n", "shards")
