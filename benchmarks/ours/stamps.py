@@ -47,6 +47,11 @@ class Recipe:
 
 
 FOLD = Recipe(LossConfig(answer=0.1), 0.6)
+NAMES = Recipe(
+    LossConfig(answer=0.1, label=0.3, contrastive=ContrastiveConfig(between=[("image", "context")], temperature=0.1)),
+    0.0,
+)
+LANGUAGES = ("en", "fr", "es", "de", "ca", "ro", "ru", "bg", "ja", "zh_CN", "zh_TW")
 RETRIEVAL = Recipe(LossConfig(answer=0.1, label=0.5, contrastive=ContrastiveConfig(temperature=0.1)), 0.0)
 
 
@@ -62,6 +67,25 @@ def make_shards(data: Path, out: Path) -> Artifact:
     )
 
 
+def make_names(data: Path, out: Path) -> Artifact:
+    """Pictures with a name beside them, once in each language."""
+    config = yaml.safe_load((STORY / "scan.yaml").read_text())
+    ask = {
+        "task": "category",
+        "each": "texts",
+        "keep": list(LANGUAGES),
+        "lang": "{key}",
+        "context": "{value}",
+        "label": "label",
+    }
+    config["sources"][0]["ask"] = [{**ask, "question": "Which category does this belong to?"}]
+    manifest = scan(parse(ScanConfig, config, "names"), data=data, out=out / "names-manifest", tracker=None)
+    sharding = {**yaml.safe_load((STORY / "shard.yaml").read_text()), "ray_from": 10**9}
+    return shard(
+        parse(ShardConfig, sharding, "names"), manifest, data=data, out=out / "names-shards", workers=1, tracker=None
+    )
+
+
 def read_all(shards: Artifact) -> list[Sample]:
     reader = ShardReader(shards.path, ("train", "val", "test"))
     return sorted((reader[i] for i in range(len(reader))), key=lambda s: s.id)
@@ -73,7 +97,7 @@ def fold_of(sample: Sample) -> int:
 
 
 def training_set(name: str, samples: list[Sample]) -> list[Sample]:
-    if name == "retrieval":
+    if name in ("retrieval", "names"):
         return [s for s in samples if s.split != "test"]
     return [s for s in samples if fold_of(s) != int(name.removeprefix("fold-"))]
 
@@ -104,7 +128,7 @@ def train(name: str, shards: Artifact, out: Path, steps: int, until: float) -> b
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    recipe = RETRIEVAL if name == "retrieval" else FOLD
+    recipe = {"retrieval": RETRIEVAL, "names": NAMES}.get(name, FOLD)
     objective = Answering(recipe.loss, spec)
     model.train()
     for step in range(first, steps):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ours.stamps import FOLDS, fold_of, read_all, training_set
+from benchmarks.ours.stamps import FOLDS, LANGUAGES, fold_of, read_all, training_set
 from mmlm.artifacts import Artifact
 from mmlm.evals.answer import Answerer
 from mmlm.evals.baselines import Logistic, fit_majority
@@ -27,9 +27,11 @@ GIVEN = {
 NAMES = {"image": "picture", "audio": "sound", "context": "caption"}
 
 
-def tables(shards: Artifact, out: Path) -> dict[str, Any]:
+def tables(shards: Artifact, names: Artifact, out: Path) -> dict[str, Any]:
     samples = read_all(shards)
-    found = {"category": categories(samples, out), "retrieval": retrieval(samples, out)}
+    found = {
+        "category": categories(samples, out), "retrieval": retrieval(samples, out), "names": naming(read_all(names), out)
+    }  # fmt: skip
     _head(
         [
             "category, five folds",
@@ -49,6 +51,10 @@ def tables(shards: Artifact, out: Path) -> dict[str, Any]:
     for row in found["retrieval"]:
         cells = [f"{_cell(row[f'model@{k}'])}, {row[f'cca@{k}'][0]:.3f}, {row[f'chance@{k}']:.3f}" for k in DEPTHS]
         print(f"| {row['from']} → {row['to']} | {row['n']} | " + " | ".join(cells) + " |")
+    _head(["naming a picture, test split", "n", *(f"R@{k}: model, chance" for k in DEPTHS)])
+    for row in found["names"]:
+        cells = [f"{_cell(row[f'model@{k}'])}, {row[f'chance@{k}']:.3f}" for k in DEPTHS]
+        print(f"| {row['lang']} | {row['n']} | " + " | ".join(cells) + " |")
     return found
 
 
@@ -62,6 +68,9 @@ def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
         for k in DEPTHS:
             name = f"{row['from']} finds {row['to']}"
             rows.append(_row(name, f"recall@{k}", row[f"model@{k}"], row[f"cca@{k}"], "linear CCA", row["n"]))
+    for row in found["names"]:
+        by_lot = [row["chance@5"]]
+        rows.append(_row(f"naming in {row['lang']}", "recall@5", row["model@5"], by_lot, "chance", row["n"]))
     return rows
 
 
@@ -164,4 +173,23 @@ def retrieval(samples: list[Sample], out: Path) -> list[dict[str, Any]]:
                 row[f"{model}@{name.removeprefix('recall@')}"] = [got.value, got.low, got.high]
         row |= {f"chance@{k}": chance(groups, groups, k) for k in DEPTHS}
         rows.append(row)
+    return rows
+
+
+def naming(samples: list[Sample], out: Path) -> list[dict[str, Any]]:
+    """For each language: the picture is the query, the names of all test things in that language are the candidates."""
+    answerer = Answerer(out / "names")
+    rows = []
+    for lang in LANGUAGES:
+        held = [
+            s for s in samples if s.split == "test" and s.lang == lang and {"image", "context"} <= set(s.modalities)
+        ]
+        groups = [s.group for s in held]
+        pictures, names = (embed(answerer, held, frozenset({m})) for m in ("image", "context"))
+        resamples = Resamples(len(groups), groups, 2000, 0)
+        row: dict[str, Any] = {"lang": lang, "n": len(held)}
+        for name, score in recalls(ranks(pictures, names, groups, groups)).items():
+            got = interval(score, resamples, 0.95, share=True)
+            row[f"model@{name.removeprefix('recall@')}"] = [got.value, got.low, got.high]
+        rows.append(row | {f"chance@{k}": chance(groups, groups, k) for k in DEPTHS})
     return rows
