@@ -252,6 +252,7 @@ def _people(commands: Any) -> None:
 
     predict = _command(commands, "predict", "answer one question by flags, or many by --input", _predict)
     _asked(predict)
+    predict.add_argument("--adapter", metavar="NAME", help="of a model with adapters: which answers, or `none`")
     predict.add_argument("--json", action="store_true", help="print answers as JSON lines")
     predict.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="how answers are worded, such as "
@@ -285,8 +286,21 @@ def _people(commands: Any) -> None:
     why.add_argument("--json", action="store_true", help="print the figures as JSON")
     why.add_argument("--tracking-uri", metavar="URI")
 
+    export = _command(commands, "export", "write a model as a folder that other programs read", _export)
+    export.add_argument("model", metavar="MODEL", help="models:/NAME@champion, or a folder")
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+    export.add_argument(
+        "--format", choices=["llama", "hf", "safetensors"], default="llama",
+        help="llama: the trunk, for transformers and what reads its models; hf: the whole, with its own code for "
+        "transformers; safetensors: the whole, as it is",
+    )  # fmt: skip
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    export.add_argument("--adapter", metavar="NAME", help="of a model with adapters: which is merged in, or `none`")
+    export.add_argument("--tracking-uri", metavar="URI")
+
     serve = _command(commands, "serve", "answer over HTTP: GET /health, POST /predict, and a page to try it", _serve)
     serve.add_argument("--model", required=True, metavar="URI", help="models:/NAME@champion, or a folder")
+    _encoder_flag(serve)
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--tracking-uri", metavar="URI")
@@ -315,8 +329,26 @@ def _asked(command: argparse.ArgumentParser) -> None:
     command.add_argument("--image", metavar="FILE")
     command.add_argument("--audio", metavar="FILE")
     command.add_argument("--fields", metavar="JSON", help='named numbers and categories: {"age": 50}')
+    _encoder_flag(command)
     command.add_argument("--input", type=Path, metavar="FILE.jsonl", help="one {text, image, audio, fields} a line")
     command.add_argument("--tracking-uri", metavar="URI")
+
+
+def _encoder_flag(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--encoder", action="append", default=[], metavar="KIND=FOLDER",
+        help="of a model that reads a pretrained encoder's features: where that lies, such as image=/models/vit",
+    )  # fmt: skip
+
+
+def _place_encoders(arguments: argparse.Namespace) -> None:
+    """The flag above, as the environment that the model reads."""
+    from mmlm.publish.asked_encoders import PLACES, places
+
+    if arguments.encoder:
+        os.environ[PLACES] = ",".join(
+            f"{kind}={folder}" for kind, folder in places(",".join(arguments.encoder)).items()
+        )
 
 
 def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -491,9 +523,11 @@ def _predict(arguments: argparse.Namespace) -> int:
 
     if arguments.stream and (arguments.input or arguments.json):
         raise ConfigError("--stream beside --input or --json", wanted="one question, answered as plain text")
+    _place_encoders(arguments)
     generation = from_overrides(arguments.set)
     rows = _asked_rows(arguments)
-    good = [{"generation": generation, **row} for row in rows if "error" not in row]
+    given = {"generation": generation, **({"adapter": arguments.adapter} if arguments.adapter else {})}
+    good = [{**given, **row} for row in rows if "error" not in row]
     responder = Responder.load(arguments.model, tracking_uri=arguments.tracking_uri)
     if arguments.stream:
         return _say_streaming(responder.stream(good[0]))
@@ -526,6 +560,7 @@ def _say_streaming(pieces: Iterator[str | dict[str, Any]]) -> int:
 def _embed(arguments: argparse.Namespace) -> int:
     from mmlm.publish.answering import Responder
 
+    _place_encoders(arguments)
     rows = _asked_rows(arguments)
     good = [row for row in rows if "error" not in row]
     found = iter(Responder.load(arguments.model, tracking_uri=arguments.tracking_uri).embed(good) if good else [])
@@ -598,7 +633,19 @@ def _questions(path: Path) -> list[dict[str, Any]]:
 def _serve(arguments: argparse.Namespace) -> int:
     from mmlm.publish.serve import serve
 
+    _place_encoders(arguments)
     serve(arguments.model, port=arguments.port, host=arguments.host, tracking_uri=arguments.tracking_uri)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from mmlm.publish.export import export
+
+    made = export(
+        arguments.model, arguments.to, arguments.format, dtype=arguments.dtype, adapter=arguments.adapter,
+        tracking_uri=arguments.tracking_uri,
+    )  # fmt: skip
+    print(f"export: {made.words()}")
     return 0
 
 

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from mmlm.config import Config
 from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.model.config import ModelConfig
 from mmlm.train.config import LoopConfig
+
+
+class TeacherConfig(Config):
+    """A text classifier of transformers."""
+
+    folder: str = ""
+    """A `…ForSequenceClassification` on local disk, with its tokenizer and safetensors, whose classes are those of a task.
+    Its content counts, not where it lies."""
+    digest: str = ""
+    """sha256 of its files; given, another content is refused."""
 
 
 class DistillConfig(LoopConfig):
@@ -14,6 +25,8 @@ class DistillConfig(LoopConfig):
 
     model: AnyModelConfig = ModelConfig(width=80)
     """The student."""
+    teacher: TeacherConfig | None = None
+    """Who leads the student on the class head; none: the model that was trained, on the words of answers as well."""
     temperature: float = Field(2.0, gt=0)
     """Both distributions are softened by it; the divergence is multiplied by its square."""
     task: float = Field(0.5, ge=0)

@@ -7,8 +7,9 @@ from typing import Any
 
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
-from mmlm.compress.config import DistillConfig
+from mmlm.compress.config import DistillConfig, TeacherConfig
 from mmlm.data.files import address, folder_of
+from mmlm.errors import ConfigError
 from mmlm.features import spec as feature_spec
 from mmlm.train.train import Launch, run_ranks, write_counts
 
@@ -22,10 +23,22 @@ def distill(
 
     Raises ArtifactError when the teacher was trained for other features than the shards hold.
     """
+    if config.teacher and teacher:
+        config, teacher = _led_by_folder(config), None
+    elif config.teacher:
+        config = config.model_copy(update={"teacher": None})  # the student that learns without one
     if teacher:
         feature_spec.require_same(feature_spec.load(teacher.path), feature_spec.load(shards.path))
+    known = config
+    if getattr(config.model, "pretrained", None):
+        from mmlm.train import pretrained
+
+        config = pretrained.settled(config, shards.path)
+        known = pretrained.nameless(config)
+    if known.teacher:  # where it lies is no part of what it teaches
+        known = known.model_copy(update={"teacher": known.teacher.model_copy(update={"folder": ""})})
     parents = {"shards": shards, "teacher": teacher} if teacher else {"shards": shards}
-    work = artifacts.begin(out, "checkpoint", recipe=RECIPE, config=config, parents=parents)
+    work = artifacts.begin(out, "checkpoint", recipe=RECIPE, config=known, parents=parents)
     if work.artifact:
         return work.artifact
     arguments = {
@@ -35,8 +48,24 @@ def distill(
         "teacher": str(teacher.path) if teacher else None,
         "out": str(out),
     }
-    verb = "distill" if teacher else "distill-scratch"
+    verb = "distill" if teacher or config.teacher else "distill-scratch"
     return run_ranks(work, config, "mmlm.compress.distill:on_rank", arguments, launch, tracker, verb)
+
+
+def _led_by_folder(config: DistillConfig) -> DistillConfig:
+    """With the digest of the teacher in its folder. Raises ConfigError when that is another one."""
+    from mmlm.model.config import PretrainedConfig
+    from mmlm.train import pretrained
+
+    assert config.teacher is not None
+    folder = pretrained.folder_of(PretrainedConfig(folder=config.teacher.folder))
+    digest = pretrained.digest_of(folder)
+    if config.teacher.digest not in ("", digest):
+        raise ConfigError(
+            f"the teacher in {folder} has the digest {digest[:12]}", wanted=config.teacher.digest[:12],
+            cure="give the folder with that content, or leave distill.teacher.digest away",
+        )  # fmt: skip
+    return config.model_copy(update={"teacher": TeacherConfig(folder=str(folder), digest=digest)})
 
 
 def on_rank(
@@ -52,7 +81,7 @@ def on_rank(
 
     from mmlm import world as worlds
     from mmlm.config import parse
-    from mmlm.train import engine, weights
+    from mmlm.train import engine, pretrained, weights
     from mmlm.train.control import Where
     from mmlm.train.loop import fit
     from mmlm.train.objectives import Answering, Distilling, Objective
@@ -63,7 +92,7 @@ def on_rank(
     torch.manual_seed(settings.seed)
     folder = folder_of(shards, digest)
     spec = feature_spec.load(folder)
-    student = weights.build(settings.model, spec)
+    student = pretrained.build(settings.model, spec, folder)
     student.set_up(recompute=settings.recompute, compiled=settings.compile)
     objective: Objective = Answering(settings.loss, spec, getattr(settings.model, "fusion", None))
     if teacher:
@@ -78,7 +107,13 @@ def on_rank(
             settings.task,
             getattr(settings.model, "fusion", None),
         )
-    name = "distill" if teacher else "scratch"
+    if settings.teacher:
+        from mmlm.compress.classifier import Following, SequenceClassifier
+        from mmlm.features.text import Tokenizer
+
+        classifier = SequenceClassifier(Path(settings.teacher.folder), spec, Tokenizer.load(folder)).to(device)
+        objective = Following(settings.loss, spec, classifier, settings.temperature, settings.task)
+    name = "distill" if teacher or settings.teacher else "scratch"
     counts = fit(student, objective, settings, folder, Path(out), name, Where(**(where or {})))
     write_counts(Path(out), counts, student)
     engine.stop()

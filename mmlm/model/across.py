@@ -42,8 +42,8 @@ class CrossAttention(nn.Module):
         self.query = nn.Linear(D, config.heads * H, bias=False)
         self.key_value = nn.Linear(D, 2 * self.kv_heads * H, bias=False)
         self.key_value.weight.parts = 2  # type: ignore[attr-defined]  # as in Attention
-        self.query_norm = RMSNorm(H) if config.qk_norm else None
-        self.key_norm = RMSNorm(H) if config.qk_norm else None
+        self.query_norm = RMSNorm(H, config.norm_epsilon) if config.qk_norm else None
+        self.key_norm = RMSNorm(H, config.norm_epsilon) if config.qk_norm else None
         self.out = nn.Linear(config.heads * H, D, bias=False)
         self.sharpness = sharpness_of(config)
 

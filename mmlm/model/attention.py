@@ -12,18 +12,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmlm.model.config import ModelConfig
+from mmlm.model.config import ModelConfig, RopeScaling
 from mmlm.model.kernels import RMSNorm
 from mmlm.model.packed import HIDDEN, Arrangement
+from mmlm.model.rope import frequencies, magnitude
 
 Table = tuple[torch.Tensor, torch.Tensor]
 
 
-def rotary(position_X: torch.Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Table:
+def rotary(
+    position_X: torch.Tensor, head_width: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+) -> Table:
     """cos and sin tables, (X, 1, H/2), computed in float32 (RoFormer, Su et al. 2021, eq. 34); once for all layers."""
-    frequency = theta ** (-torch.arange(0, head_width, 2, device=position_X.device, dtype=torch.float32) / head_width)
-    angle = position_X[:, None, None].float() * frequency
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = position_X[:, None, None].float() * frequencies(head_width, theta, scaling, position_X.device)
+    cos, sin, scale = angle.cos(), angle.sin(), magnitude(scaling)
+    if scale != 1:
+        cos, sin = cos * scale, sin * scale
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x_XNH: torch.Tensor, table: Table) -> torch.Tensor:
@@ -147,12 +152,12 @@ class Attention(nn.Module):
         super().__init__()
         D, H = config.width, config.head_width
         self.heads, self.kv_heads, self.head_width = config.heads, config.key_value_heads, H
-        self.qkv = nn.Linear(D, (config.heads + 2 * self.kv_heads) * H, bias=False)
+        self.qkv = nn.Linear(D, (config.heads + 2 * self.kv_heads) * H, bias=config.attention_bias != "none")
         # matrices in one, to an optimizer that works on matrices: those of queries, keys and values, or one for each head
         self.qkv.weight.parts = 3 if self.kv_heads == self.heads else self.heads + 2 * self.kv_heads  # type: ignore
-        self.query_norm = RMSNorm(H) if config.qk_norm else None
-        self.key_norm = RMSNorm(H) if config.qk_norm else None
-        self.out = nn.Linear(config.heads * H, D, bias=False)
+        self.query_norm = RMSNorm(H, config.norm_epsilon) if config.qk_norm else None
+        self.key_norm = RMSNorm(H, config.norm_epsilon) if config.qk_norm else None
+        self.out = nn.Linear(config.heads * H, D, bias=config.attention_bias == "all")
         self.sharpness = sharpness_of(config)
 
     def forward(self, x_XD: torch.Tensor, table: Table | None, arrangement: Arrangement) -> torch.Tensor:

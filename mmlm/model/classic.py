@@ -10,12 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmlm.model.config import ModelConfig
-from mmlm.model.kernels import EPSILON, RMSNorm
+from mmlm.model.kernels import RMSNorm
 
 
 def norm_of(config: ModelConfig) -> nn.Module:
     """The norm of a sub-layer: RMSNorm, or (x - mean) / √(variance + ε) · w + b (Ba et al. 2016, eq. 4)."""
-    return RMSNorm(config.width) if config.norm == "rms" else nn.LayerNorm(config.width, EPSILON)
+    if config.norm == "rms":
+        return RMSNorm(config.width, config.norm_epsilon)
+    return nn.LayerNorm(config.width, config.norm_epsilon)
 
 
 def last_norm_of(config: ModelConfig) -> nn.Module:

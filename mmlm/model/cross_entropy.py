@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 LOGITS = 1 << 24
 """Logits that exist at a time, at most (64 MB in float32), unless one position alone has more."""
@@ -31,13 +32,19 @@ class AnswerHead(nn.Linear):
         super().__init__(width, vocabulary, bias=False)
 
     def forward(  # type: ignore[override]
-        self, x_AD: torch.Tensor, target_A: torch.Tensor | None = None, z: float = 0.0
+        self,
+        x_AD: torch.Tensor,
+        target_A: torch.Tensor | None = None,
+        z: float = 0.0,
+        delta_VD: torch.Tensor | None = None,
     ) -> torch.Tensor | AnswerLoss:
+        """`delta_VD` is added to the weights: what an adapter has learnt."""
+        weight_VD = self.weight if delta_VD is None else self.weight + delta_VD
         if target_A is None:
-            return super().forward(x_AD)
+            return F.linear(x_AD, weight_VD)
         if not torch.is_grad_enabled():  # the Function would still be told that the weights need a gradient
-            return AnswerLoss(*_CrossEntropy.apply(x_AD.detach(), self.weight.detach(), target_A, z, LOGITS))
-        return AnswerLoss(*_CrossEntropy.apply(x_AD, self.weight, target_A, z, LOGITS))
+            return AnswerLoss(*_CrossEntropy.apply(x_AD.detach(), weight_VD.detach(), target_A, z, LOGITS))
+        return AnswerLoss(*_CrossEntropy.apply(x_AD, weight_VD, target_A, z, LOGITS))
 
 
 class _CrossEntropy(torch.autograd.Function):

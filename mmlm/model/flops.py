@@ -123,8 +123,8 @@ def _blocks(config: ModelConfig | RecurrentConfig, shape: Shape) -> int:
 
 def _stack(config: ModelConfig, stack: Stack) -> int:
     D, H, tokens = config.width, config.head_width, sum(stack.lengths)
-    maps = 2 * D * (H * (config.heads + 2 * config.key_value_heads) + D)
-    scores = sum(4 * length * length * D for length in stack.lengths)  # Q Kᵀ, then its product with V
+    maps = 2 * D * H * (2 * config.heads + 2 * config.key_value_heads)
+    scores = sum(4 * length * length * H * config.heads for length in stack.lengths)  # Q Kᵀ, then its product with V
     across = _across(config, stack.lengths, stack.asked) if stack.asked is not None else 0
     fed = (stack.layers - 1) * tokens + stack.read
     products = 3 if config.mlp == "swiglu" else 2
@@ -135,7 +135,7 @@ def _across(config: ModelConfig, asking: Sequence[int], asked: Sequence[int]) ->
     """Of the attention of one block from these positions of each record to those."""
     D, H = config.width, config.head_width
     maps = 2 * D * H * (2 * config.heads * sum(asking) + 2 * config.key_value_heads * sum(asked))
-    return maps + sum(4 * a * b * D for a, b in zip(asking, asked, strict=True))
+    return maps + sum(4 * a * b * H * config.heads for a, b in zip(asking, asked, strict=True))
 
 
 def _heads(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Shape) -> int:

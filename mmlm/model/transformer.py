@@ -96,6 +96,8 @@ class FusedTransformer(nn.Module):
         self.answer = AnswerHead(self.fusion.width, spec.vocab_size)
         self.label = nn.Linear(self.fusion.width, spec.head_rows)
         self.embedding = EmbeddingHead(self.fusion.width, config.embedding) if config.embedding else None
+        if config.tied:
+            self.answer.weight = self.tokens.weight
         initialise(self)
 
     def add_blocks(self, config: ModelConfig) -> None:
@@ -170,7 +172,7 @@ class FusedTransformer(nn.Module):
         """The rotation for the positions, once for all layers; None where something is added for them instead."""
         if self.positions is not None:
             return None
-        return rotary(position_X, self.config.head_width, self.config.rope_theta, dtype)
+        return rotary(position_X, self.config.head_width, self.config.rope_theta, dtype, self.config.rope_scaling)
 
     def embed(
         self, batch: Inputs, keep_BT: torch.Tensor, media: Collection[str] = tuple(SLOTS),

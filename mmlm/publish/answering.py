@@ -1,7 +1,8 @@
 """Responder: answers questions of text, picture and sound; one for the command line, the server and the bundle.
 
 A question is `{"text": str, "image": bytes | path, "audio": bytes | path, "fields": {name: number | category}}`, every key
-optional, and with `generation` (GenerationConfig) for how it is to be worded; an answer is
+optional, with `generation` (GenerationConfig) for how it is to be worded, and with `adapter` for which one answers, or
+`none`, where the model has adapters; an answer is
 `{"answer": str, "score": float, "label_scores": {label: float}}`, or `{"error": sentence}`; with `labels` where several
 may hold, and with `number` (which has no score: null) where one is asked for.
 """
@@ -27,13 +28,18 @@ from mmlm.evals.embed import embed
 from mmlm.features.encode import Encoder
 from mmlm.features.sample import Sample
 from mmlm.features.spec import FeatureSpec, TaskSpec
+from mmlm.model import adapters
 from mmlm.model.generation_config import GenerationConfig
+from mmlm.publish import asked_encoders
 from mmlm.publish.asked_fields import read_asked
 from mmlm.publish.asked_generation import read_generation
 from mmlm.storage import is_remote, read_uri
 
-KEYS = ("text", "image", "audio", "fields")
+KEYS = ("text", "image", "audio", "fields", "adapter")
+ASKED = KEYS[:4]
 MEDIA = {"image": "picture", "audio": "sound"}
+NO_ADAPTER = "none"
+"""The adapter to ask for where none is wanted: the base answers."""
 CHUNK = 256
 """Questions whose media are held in memory at once."""
 _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[^;,]*)*;base64,", re.I)
@@ -47,7 +53,10 @@ class Responder:
         self.answerer = Answerer(folder, device=device or os.environ.get("MMLM_DEVICE", "cpu"))
         self.spec: FeatureSpec = self.answerer.spec
         self._encoder = Encoder(self.spec, self.answerer.tokenizer)
-        self._lock = threading.Lock()
+        self._lock, self._encoding = threading.Lock(), threading.Lock()
+        self._encoders = asked_encoders.find(self.spec, asked_encoders.places())
+        self.adapters = adapters.names(self.answerer.model)
+        self._usual = adapters.active(self.answerer.model)
 
     @classmethod
     def load(cls, model: str | Path, *, tracking_uri: str | None = None, device: str | None = None) -> Responder:
@@ -65,17 +74,19 @@ class Responder:
 
     def _answer(self, rows: list[Mapping[str, Any]], paths: bool) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = [{} for _ in rows]
-        asked: dict[str, tuple[GenerationConfig, dict[int, Sample]]] = {}
+        asked: dict[tuple[str | None, str], tuple[GenerationConfig, dict[int, Sample]]] = {}
         for i, row in enumerate(rows):
             try:
+                name = self._adapter(row)
                 sample, generation = self.sample(row, paths), read_generation(row.get("generation"), self.spec)
             except MmlmError as error:
                 results[i] = {"error": str(error)}
             else:
-                asked.setdefault(generation.model_dump_json(), (generation, {}))[1][i] = sample
-        for generation, samples in asked.values():
+                asked.setdefault((name, generation.model_dump_json()), (generation, {}))[1][i] = sample
+        for (name, _), (generation, samples) in asked.items():
             try:
                 with self._lock:
+                    self._use(name)
                     answers = self.answerer.answer(list(samples.values()), generation=generation)
             except ConfigError as error:  # a schema that cannot be followed
                 results = [{"error": str(error)} if i in samples else known for i, known in enumerate(results)]
@@ -90,10 +101,12 @@ class Responder:
         Several may be on their way at once: each takes its turn token by token.
         """
         try:
+            name = self._adapter(question)
             sample, generation = self.sample(question, paths), read_generation(question.get("generation"), self.spec)
             made = self.answerer.stream(sample, generation)
             while True:
                 with self._lock:
+                    self._use(name)
                     piece = next(made, None)
                 if piece is None:
                     return
@@ -113,15 +126,34 @@ class Responder:
                 if not missing(text):
                     parts.append(Part("text", role="context", text=str(text)))
                 if not parts:
-                    raise DataError("there is nothing to embed", wanted=" or ".join(KEYS))
+                    raise DataError("there is nothing to embed", wanted=" or ".join(ASKED))
                 samples[i] = self.encode(Record("thing", tuple(parts), self.spec.tasks[0].name), _no_read)
             except MmlmError as error:
                 results[i] = {"error": str(error)}
         with self._lock:
+            self._use(self._usual)
             found = embed(self.answerer, samples.values())
         for i, vector in zip(samples, found, strict=True):
             results[i] = {"embedding": [round(float(x), 6) for x in vector]}
         return results
+
+    def _adapter(self, row: Mapping[str, Any]) -> str | None:
+        """The adapter that a question asks for, None for the bare base. Raises DataError when there is no such one."""
+        name = row.get("adapter")
+        if missing(name):
+            return self._usual
+        if self.adapters and name == NO_ADAPTER:
+            return None
+        if name not in self.adapters:
+            raise DataError(
+                f"this model has no adapter {str(name)[:40]!r}",
+                wanted=" or ".join([*self.adapters, NO_ADAPTER]) if self.adapters else "a question without adapter",
+            )
+        return str(name)
+
+    def _use(self, name: str | None) -> None:
+        if self.adapters:
+            adapters.switch(self.answerer.model, name)
 
     def sample(self, row: Mapping[str, Any], paths: bool = True) -> Sample:
         """The question as features. Raises DataError with a sentence for the person who asked."""
@@ -131,7 +163,7 @@ class Responder:
             if not parts:
                 raise DataError(
                     "nothing is asked" + (f" (unknown: {', '.join(map(str, row))})" if set(row) - set(KEYS) else ""),
-                    wanted=" or ".join(KEYS),
+                    wanted=" or ".join(ASKED),
                 )
             task = self.spec.tasks[0]
             text = task.questions[0] if task.questions else ""
@@ -150,6 +182,11 @@ class Responder:
                 continue
             if getattr(self.spec, kind) is None:
                 raise DataError(f"this model takes no {word}s", cure=f"ask without {kind}")
+            if self.spec.encoder("image" if kind == "image" else "audio") and kind not in self._encoders:
+                raise DataError(
+                    f"this model reads what a pretrained encoder makes of a {word}, and it is not known where that lies",
+                    cure=f"ask without {kind}, or start with --encoder {kind}=FOLDER (or {asked_encoders.PLACES})",
+                )
             parts.append(Part(kind, data=media_bytes(value, word, paths)))
         if not missing(fields := row.get("fields")):
             parts.append(Part("fields", fields=read_asked(fields, self.spec.fields)))
@@ -157,7 +194,11 @@ class Responder:
 
     def encode(self, record: Record, read: Callable[[Part], bytes]) -> Sample:
         """A record as this model's features, without its answer. Raises SampleError."""
-        return self._encoder.encode(record, read, with_answer=False)
+        sample = self._encoder.encode(record, read, with_answer=False)
+        if self._encoders:
+            with self._encoding:
+                asked_encoders.add_features(sample, self._encoders)
+        return sample
 
 
 def _told(answer: Answer) -> dict[str, Any]:

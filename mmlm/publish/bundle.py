@@ -7,7 +7,7 @@ import importlib.metadata
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ LEFT_OUT = frozenset({"mmlm.publish.locate", "mmlm.remote"})
 """Modules on the way that prediction never reaches: the bundle is where `locate` would lead, and media come as bytes."""
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "yaml": "pyyaml", "resvg_py": "resvg-py"}
 """Distributions whose import name is another."""
+OPTIONAL = frozenset({"peft", "transformers"})
+"""Packages that only models with adapters need, or those that are an encoder of transformers."""
 MAX_EXAMPLE = 32 << 10
 """Pictures and sounds larger than this, bytes, are left out of the input example."""
 
@@ -77,10 +79,12 @@ def copy_code(target: Path) -> Path:
     return target / "mmlm"
 
 
-def requirements() -> list[str]:
-    """What prediction needs, pinned to what is installed here; local version labels such as +cpu are cut off."""
+def requirements(extra: Collection[str] = ()) -> list[str]:
+    """What prediction needs, pinned to what is installed here; local version labels such as +cpu are cut off. Of OPTIONAL
+    only what `extra` names."""
     pinned = []
-    for package in sorted({DISTRIBUTIONS.get(p, p) for p in modules()[1]} | {"mlflow"}):
+    needed = (modules()[1] | {"mlflow"}) - (OPTIONAL - set(extra))
+    for package in sorted(DISTRIBUTIONS.get(p, p) for p in needed):
         try:
             version = importlib.metadata.version(package).partition("+")[0]
         except importlib.metadata.PackageNotFoundError:
@@ -89,8 +93,8 @@ def requirements() -> list[str]:
     return pinned
 
 
-def signature() -> Any:
-    """Four optional columns. Media are of any type: MLflow's `binary` refuses empty cells, ordinary input here."""
+def signature(adapters: bool = False) -> Any:
+    """Optional columns. Media are of any type: MLflow's `binary` refuses empty cells, ordinary input here."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import AnyType, Array, Map
@@ -100,6 +104,7 @@ def signature() -> Any:
         ColSpec(AnyType(), "image", required=False),
         ColSpec(AnyType(), "audio", required=False),
         ColSpec(AnyType(), "fields", required=False),
+        *([ColSpec(DataType.string, "adapter", required=False)] if adapters else []),
     ]
     outputs: list[Any] = [
         ColSpec(DataType.string, "answer"),
@@ -114,11 +119,16 @@ def signature() -> Any:
 
 def log(mlflow: Any, checkpoint: Path, code: Path, *, example: Any, metadata: Mapping[str, Any]) -> Any:
     """Log the bundle under the active run. `code` is an empty folder for the copied package. Returns the ModelInfo."""
-    from mmlm.train.weights import FILES
+    from mmlm.train import adapted
+    from mmlm.train.weights import FILES, load_config
 
     folder = code / CHECKPOINT
     folder.mkdir()
-    for name in FILES:
+    extra = adapted.files(checkpoint)
+    pretrained = getattr(load_config(checkpoint), "pretrained", None)
+    packages = {"peft", "transformers"} if extra else {"transformers"} if pretrained and pretrained.encoder else set()
+    for name in (*FILES, *extra):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint / name, folder / name)
     try:
         with warnings.catch_warnings():
@@ -128,8 +138,8 @@ def log(mlflow: Any, checkpoint: Path, code: Path, *, example: Any, metadata: Ma
                 python_model=str(PACKAGE / "publish" / "pyfunc_model.py"),
                 artifacts={CHECKPOINT: str(folder)},
                 code_paths=[str(copy_code(code))],
-                pip_requirements=requirements(),
-                signature=signature(),
+                pip_requirements=requirements(packages),
+                signature=signature(bool(extra)),
                 input_example=example,
                 metadata=dict(metadata),
             )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from mmlm.publish.answering import Responder
 
-KEYS = ("text", "image", "audio", "fields", "generation", "stream")
+KEYS = ("text", "image", "audio", "fields", "adapter", "generation", "stream")
 MAX_BODY = 32 << 20
 """A request body larger than this, bytes, is refused while it arrives."""
 PAGE = Path(__file__).with_name("page.html")
@@ -189,6 +189,7 @@ def describe(responder: Responder, model: str) -> dict[str, Any]:
         "parameters": responder.answerer.parameters,
         "takes": ["text", *(m for m in ("image", "audio", "fields") if m in spec.modalities)],
         **({"fields": spec.fields.model_dump(mode="json")} if spec.fields else {}),
+        **({"adapters": responder.adapters} if responder.adapters else {}),
         "tasks": [{"name": t.name, "labels": t.labels[:100], "questions": t.questions[:4]} for t in spec.tasks],
     }
 
@@ -232,6 +233,6 @@ def parse(body: bytes, content_type: str) -> dict[str, Any]:
             if value is not None and not isinstance(value, bool):
                 raise RequestError(422, f"`stream` must be true or false, not {type(value).__name__}")
         elif value is not None and not isinstance(value, str):
-            wanted = "a text" if key == "text" else "base64 text"
+            wanted = "a text" if key in ("text", "adapter") else "base64 text"
             raise RequestError(422, f"`{key}` must be {wanted}, not {type(value).__name__}")
     return question

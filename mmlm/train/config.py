@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from mmlm.config import Config
 from mmlm.data.config import DataConfig
 from mmlm.model.baseline_config import AnyModelConfig
-from mmlm.model.config import ModelConfig
+from mmlm.model.config import LoraConfig, ModelConfig
 
 View = Literal["image", "audio", "fields", "context"]
 
@@ -299,6 +299,14 @@ class LoopConfig(Config):
 class TrainConfig(LoopConfig):
     model: AnyModelConfig = ModelConfig()
     """`kind: transformer`, or a small model for small data: `cnn`, `lstm`, `gru`."""
+    lora: LoraConfig | None = None
+    """Adapters on a pretrained trunk, which stays as it is; none: everything is trained."""
+
+    @model_validator(mode="after")
+    def _has_a_base(self) -> Self:
+        if self.lora and getattr(self.model, "pretrained", None) is None:
+            raise ValueError("lora needs model.pretrained: adapters on a trunk that knows nothing yet learn little")
+        return self
 
     @model_validator(mode="after")
     def _embeds(self) -> Self:

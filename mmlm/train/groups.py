@@ -34,15 +34,17 @@ class Treatment(NamedTuple):
 
 
 def parameter_groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any]]:
-    """Groups for the optimizer. Matrices of linear maps decay; embeddings, norms and biases do not.
+    """Groups for the optimizer, of the parameters that are trained. Matrices of linear maps decay; embeddings, norms and
+    biases do not.
 
     Raises ConfigError when a pattern of `lr_factors`, `freeze` or `optimizer.modules` fits no parameter.
     """
-    names = [name for name, _ in model.named_parameters()]
-    _check(names, config)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _check(list(trained), config)
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    matrices -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # a head may be tied to one
     groups: dict[Treatment, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained.items():
         decays = id(parameter) in matrices
         rule = _rule(name, decays, config)
         factor = _factor(name, config) * _rate(parameter, rule)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from mmlm.data.collate import Batch
 from mmlm.data.loader import Loader
 from mmlm.errors import ArtifactError
 from mmlm.progress import Progress, tell
-from mmlm.train import engine, weights
+from mmlm.train import adapted, engine
 from mmlm.train.config import LoopConfig
 from mmlm.train.control import Stop, Where
 from mmlm.train.guard import Guard
@@ -34,7 +34,8 @@ class Session:
     ) -> None:  # fmt: skip
         self.trainer, self.objective, self.loader, self.config = trainer, objective, loader, config
         self.shards, self.out, self.name, self.where, self.world, self.device = shards, out, name, where, world, device
-        self.keeper = Keeper(out, config, world, trainer, self.probe, loader.state(), device)
+        data = {**loader.state(), **adapted.base_of(config)}
+        self.keeper = Keeper(out, config, world, trainer, self.probe, data, device)
         self.guard = Guard(config.spikes, out, world.is_main, name)
         self.validation = Validation(shards, config, world, device)
         self.ledger = Ledger(out, world.rank, where.ledger)
@@ -98,8 +99,9 @@ class Session:
         """Write the model. Returns the stage's figures."""
         self.keeper.finish()
         tensors, export = self._exported(step)
-        config: Any = self.trainer.module.config
-        on_main(lambda: weights.save_model(self.out, tensors, config, self.shards), self.world)
+        settings: Any = self.config
+        model, spec = cast(Any, self.trainer.module).config, self.loader.reader.spec
+        on_main(lambda: adapted.save_model(self.out, tensors, settings, model, spec, self.shards), self.world)
         counts: dict[str, float] = {"steps": step, "ranks": self.world.size, "zero_stage": self.config.zero.stage}
         if self.guard.skipped:
             counts |= {"skipped": len(self.guard.skipped), "rollbacks": self.guard.rollbacks}

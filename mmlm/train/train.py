@@ -29,7 +29,13 @@ def train(config: TrainConfig, shards: Artifact, *, out: Path, launch: Launch, t
 
     Raises Interrupted when a signal stopped it (saved, run it again), LaunchError when a rank died.
     """
-    work = artifacts.begin(out, "checkpoint", recipe=RECIPE, config=config, parents={"shards": shards})
+    known = config
+    if getattr(config.model, "pretrained", None):
+        from mmlm.train import pretrained  # with torch, which this process needs for nothing else
+
+        config = pretrained.settled(config, shards.path)
+        known = pretrained.nameless(config)
+    work = artifacts.begin(out, "checkpoint", recipe=RECIPE, config=known, parents={"shards": shards})
     if work.artifact:
         return work.artifact
     if (shards.path / feature_spec.FILE).is_file():
@@ -63,14 +69,18 @@ def run_ranks(
         launch(target, arguments, log=work.path / "logs")
         counts = json.loads((work.path / "counts.json").read_text())
         counts |= expected.compared(work.path, counts["parameters"])
-        artifact = work.finish(
-            counts=counts, digest_of=("model.safetensors", "config.json", feature_spec.FILE, "tokenizer.json")
-        )
+        artifact = work.finish(counts=counts, digest_of=files_of(work.path))
         run.metrics({"parameters": counts["parameters"], "seconds": artifact.seconds})
         for what in ("predicted", "measured"):
             run.metrics({f"plan/{what}_{name}": value for name, value in counts.get(what, {}).items()})
         run.noun(artifact)
     return artifact
+
+
+def files_of(folder: Path) -> list[str]:
+    """The files that make up a model, its adapters included."""
+    adapters = sorted(str(path.relative_to(folder)) for path in folder.glob("adapters/*/*"))
+    return ["model.safetensors", "config.json", feature_spec.FILE, "tokenizer.json", *adapters]
 
 
 def check_metrics_room(folder: Path) -> None:
@@ -86,7 +96,7 @@ def on_rank(
 
     from mmlm import world as worlds
     from mmlm.config import parse
-    from mmlm.train import engine, weights
+    from mmlm.train import adapted, engine
     from mmlm.train.loop import fit
     from mmlm.train.objectives import Answering
 
@@ -97,7 +107,7 @@ def on_rank(
     spec = feature_spec.load(folder)
     expected.write(settings, spec, folder, Path(out), world)
     torch.manual_seed(settings.seed)
-    model = weights.build(settings.model, spec)
+    model = adapted.build(settings, spec, folder)
     model.set_up(recompute=settings.recompute, compiled=settings.compile)
     objective = Answering(settings.loss, spec, getattr(settings.model, "fusion", None))
     counts = fit(model, objective, settings, folder, Path(out), "train", Where(**(where or {})))

@@ -37,6 +37,10 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", to
 def build(config: AnyModelConfig, spec: FeatureSpec) -> FusedTransformer:
     """The model that `config` asks for, with new weights. Raises ConfigError when it cannot do what the spec wants."""
     if isinstance(config, ModelConfig):
+        if config.pretrained and config.pretrained.encoder:
+            from mmlm.model.huggingface.encoder import EncoderModel
+
+            return EncoderModel(config, spec)
         return build_model(config, spec, len(field_rows(spec)))
     if isinstance(config, CnnConfig):
         return CnnModel(config, spec, len(field_rows(spec)))
@@ -57,13 +61,13 @@ def save_model(folder: Path, tensors: dict[str, torch.Tensor], config: AnyModelC
         shutil.copyfile(shards / name, folder / name)
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> str:
     """A safetensors file that appears whole or not at all; returns its sha256.
 
     Written here, tensor by tensor, hashed as it goes: safetensors' own writer first makes all bytes in memory, and
     hides a full disk, which is an OSError here. Layout: 8 bytes length, a JSON header, the raw tensors.
     """
-    header: dict[str, dict[str, object]] = {}
+    header: dict[str, dict[str, object]] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, tensor in sorted(tensors.items()):
         begin, end = end, end + tensor.numel() * tensor.element_size()
@@ -92,16 +96,26 @@ def load_config(folder: Path) -> AnyModelConfig:
 
 
 def load_model(folder: Path, spec: FeatureSpec) -> FusedTransformer:
-    """The model in `folder`. Raises ArtifactError when weights are missing, damaged, or do not fit config and spec."""
+    """The model in `folder`, with its adapters if it has any.
+
+    Raises ArtifactError when weights are missing, damaged, or do not fit config and spec.
+    """
     model = build(load_config(folder), spec)
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        tensors = load_file(folder / WEIGHTS)
+        if model.config.tied:
+            tensors.setdefault("answer.weight", tensors["tokens.weight"])
+        model.load_state_dict(tensors)
     except FileNotFoundError:
         raise ArtifactError(f"{folder} has no {WEIGHTS}", wanted="a checkpoint", cure="check the path") from None
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, SafetensorError, KeyError) as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise ArtifactError(
             f"the weights in {folder} do not fit its config and feature spec ({first})",
             cure="train again, or check the path",
         ) from None
+    if (folder / "adapters").is_dir():
+        from mmlm.train import adapted
+
+        adapted.load_all(model, folder)
     return model

@@ -1,0 +1,142 @@
+"""The whole model as a class of transformers: what `AutoModel.from_pretrained(DIR, trust_remote_code=True)` gives.
+
+`mmlm export --format hf` puts this file and those that it needs into the folder, so that mmlm need not be installed.
+
+Axes: B sequence, T position, X valid position, V vocabulary, C classes of all tasks, P patch, M mel token, K field value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from mmlm.features.spec import ANSWER, AUDIO, FIELDS, IMAGE, FeatureSpec
+from mmlm.model.config import ModelConfig
+from mmlm.model.transformer import IGNORE, FusedTransformer
+
+
+class MmlmConfig(PreTrainedConfig):
+    """`model` holds the settings of the Transformer, `spec` what it reads: the folder's other JSON files in one."""
+
+    model_type = "mmlm"
+
+    def __init__(
+        self,
+        model: dict[str, Any] | None = None,
+        spec: dict[str, Any] | None = None,
+        field_rows: int = 0,
+        **others: Any,
+    ) -> None:
+        self.model, self.spec, self.field_rows = model or {}, spec or {}, field_rows
+        super().__init__(**others)
+
+
+@dataclass
+class MmlmOutput(ModelOutput):
+    loss: torch.Tensor | None = None
+    """Mean cross-entropy of the next token over the labels that are not -100."""
+    logits: torch.Tensor | None = None
+    """(B, T, V); zeros where a sequence is padded."""
+    label_logits: torch.Tensor | None = None
+    """(B, C), read at `<answer>`, or at the last token where there is none; `config.spec["tasks"]` names the classes."""
+
+
+@dataclass
+class _Inputs:
+    """What FusedTransformer reads."""
+
+    tokens_BT: torch.Tensor
+    valid_BT: torch.Tensor
+    prompt_BT: torch.Tensor
+    target_BT: torch.Tensor
+    segment_BT: torch.Tensor
+    position_BT: torch.Tensor
+    answer_at_R: torch.Tensor
+    patches_PD: torch.Tensor
+    patch_at_P: torch.Tensor
+    mels_MD: torch.Tensor
+    mel_at_M: torch.Tensor
+    values_K: torch.Tensor
+    value_at_K: torch.Tensor
+
+
+class MmlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Text with pictures, sounds and fields in it. A picture is as many `<image>` ids as it has patches, a sound as many
+    `<audio>` ids as it has mel tokens, fields as many `<fields>` ids as there are; their features come beside, in order of
+    the slots, sequence by sequence. A question ends with `<answer>`."""
+
+    config_class = MmlmConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config: MmlmConfig) -> None:
+        super().__init__(config)
+        spec = FeatureSpec.model_validate(config.spec)
+        self.net = FusedTransformer(ModelConfig.model_validate(config.model), spec, config.field_rows)
+        image, audio = spec.encoder("image"), spec.encoder("audio")
+        self.widths = (
+            image.dim if image else spec.image.patch_dim if spec.image else 1,
+            audio.dim if audio else spec.audio.token_dim if spec.audio else 1,
+            0,
+        )
+        """Values of a patch, of a mel token; of a field there is one, without an axis."""
+        self.post_init()
+
+    def _init_weights(self, module: Any) -> None:
+        """FusedTransformer has done so."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        patches: torch.Tensor | None = None,
+        patch_at: torch.Tensor | None = None,
+        mels: torch.Tensor | None = None,
+        mel_at: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+        value_at: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **_: Any,
+    ) -> MmlmOutput:
+        """`patches` (P, D) are flattened patches of standardised pictures and `patch_at` their numbers in the picture, row
+        by row; `mels` (M, D) rows of stacked log-mel frames and `mel_at` their numbers in the sound; `values` (K,)
+        standardised numbers, and 1 for the category that is present, with the numbers `value_at` of their fields.
+        """
+        valid_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        batch = self._inputs(input_ids, valid_BT, (patches, patch_at), (mels, mel_at), (values, value_at))
+        x_XD = self.net.trunk(batch)
+        logits_XV = self.net.answer(x_XD)
+        logits = logits_XV.new_zeros(*input_ids.shape, logits_XV.shape[-1])
+        logits[valid_BT] = logits_XV
+        at_R = (valid_BT.flatten().cumsum(0) - 1)[batch.answer_at_R]
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+        return MmlmOutput(loss=loss, logits=logits, label_logits=self.net.label(x_XD[at_R]))
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: torch.Tensor, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The whole sequence at every step: slow and right; `mmlm predict` has a cache."""
+        kept = ("attention_mask", "patches", "patch_at", "mels", "mel_at", "values", "value_at")
+        return {"input_ids": input_ids, **{key: kwargs[key] for key in kept if kwargs.get(key) is not None}}
+
+    def _inputs(self, ids_BT: torch.Tensor, valid_BT: torch.Tensor, *media: tuple[Any, Any]) -> _Inputs:
+        answers_BT = (ids_BT == ANSWER) & valid_BT
+        slot_BT = (ids_BT == IMAGE) | (ids_BT == AUDIO) | (ids_BT == FIELDS)
+        asked_BT = answers_BT.any(1, keepdim=True) & (answers_BT.cumsum(1) - answers_BT.int() == 0)
+        number_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        last_B = torch.where(answers_BT.any(1), answers_BT.int().argmax(1), (number_T * valid_BT).argmax(1))
+        rows = []
+        for (features, at), width in zip(media, self.widths, strict=True):
+            empty = ids_BT.new_zeros((0, width) if width else 0, dtype=self.dtype)
+            rows += [empty if features is None else features.to(self.dtype), ids_BT.new_zeros(0) if at is None else at]
+        return _Inputs(
+            ids_BT, valid_BT, (asked_BT | slot_BT) & valid_BT, torch.full_like(ids_BT, IGNORE),
+            torch.where(valid_BT, 0, -1), (valid_BT.cumsum(1) - 1).clamp_min(0),
+            torch.arange(len(ids_BT), device=ids_BT.device) * ids_BT.shape[1] + last_B, *rows,
+        )  # fmt: skip

@@ -1,0 +1,119 @@
+"""Adapters on a model against the plain sum W + (alpha / rank) B A."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmlm.data.collate import IGNORE, collate, field_rows
+from mmlm.errors import ConfigError
+from mmlm.model import adapters
+from mmlm.model.config import LoraConfig, ModelConfig
+from mmlm.model.transformer import FusedTransformer
+from tests.small import SPEC, sample
+
+pytest.importorskip("peft")
+EVERYWHERE = LoraConfig(rank=3, alpha=6, targets=("blocks", "answer", "image"))
+
+
+def model(lora: LoraConfig | None = EVERYWHERE, learnt: bool = True, tied: bool = False) -> FusedTransformer:
+    torch.manual_seed(0)
+    net = FusedTransformer(ModelConfig(width=32, layers=2, heads=4, tied=tied), SPEC, len(field_rows(SPEC))).eval()
+    if lora:
+        adapters.add(net, lora)
+        adapters.freeze_base(net, lora)
+        if learnt:
+            _learn(net, 1)
+    return net
+
+
+def _learn(net: FusedTransformer, seed: int, name: str = adapters.DEFAULT) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    for key, parameter in net.named_parameters():
+        if adapters.is_adapter(key) and f".{name}." in key:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=draw)
+
+
+def batch():
+    return collate([sample(0), sample(1, ()), sample(2, ("audio",))], SPEC)
+
+
+def test_an_adapter_is_a_sum_and_switched_off_it_is_nothing():
+    bare, fresh, net = model(None), model(learnt=False), model()
+    assert torch.equal(fresh(batch()).answer_AV, bare(batch()).answer_AV)
+    by_hand = model(None)
+    found = adapters.own_names(net.state_dict())
+    with torch.no_grad():
+        for name, parameter in by_hand.named_parameters():
+            a = found.get(name.replace(".weight", ".lora_A.weight"))
+            if a is not None:
+                parameter.add_(6 / 3 * found[name.replace(".weight", ".lora_B.weight")] @ a)
+    on, wanted = net(batch()), by_hand(batch())
+    assert torch.allclose(on.answer_AV, wanted.answer_AV, atol=1e-5)
+    assert torch.allclose(on.label_RC, wanted.label_RC, atol=1e-5)
+    assert (on.answer_AV - bare(batch()).answer_AV).abs().max() > 0.1
+
+    adapters.switch(net, None)
+    assert torch.equal(net(batch()).answer_AV, bare(batch()).answer_AV)
+    assert torch.equal(net(batch(), z_loss=0.0).answer.each_A, bare(batch(), z_loss=0.0).answer.each_A)
+    adapters.switch(net, "default")
+    assert torch.equal(net(batch()).answer_AV, on.answer_AV)
+
+    adapters.merge(net)
+    assert net.state_dict().keys() == bare.state_dict().keys() and not adapters.names(net)
+    assert torch.allclose(net(batch()).answer_AV, on.answer_AV, atol=1e-5)
+
+
+def test_the_loss_of_an_adapted_head_has_the_gradients_of_its_logits():
+    net = model()
+    targets = batch().target_BT[batch().target_BT != IGNORE]
+    trained = [p for n, p in net.named_parameters() if p.requires_grad and n.split(".")[0] in ("answer", "blocks")]
+    asked, logits = net(batch(), z_loss=0.0).answer.sum, net(batch()).answer_AV
+    wanted = F.cross_entropy(logits, targets, reduction="sum")
+    assert asked.item() == pytest.approx(wanted.item(), rel=1e-6)
+    pairs = zip(torch.autograd.grad(asked, trained), torch.autograd.grad(wanted, trained), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-5) and b.any() for a, b in pairs)
+
+
+def test_only_adapters_and_what_a_pretrained_trunk_lacks_are_trained():
+    net = model()
+    free = {n for n, p in net.named_parameters() if p.requires_grad}
+    held = {n for n, p in net.named_parameters() if not p.requires_grad}
+    assert {"label.weight", "audio.place.weight", "blocks.0.attention.qkv.lora_A.default.weight"} <= free
+    assert {"tokens.weight", "norm.weight", "blocks.0.attention.qkv.base_layer.weight"} <= held
+    net = model(LoraConfig(targets=("*.qkv",), also=("tokens",)))
+    free = {n.split(".")[-4 if "lora" in n else 0] for n, p in net.named_parameters() if p.requires_grad}
+    assert free == {"qkv", "tokens"}
+
+
+def test_several_adapters_lie_on_one_model():
+    net = model()
+    first = net(batch())
+    other = LoraConfig(rank=2, targets=("blocks.0",))
+    adapters.add(net, other, "other")
+    _learn(net, 2, "other")
+    kept = adapters.own_names(net.state_dict(), "other") | {"label.bias": torch.ones(3)}
+    adapters.load(net, kept, "other")
+    second = net(batch())
+    assert adapters.names(net) == ["default", "other"] and adapters.active(net) == "other"
+    assert not torch.allclose(first.answer_AV, second.answer_AV, atol=1e-2)
+    alone = model(None)
+    adapters.add(alone, other, "other")
+    adapters.load(alone, kept, "other")
+    assert torch.equal(alone(batch()).label_RC, second.label_RC)
+    adapters.switch(net, "default")
+    assert torch.equal(net(batch()).answer_AV, first.answer_AV)
+
+
+def test_what_cannot_be_adapted_is_said():
+    with pytest.raises(ConfigError, match=r"`lora.targets` names 'heads', which fits no linear map.*such as blocks"):
+        model(LoraConfig(targets=("heads",)))
+    with pytest.raises(ConfigError, match="tied to the embedding"):
+        model(tied=True)
+    with pytest.raises(ConfigError, match=r"`lora.also` names 'video'"):
+        model(LoraConfig(also=("video",)))
+    with pytest.raises(ConfigError, match="no adapter 'x'; wanted default"):
+        adapters.switch(model(), "x")
+    with pytest.raises(ConfigError, match="lacks image"):
+        adapters.load(model(), {}, "default")
