@@ -80,7 +80,7 @@ def work_of(what: Subject) -> Workload:
         with contextlib.closing(Loader(what.shards, config.data, config.seed, World(), config.steps)) as loader:
             return probe.workload(loader, config)
     rows, length = config.data.batch, getattr(config.data.pack, "length", None) or what.spec.max_len
-    patches = what.spec.image.tokens if what.spec.image else 0
+    patches = what.spec.image_positions(1)
     audio = what.spec.audio
     mels = -(-audio.max_frames // audio.frames_per_token) if audio else 0
     targets = max(1, length - patches - mels)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from mmlm.data.borders import kept_patches
 from mmlm.errors import DataError
 from mmlm.features.image import opencv
 from mmlm.features.sample import Sample
-from mmlm.features.spec import AUDIO, FIELDS, IMAGE, PAD, AudioSpec, FeatureSpec, ImageSpec
+from mmlm.features.spec import AUDIO, FIELDS, IMAGE, PAD, AudioSpec, EncoderSpec, FeatureSpec, ImageSpec
 
 Empty = Callable[[tuple[int, ...], Any], np.ndarray]
 IGNORE = -100
@@ -78,8 +78,14 @@ def assemble(
     records = [s for s in samples if s.answer_at >= 0]
     offsets = spec.label_offsets()
     names = {t.name: n for n, t in enumerate(spec.tasks)}
-    patches, patch_at = _patches([s.images for s in samples], spec.image, empty)
-    mels, mel_at = _mels([x for s in samples for x in s.sounds], spec.audio)
+    if encoder := spec.encoder("image"):
+        patches, patch_at = _encoded_rows([encoded(s, "image") for s in samples], encoder, one_after_another=True)
+    else:
+        patches, patch_at = _patches([s.images for s in samples], spec.image, empty)
+    if encoder := spec.encoder("audio"):
+        mels, mel_at = _encoded_rows([encoded(s, "audio") for s in samples], encoder, one_after_another=False)
+    else:
+        mels, mel_at = _mels([x for s in samples for x in s.sounds], spec.audio)
     values, value_at = _values(samples, spec)
     return {
         "tokens_BT": tokens,
@@ -111,9 +117,17 @@ def _open(sample: Sample, spec: FeatureSpec, with_answer: bool) -> tuple[np.ndar
     repeats = np.ones(len(tokens), np.int64)
     prompt = tokens if piece else tokens[: sample.answer_at]
     if spec.image:
-        repeats[: len(prompt)][prompt == IMAGE] = [len(kept_patches(x, spec.image)) for x in sample.images]
+        repeats[: len(prompt)][prompt == IMAGE] = (
+            [len(x) for x in encoded(sample, "image")]
+            if spec.encoder("image")
+            else [len(kept_patches(x, spec.image)) for x in sample.images]
+        )
     if spec.audio:
-        repeats[: len(prompt)][prompt == AUDIO] = [mel_tokens(len(x), spec.audio) for x in sample.sounds]
+        repeats[: len(prompt)][prompt == AUDIO] = (
+            [len(x) for x in encoded(sample, "audio")]
+            if spec.encoder("audio")
+            else [mel_tokens(len(x), spec.audio) for x in sample.sounds]
+        )
     if spec.fields:
         repeats[: len(prompt)][prompt == FIELDS] = len(spec.fields.names)
     beside = np.zeros(len(tokens), bool)
@@ -163,6 +177,33 @@ def _number(sample: Sample, spec: FeatureSpec) -> float:
     if found is None or sample.number is None:
         return math.nan
     return (sample.number - found[0]) / found[1]
+
+
+def encoded(sample: Sample, kind: Literal["image", "audio"]) -> list[np.ndarray]:
+    """What a pretrained encoder made of the sample's pictures or sounds. Raises DataError where it is missing."""
+    media, found = (sample.images if kind == "image" else sample.sounds), sample.features.get(kind, [])
+    if len(found) < len(media):
+        raise DataError(
+            f"{sample.id} has {len(media)} {kind}s and the features of {len(found)}",
+            wanted="what the pretrained encoder makes of each, which the model was trained on",
+            cure="ask about records of a shard set that was made with this encoder",
+        )
+    return found if media else []
+
+
+def _encoded_rows(
+    records: list[list[np.ndarray]], spec: EncoderSpec, one_after_another: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The features of all pictures or sounds, and their places; of pictures, `tokens` more for each before in its record."""
+    rows = [x for record in records for x in record]
+    at = [
+        np.arange(len(x)) + (n * spec.tokens if one_after_another else 0)
+        for record in records
+        for n, x in enumerate(record)
+    ]
+    if not rows:
+        return np.zeros((0, spec.dim), np.float32), np.zeros(0, np.int64)
+    return np.concatenate(rows).astype(np.float32), np.concatenate(at).astype(np.int64)
 
 
 def _patches(

@@ -34,6 +34,7 @@ def keep_modalities(sample: Sample, kept: frozenset[str] | set[str]) -> Sample:
         images=[] if "image" in away else sample.images,
         sounds=[] if "audio" in away else sample.sounds,
         fields={} if "fields" in away else sample.fields,
+        features={kind: some for kind, some in sample.features.items() if kind not in away},
     )
 
 

@@ -79,6 +79,7 @@ class ShardReader:
         self.path, self.splits = self.files.folder, splits
         self.artifact = artifacts.read(self.path, "shards")
         self.spec = feature_spec.load(self.path)
+        self._encoded = any(one.read for one in self.spec.encoders.values())
         table = pq.read_table(self.path / "manifest.parquet")
         table = table.filter(pc.and_(pc.is_in(table["split"], pa.array(splits)), pc.not_equal(table["path"], "")))
         self._rows = table.combine_chunks()
@@ -104,7 +105,7 @@ class ShardReader:
         if found is not None:
             self._cache.move_to_end(i)
             return found
-        sample = codec.unpack(self.members(i))
+        sample = codec.unpack(self.members(i), features=self._encoded)
         self._remember(i, sample)
         return sample
 
@@ -217,5 +218,5 @@ class ShardReader:
 
 
 def _size(sample: Sample) -> int:
-    arrays: list[np.ndarray] = [sample.tokens, *sample.images, *sample.sounds]
+    arrays = [sample.tokens, *sample.images, *sample.sounds, *(x for some in sample.features.values() for x in some)]
     return sum(a.nbytes for a in arrays) + 1024

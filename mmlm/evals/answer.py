@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmlm.data.collate import collate, mel_tokens
+from mmlm.data.collate import collate
 from mmlm.data.modalities import keep_modalities
 from mmlm.evals.read_head import read_head
 from mmlm.features import spec as feature_spec
@@ -149,9 +149,10 @@ def prompt_length(sample: Sample, spec: FeatureSpec) -> int:
     prompt = sample.tokens[: sample.answer_at]
     length = len(prompt)
     if spec.image:
-        length += int((prompt == IMAGE).sum()) * (spec.image.tokens - 1)
+        pictures = int((prompt == IMAGE).sum())
+        length += spec.image_positions(pictures) - pictures
     if spec.audio and (prompt == AUDIO).any():
-        length += sum(mel_tokens(len(x), spec.audio) - 1 for x in sample.sounds)
+        length += spec.audio_positions([len(x) for x in sample.sounds]) - len(sample.sounds)
     if spec.fields:
         length += int((prompt == FIELDS).sum()) * (len(spec.fields.names) - 1)
     return length

@@ -31,6 +31,8 @@ class EncoderConfig(Config):
     CLIP, SigLIP) preprocessor_config.json too; for sounds Whisper. Its content counts, not where it lies."""
     layer: Literal["last", "pooled"] = "last"
     """`last`: a vector for each token of the last layer; `pooled`: one for the whole, of a sound the mean of its tokens."""
+    read: bool = False
+    """Whether models read the features, through a linear projector, in place of the patches or mel frames."""
     batch: int = Field(default=16, ge=1, le=4096)
     """Items encoded together. Part of the recipe, since another one may change the last bits."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -190,9 +189,9 @@ def opened_length(sample: Sample, spec: FeatureSpec) -> int:
     """Positions of the sample's sequence once each media slot is opened to what it holds."""
     length = len(sample.tokens)
     if spec.image:
-        length += len(sample.images) * (spec.image.tokens - 1)
+        length += spec.image_positions(len(sample.images)) - len(sample.images)
     if spec.audio:
-        length += sum(math.ceil(len(sound) / spec.audio.frames_per_token) - 1 for sound in sample.sounds)
+        length += spec.audio_positions([len(sound) for sound in sample.sounds]) - len(sample.sounds)
     if spec.fields and sample.fields:
         length += len(spec.fields.names) - 1
     return length

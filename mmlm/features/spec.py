@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -109,6 +110,8 @@ class EncoderSpec(Config):
     """Values of a token."""
     tokens: int
     """At most: a sound has as many as it lasts."""
+    read: bool = False
+    """Whether models read them in place of the patches or mel frames."""
 
 
 class FieldsSpec(Config):
@@ -173,7 +176,27 @@ class FeatureSpec(Config):
                     del task[name]
         if data["image"] and data["image"]["padding"] == "keep":
             del data["image"]["padding"]
+        for encoder in data.get("encoders", {}).values():
+            if not encoder["read"]:
+                del encoder["read"]
         return sha256_json(data)
+
+    def encoder(self, kind: Literal["image", "audio"]) -> EncoderSpec | None:
+        """The pretrained encoder whose features models read in place of the patches or mel frames, if there is one."""
+        found = self.encoders.get(kind)
+        return found if found and found.read else None
+
+    def image_positions(self, pictures: int) -> int:
+        """Positions that so many pictures take up, at most."""
+        encoder = self.encoder("image")
+        return pictures * (encoder.tokens if encoder else self.image.tokens if self.image else 0)
+
+    def audio_positions(self, frames: Sequence[int]) -> int:
+        """Positions that sounds of so many mel frames take up; where an encoder's features are read, at most."""
+        encoder = self.encoder("audio")
+        if encoder:
+            return len(frames) * encoder.tokens
+        return sum(-(-n // self.audio.frames_per_token) for n in frames) if self.audio else 0
 
     @property
     def image_bytes(self) -> int:

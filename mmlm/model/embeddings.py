@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmlm.features.spec import AudioSpec, ImageSpec
+from mmlm.features.spec import AudioSpec, EncoderSpec, FeatureSpec, ImageSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.stems import PictureConvolutions, SoundConvolutions
 
@@ -30,14 +30,32 @@ def fill(
     return x_XD.index_copy(0, here_X.nonzero()[:, 0], embedded[:-1]) + 0 * embedded[-1].sum()
 
 
-def image_embedding(config: ModelConfig, spec: ImageSpec) -> MediaEmbedding:
+def image_embedding(config: ModelConfig, spec: FeatureSpec) -> MediaEmbedding | None:
+    """None where there are no pictures. What a pretrained encoder made of them goes through a linear projector."""
+    return _encoded(spec.encoder("image"), config.width, wraps=True) or _pictures(config, spec.image)
+
+
+def audio_embedding(config: ModelConfig, spec: FeatureSpec) -> MediaEmbedding | None:
+    """None where there are no sounds."""
+    return _encoded(spec.encoder("audio"), config.width, wraps=False) or _sounds(config, spec.audio)
+
+
+def _encoded(spec: EncoderSpec | None, D: int, wraps: bool) -> MediaEmbedding | None:
+    return MediaEmbedding(Linear(spec.dim, D), Table(spec.tokens, D, wraps)) if spec else None
+
+
+def _pictures(config: ModelConfig, spec: ImageSpec | None) -> MediaEmbedding | None:
+    if spec is None:
+        return None
     D = config.width
     stem = Linear(spec.patch_dim, D) if config.image_stem == "linear" else PictureConvolutions(spec, D)
     places = Table(spec.tokens, D) if config.image_places == "table" else Grid(spec.size // spec.patch, D)
     return MediaEmbedding(stem, places)
 
 
-def audio_embedding(config: ModelConfig, spec: AudioSpec) -> MediaEmbedding:
+def _sounds(config: ModelConfig, spec: AudioSpec | None) -> MediaEmbedding | None:
+    if spec is None:
+        return None
     D = config.width
     stem = Linear(spec.token_dim, D) if config.audio_stem == "linear" else SoundConvolutions(spec, D)
     return MediaEmbedding(stem, Table(-(-spec.max_frames // spec.frames_per_token) + 1, D, wraps=False))

@@ -149,13 +149,17 @@ def _media(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Shap
     patches at its edges are left out."""
     D, first, rest = config.width, 0, 0
     stems = (config.image_stem, config.audio_stem) if isinstance(config, ModelConfig) else ("linear", "linear")
-    if spec.image and stems[0] == "linear":
+    if encoder := spec.encoder("image"):
+        first += 2 * shape.patches * encoder.dim * D
+    elif spec.image and stems[0] == "linear":
         first += 2 * shape.patches * spec.image.patch_dim * D
     elif spec.image:
         pictures = -(-shape.patches // spec.image.tokens)
         reading, behind = convolution_flops(spec.image, D)
         first, rest = first + pictures * reading, rest + pictures * behind
-    if spec.audio and stems[1] == "linear":
+    if encoder := spec.encoder("audio"):
+        first += 2 * shape.mels * encoder.dim * D
+    elif spec.audio and stems[1] == "linear":
         first += 2 * shape.mels * spec.audio.token_dim * D
     elif spec.audio:
         frames = shape.mels * spec.audio.frames_per_token

@@ -86,8 +86,8 @@ class FusedTransformer(nn.Module):
         super().__init__()
         self.config, D = config, config.width
         self.tokens = nn.Embedding(spec.vocab_size, D)
-        self.image = image_embedding(config, spec.image) if spec.image else None
-        self.audio = audio_embedding(config, spec.audio) if spec.audio else None
+        self.image = image_embedding(config, spec)
+        self.audio = audio_embedding(config, spec)
         self.fields = FieldEmbedding(field_rows, D) if field_rows else None
         self.positions = added_positions(config, spec.max_len)
         self.fusion = build_fusion(config, spec)

@@ -129,9 +129,11 @@ def glance(members: Mapping[str, bytes], spec: FeatureSpec) -> Glance:
         tokens = length = _rows(members["tokens.npy"])
         for found in filter(None, map(_MEDIA.fullmatch, members)):
             if found[1] and spec.image:
-                length += spec.image.tokens - 1
+                length += _encoded(members, spec, "image", found[2]) or spec.image.tokens
+                length -= 1
             elif found[3] and spec.audio:
-                length += math.ceil(_rows(members[found[0]]) / spec.audio.frames_per_token) - 1
+                length += _encoded(members, spec, "audio", found[4]) or spec.audio_positions([_rows(members[found[0]])])
+                length -= 1
         if plain["fields"] and spec.fields:
             length += len(spec.fields.names) - 1
         return Glance(str(plain["task"]), str(plain.get("source", "")), tokens, length)
@@ -140,6 +142,11 @@ def glance(members: Mapping[str, bytes], spec: FeatureSpec) -> Glance:
             f"a sample of a shard cannot be read ({type(error).__name__}: {error})",
             cure="run `mmlm verify` on the shards",
         ) from None
+
+
+def _encoded(members: Mapping[str, bytes], spec: FeatureSpec, kind: Literal["image", "audio"], number: str) -> int:
+    """Tokens of an encoder that are read in place of a picture or sound; 0 where they are not."""
+    return _rows(members[f"features_{kind}{int(number)}.npy"]) if spec.encoder(kind) else 0
 
 
 def _rows(data: bytes) -> int:

@@ -341,7 +341,7 @@ def _describe(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> EncoderSp
     dim, tokens = _shape(config, reader)
     if isinstance(stored, AudioSpec):
         tokens = max(1, math.ceil(stored.max_frames / 2))
-    return EncoderSpec(digest=found, dim=dim, tokens=1 if config.layer == "pooled" else tokens)
+    return EncoderSpec(digest=found, dim=dim, tokens=1 if config.layer == "pooled" else tokens, read=config.read)
 
 
 def _reader(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> _Pictures | _Sounds:

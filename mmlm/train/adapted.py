@@ -49,7 +49,7 @@ def save_model(
     out: Path,
     tensors: dict[str, torch.Tensor],
     config: TrainConfig,
-    model: ModelConfig,
+    model: AnyModelConfig,
     spec: FeatureSpec,
     shards: Path,
 ) -> None:
