@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mmlm import remote, stores
+from mmlm import asking, object_cache, remote, stores
 from mmlm.errors import DataError, LaunchError
 from tests import clouds
 from tests.web import Site, serving
@@ -26,8 +26,8 @@ BYTES = random.Random(7).randbytes(3 << 20)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own, quick retries, and nothing remembered of another test's store."""
     monkeypatch.setenv("MMLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.002)
-    remote._known.clear()
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0.002)
+    remote.forget()
     return tmp_path / "cache"
 
 
@@ -60,7 +60,7 @@ def test_an_object_is_fetched_once_whoever_asks(site: Site, cache: Path) -> None
     assert remote.read_range(uri, 100, 50) == BYTES[100:150]
     assert site.gets("/a.bin") == [""]
     assert kept(cache) == [path]
-    remote._known.clear()  # as another process would: it asks whether the object is still the same
+    remote.forget()  # as another process would: it asks whether the object is still the same
     assert remote.read(uri) == BYTES
     assert [method for method, *_ in site.asked].count("GET") == 1
 
@@ -113,7 +113,7 @@ def test_a_server_that_lies_about_the_size_is_given_up(site: Site) -> None:
     with pytest.raises((DataError, LaunchError)) as told:
         remote.read(f"{site.url}/a.bin")
     assert "changed while it was read, 3 times" in str(told.value)
-    remote._known.clear()
+    remote.forget()
     site.lie = -10
     site.asked.clear()
     site.md5 = True
@@ -166,7 +166,7 @@ def test_an_object_that_changed_is_fetched_anew(site: Site) -> None:
     assert remote.read(uri) == b"new"
     site.files["/a.bin"] = b"newer"  # between being looked at and being read
     assert remote.read(uri) == b"new"
-    remote._known.clear()
+    remote.forget()
     remote.stat(uri)
     site.files["/a.bin"] = b"newest!"
     assert remote.read(uri) == b"newest!"
@@ -217,7 +217,7 @@ def test_the_cache_stays_within_its_limit_and_spares_what_is_used(
     assert len(kept(cache)) == 8
     assert remote.evict(cache, 350_000) == 500_000
     assert used.read_bytes() == bytes(100_000)
-    left = [remote._Cache().path(f"{site.url}/{n}.bin", remote.known(f"{site.url}/{n}.bin")) for n in range(8)]
+    left = [object_cache.Cache().path(f"{site.url}/{n}.bin", remote.known(f"{site.url}/{n}.bin")) for n in range(8)]
     assert [path.exists() for path in left] == [True, *[False] * 5, True, True]
     monkeypatch.setenv("MMLM_CACHE_BYTES", "100000")
     remote.read(f"{site.url}/a.bin")  # more than the whole limit: it is read all the same
@@ -243,7 +243,7 @@ def test_a_cache_that_cannot_be_written_is_named(site: Site, tmp_path: Path, mon
     ) as full:  # a disk without space: it stops the work, and is not the store's fault
         told = remote.stat(f"{site.url}/a.bin")
         with pytest.raises(OSError, match="No space left"):
-            remote._fill(f"{site.url}/a.bin", told, full, 0, None)
+            object_cache._fill(f"{site.url}/a.bin", told, full, 0, None)
     assert len(site.gets("/a.bin")) == 1
 
 
@@ -263,7 +263,7 @@ def test_a_name_carries_no_signature(signed: str, name: str) -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(DataError, match=r'pip install "mmlm-workflows\[s3\]"'):
-        stores.open_store("s3")
+        asking.open_store("s3")
 
 
 def test_missing_credentials_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_an_object_replaced_in_the_store_is_seen(cloud: clouds.Cloud) -> None:
     uri = cloud.put("replaced", b"one")
     assert remote.read(uri) == b"one"
     cloud.put("replaced", b"two!")
-    remote._known.clear()
+    remote.forget()
     assert remote.read(uri) == b"two!"
     remote.stat(uri)
     cloud.put("replaced", b"three")  # after it was looked at

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mmlm import cli, remote
+from mmlm import asking, cli, remote
 from mmlm.config import parse
 from mmlm.corpus.config import ScanConfig
 from mmlm.corpus.scan import scan
@@ -38,8 +38,8 @@ SOURCES = [
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MMLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.002)
-    remote._known.clear()
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0.002)
+    remote.forget()
     return tmp_path / "cache"
 
 

@@ -7,7 +7,8 @@ that was killed is taken up by running it again; one that was finished uploads n
 
 A set whose lost samples were retried since has other bytes under some of its old names. It is published beside the one
 that is there, as a whole set of its own below `TO/retry-NUMBER-DIGEST`: who reads the old one goes on reading it, the
-highest number is the newest. On a file system the shards that did not change are links to those that are there.
+highest number is the newest. Shards that did not change are not sent again: in a bucket the store copies those that are
+there, on a file system they are links to them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import re
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,29 +39,33 @@ _RETRY = re.compile(r"retry-([0-9]{1,9})-([0-9a-f]{12})")
 def mirror(shards: Path, to: str, workers: int = 8) -> tuple[str, dict[str, int]]:
     """Publish the finished ShardSet in folder `shards` to `to`: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, or a folder.
 
-    Returns where it lies, and how many `objects` there are, how many were `uploaded` and of how many `bytes`. Raises
-    ArtifactError when the set is not finished or not sound, or when another object lies where one of it belongs;
-    DataError or LaunchError when the store refuses or does not answer.
+    Returns where it lies, and how many `objects` there are, how many were `uploaded` and of how many `bytes`, and how many
+    were `taken_over` from an older set of that place. Raises ArtifactError when the set is not finished or not sound, or
+    when another object lies where one of it belongs; DataError or LaunchError when the store refuses or does not answer.
     """
     ours = artifacts.read(shards, "shards")
     first = _target(to)
     place = _place(first, ours)
-    target = first if place == first.to else _target(place, beside=first)
+    target = first if place == first.to else _target(place)
+    older = _older(first, target)
     known = {}
     for row in rows_of(shards):
         if row["path"]:
             known[row["path"].removesuffix(".tar") + ".index.parquet"] = row["index_sha256"]
             known[row["path"]] = row["sha256"]
     there = target.names()
-    counts: Counter[str] = Counter(objects=len(known) + len(TABLES) + 1, uploaded=0, bytes=0)
+    counts: Counter[str] = Counter(objects=len(known) + len(TABLES) + 1, uploaded=0, bytes=0, taken_over=0)
+
+    def publish(name: str) -> tuple[str, int]:
+        return _publish(shards / name, known.get(name), target, name in there, older)
+
     with Progress("mirror", counts["objects"], "objects") as progress:
         for wave in (list(known), list(TABLES), [artifacts.NAME]):
             with stopping_pool(workers) as pool:
-                for size in pool.map(
-                    lambda name: _publish(shards / name, known.get(name), target, name in there), wave
-                ):
-                    counts["uploaded"] += size is not None
-                    counts["bytes"] += size or 0
+                for how, size in pool.map(publish, wave):
+                    if how:
+                        counts[how] += 1
+                    counts["bytes"] += size
                     progress.add(1)
     return target.to, dict(counts)
 
@@ -76,6 +81,15 @@ def _place(target: _Target, ours: Artifact) -> str:
     digest = ours.digest[:12]
     number = numbers.get(digest) or 1 + max(numbers.values(), default=0)
     return f"{target.to}/retry-{number}-{digest}"
+
+
+def _older(first: _Target, target: _Target) -> list[str]:
+    """The sets that lie in the place already and may hold some of the shards, the newest first."""
+    if target is first:
+        return []
+    retries = sorted((int(found[1]), name) for name in first.folders() if (found := _RETRY.fullmatch(name)))
+    there = [first.to, *(f"{first.to}/{name}" for _, name in retries)]
+    return [place for place in reversed(there) if place != target.to]
 
 
 def _retried(theirs: bytes, ours: Artifact) -> bool:
@@ -97,13 +111,19 @@ def stopping_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _publish(path: Path, wanted: str | None, target: _Target, there: bool) -> int | None:
-    """Bring one file there; returns its size, or None when it is there already. `wanted` is its sha256, if known."""
+def _publish(path: Path, wanted: str | None, target: _Target, there: bool, older: Sequence[str]) -> tuple[str, int]:
+    """Bring one file there, from the sets in `older` or from here. `wanted` is its sha256, if known.
+
+    Returns (`taken_over`, `uploaded`, or "" when it was there already; bytes uploaded).
+    """
     found = sha256_file(path)
     if wanted and found != wanted:
         raise ArtifactError(f"{path} is not what the manifest says", cure=f"`mmlm verify {path.parent}` says more")
-    if not there and target.put(path, found):
-        return path.stat().st_size
+    if not there:
+        if wanted and any(target.take(place, path.name, found) for place in older):
+            return "taken_over", 0
+        if target.put(path, found):
+            return "uploaded", path.stat().st_size
     other = target.sha256(path.name)
     same = other == found or (path.name == artifacts.NAME and _same_noun(path.read_bytes(), target.read(path.name)))
     if not same:
@@ -111,7 +131,7 @@ def _publish(path: Path, wanted: str | None, target: _Target, there: bool) -> in
             f"{blank(target.to)} holds another {path.name} (sha256 {other[:16]})", wanted=found[:16],
             cure="choose another place: nothing is ever replaced",
         )  # fmt: skip
-    return None
+    return "", 0
 
 
 def _same_noun(ours: bytes, theirs: bytes) -> bool:
@@ -123,9 +143,9 @@ def _same_noun(ours: bytes, theirs: bytes) -> bool:
         return False
 
 
-def _target(to: str, beside: _Target | None = None) -> _Target:
+def _target(to: str) -> _Target:
     if not is_remote(to):
-        return _Folder(os.path.abspath(to.removeprefix("file://")), beside.to if beside else "")
+        return _Folder(os.path.abspath(to.removeprefix("file://")))
     if remote.scheme_of(to) == "http":
         raise DataError(f"nothing is published to {blank(to)}", wanted="s3://, gs:// or a folder")
     return _Bucket(to.rstrip("/"))
@@ -149,6 +169,11 @@ class _Target:
         """Store a file under its name; False, and nothing done, when something of that name is there."""
         raise NotImplementedError
 
+    def take(self, older: str, name: str, sha256: str) -> bool:
+        """Store under `name` what the set in the place `older` has under it, if it is that; False, and nothing done, if
+        not, or when something of that name is here."""
+        raise NotImplementedError
+
     def sha256(self, name: str) -> str:
         raise NotImplementedError
 
@@ -166,6 +191,9 @@ class _Bucket(_Target):
     def put(self, path: Path, sha256: str) -> bool:
         return remote.put(f"{self.to}/{path.name}", path, sha256)
 
+    def take(self, older: str, name: str, sha256: str) -> bool:
+        return remote.copy(f"{older}/{name}", sha256, f"{self.to}/{name}")
+
     def sha256(self, name: str) -> str:
         uri = f"{self.to}/{name}"
         if told := remote.stat(uri).sha256:
@@ -180,11 +208,8 @@ class _Bucket(_Target):
 
 
 class _Folder(_Target):
-    """`beside`: a folder whose files are linked where they are the same."""
-
-    def __init__(self, to: str, beside: str = "") -> None:
+    def __init__(self, to: str) -> None:
         super().__init__(to)
-        self.beside = beside
         Path(to).mkdir(parents=True, exist_ok=True)
 
     def names(self) -> set[str]:
@@ -195,11 +220,6 @@ class _Folder(_Target):
 
     def put(self, path: Path, sha256: str) -> bool:
         final = Path(self.to, path.name)
-        with contextlib.suppress(OSError):
-            if self.beside and sha256_file(Path(self.beside, path.name)) == sha256:
-                os.link(Path(self.beside, path.name), final)
-                fsync_folder(final.parent)
-                return True
         temporary = final.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with path.open("rb") as source, temporary.open("xb") as file:
@@ -213,6 +233,14 @@ class _Folder(_Target):
             temporary.unlink(missing_ok=True)
         fsync_folder(final.parent)
         return True
+
+    def take(self, older: str, name: str, sha256: str) -> bool:
+        with contextlib.suppress(OSError):
+            if sha256_file(Path(older, name)) == sha256:
+                os.link(Path(older, name), Path(self.to, name))
+                fsync_folder(Path(self.to))
+                return True
+        return False
 
     def sha256(self, name: str) -> str:
         return sha256_file(Path(self.to, name))

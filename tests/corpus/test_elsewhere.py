@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from mmlm import cli, remote
+from mmlm import cli, object_cache, remote
 from mmlm.config import parse
 from mmlm.corpus.config import ScanConfig
 from mmlm.corpus.explain import explain, explain_files
@@ -35,15 +35,15 @@ def bucket() -> Iterator[clouds.Cloud]:
 def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The addresses of the objects that were fetched whole, as they come."""
     monkeypatch.setenv("MMLM_CACHE", str(tmp_path / "cache"))
-    remote._known.clear()
+    remote.forget()
     seen: list[str] = []
-    download = remote._download
+    download = object_cache._download
 
     def noting(uri: str, *more: Any) -> None:
         seen.append(uri)
         download(uri, *more)
 
-    monkeypatch.setattr(remote, "_download", noting)
+    monkeypatch.setattr(object_cache, "_download", noting)
     return seen
 
 
@@ -119,7 +119,7 @@ def test_a_saved_data_set_is_scanned_where_it_lies(
         assert (made["train"], made["val"], made["test"]) == tuple(local.counts[s] for s in ("train", "val", "test"))
     assert len(fetched) == len(set(fetched)) == 8 and f"{uri}/other.bin" not in fetched
     bucket.put("saved/set/test/data-00000-of-00001.arrow", b"rubbish")
-    remote._known.clear()
+    remote.forget()
     assert scan_of(uri, {"kind": "hf"}, tmp_path / "d")["refused_reasons"] == {"bad_table": 1}
     with pytest.raises(DataError, match="nothing at"):
         scan_of(f"{bucket.root}/nowhere", {"kind": "hf"}, tmp_path / "e")
@@ -174,7 +174,7 @@ def test_media_named_by_whole_addresses_are_seen_to_change(
         config = parse(ScanConfig, {"sources": [source], "allow_remote": True}, "test")
 
         def fingerprint() -> str:
-            remote._known.clear()
+            remote.forget()
             return scan(config, data=tmp_path, out=tmp_path / f"m{len(list(tmp_path.iterdir()))}").fingerprint
 
         first = fingerprint()

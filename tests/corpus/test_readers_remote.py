@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmlm import remote
+from mmlm import asking, remote
 from mmlm.corpus.config import DocumentsSource
 from mmlm.corpus.drafts import RefuseError, media_root, media_uri
 from mmlm.corpus.readers.sources import files_of
@@ -30,8 +30,8 @@ TABLE: dict[str, Any] = {"kind": "table", "map": {"id": "id", "image": "p"}, "as
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.002)
-    remote._known.clear()
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0.002)
+    remote.forget()
 
 
 @pytest.fixture

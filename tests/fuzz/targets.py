@@ -7,6 +7,7 @@ errors, has done its duty; everything else, and every input that takes longer th
 from __future__ import annotations
 
 import functools
+import gzip
 import io
 import json
 import os
@@ -275,6 +276,7 @@ TARGETS: dict[str, Target] = {
     "pdf": Target(_pdf, (), pdfs),
     "html": Target(_html, (RefuseError,), pages),
     "warc": Target(_warc, (), warcs),
+    "warc_gz": Target(lambda data: _warc(gzip.compress(data, 1)), (), warcs),
     "svg": Target(_svg, (SampleError,), lambda: _small(picture_cases("/nonexistent"), ".svg")),
     "unpack": Target(_unpack, (DataError,), _packed),
     "data_uri": Target(
