@@ -22,7 +22,7 @@ from PIL import Image
 
 from mmlm.features import colour
 from mmlm.features.failures import SampleError
-from mmlm.features.image_header import read_jpeg, read_png
+from mmlm.features.image_header import read_jpeg, read_png, read_webp
 from mmlm.features.spec import ImageSpec
 from mmlm.features.svg import looks_like_svg, render_svg
 
@@ -62,7 +62,7 @@ def decode_image(data: bytes, spec: ImageSpec) -> np.ndarray:
     elif data.startswith(b"\x89PNG"):
         decoded = _fast_png(data)
     elif data.startswith(b"RIFF"):
-        decoded = _fast_webp(data)
+        decoded = _fast_webp(data, spec)
     elif looks_like_svg(data):
         return _finish(_Decoded(render_svg(data, 2 * spec.size)), spec)
     else:
@@ -260,17 +260,27 @@ def _fast_png(data: bytes) -> _Decoded | None:
     return _by_opencv(data, kind | cv2.IMREAD_IGNORE_ORIENTATION, (header.height, header.width))
 
 
-def _fast_webp(data: bytes) -> _Decoded | None:
-    """A WebP of one lossy picture, without alpha, profile or EXIF; None when it is odd or broken."""
-    if (
-        data[8:16] != b"WEBPVP8 "
-        or data[23:26] != b"\x9d\x01\x2a"
-        or int.from_bytes(data[4:8], "little") + 8 > len(data)
-    ):
+def _fast_webp(data: bytes, spec: ImageSpec) -> _Decoded | None:
+    """A WebP of one picture, without profile or EXIF; None when it is odd or broken.
+
+    Pillow holds one with alpha four times while it decodes it, a GB for the largest; OpenCV twice.
+    """
+    header = read_webp(data)
+    if header is None:
         return None
-    width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
-    _check_size(width, height)
-    return _by_opencv(data, opencv().IMREAD_COLOR_RGB, (height, width))
+    _check_size(header.width, header.height)
+    cv2 = opencv()
+    flags = cv2.IMREAD_UNCHANGED if header.alpha else cv2.IMREAD_COLOR_RGB
+    decoded = _by_opencv(data, flags, (header.height, header.width))
+    if decoded is None or decoded.pixels.shape[2] == 3:
+        return decoded and _Decoded(decoded.pixels[..., ::-1] if header.alpha else decoded.pixels)
+    bgra = decoded.pixels
+
+    def on_white(top: int, bottom: int) -> np.ndarray:
+        return _flatten(Image.fromarray(cv2.cvtColor(bgra[top:bottom], cv2.COLOR_BGRA2RGBA)))
+
+    by = _reduction(header.width, header.height, 1, spec)
+    return _Decoded(_in_bands(on_white, header.width, header.height, by) if by > 1 else on_white(0, header.height))
 
 
 def _by_opencv(data: bytes, flags: int, shape: tuple[int, int]) -> _Decoded | None:

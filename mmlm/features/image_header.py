@@ -1,8 +1,8 @@
-"""What the first bytes of a JPEG or PNG say, without a decoder: sizes are checked before anything is decoded, and plain
+"""What the first bytes of a JPEG, PNG or WebP say, without a decoder: sizes are checked before anything is decoded, and plain
 pictures are told from odd ones, which take the slow way.
 
 JPEG: ITU-T T.81 annex B; the colour profile in APP2 by ICC.1:2022 annex B.4; the orientation in APP1 by EXIF 2.32.
-PNG: the W3C recommendation, third edition.
+PNG: the W3C recommendation, third edition. WebP: RFC 9649.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ class PngHeader:
     height: int
     channels: int
     """1 or 3."""
+
+
+@dataclass(frozen=True, slots=True)
+class WebpHeader:
+    width: int
+    height: int
+    alpha: bool
 
 
 def read_jpeg(data: bytes) -> JpegHeader | None:
@@ -123,3 +130,23 @@ def read_png(data: bytes) -> PngHeader | None:
     if kind != b"IEND" or at > len(data):
         return None
     return PngHeader(width, height, 1 if colour == 0 else 3)
+
+
+def read_webp(data: bytes) -> WebpHeader | None:
+    """The header of a WebP of one picture, lossy or lossless, that has all its bytes and no profile, EXIF or animation.
+
+    None for any other.
+    """
+    if len(data) < 30 or data[:4] != b"RIFF" or int.from_bytes(data[4:8], "little") + 8 > len(data):
+        return None
+    kind = data[8:16]
+    if kind == b"WEBPVP8 " and data[23:26] == b"\x9d\x01\x2a":
+        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+        return WebpHeader(width, height, False)
+    if kind == b"WEBPVP8L" and data[20] == 0x2F:
+        bits = int.from_bytes(data[21:25], "little")
+        return WebpHeader((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, bool(bits >> 28 & 1))
+    if kind == b"WEBPVP8X" and data[20] == 0x10:  # of all that may be announced, alpha only
+        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+        return WebpHeader(width, height, True)
+    return None

@@ -223,6 +223,11 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.clip(smooth + rng.integers(-9, 10, smooth.shape), 0, 255).astype(np.uint8)
 
 
+def see_through(pixels: np.ndarray) -> Image.Image:
+    """`pixels` with an alpha channel that is neither 0 nor 255 nearly everywhere."""
+    return Image.fromarray(np.dstack([pixels, pixels[..., 1][::-1]]))
+
+
 FILES = {
     "jpeg": lambda p: data(Image.fromarray(p), "JPEG", quality=90),
     "jpeg 4:4:4": lambda p: data(Image.fromarray(p), "JPEG", quality=95, subsampling=0),
@@ -232,6 +237,8 @@ FILES = {
     "grey png": lambda p: data(Image.fromarray(p[..., 0])),
     "webp": lambda p: data(Image.fromarray(p), "WEBP", quality=80),
     "lossless webp": lambda p: data(Image.fromarray(p), "WEBP", lossless=True),
+    "webp with alpha": lambda p: data(see_through(p), "WEBP", quality=80),
+    "lossless webp with alpha": lambda p: data(see_through(p), "WEBP", lossless=True),
 }
 
 
