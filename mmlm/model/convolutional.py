@@ -209,6 +209,10 @@ def refuse(spec: FeatureSpec) -> None:
     cure = "choose model.kind transformer, lstm or gru"
     if spec.image is None and spec.audio is None:
         raise ConfigError("a cnn for records without pictures and sounds", wanted="one of them", cure=cure)
+    if spec.encoder("image") or spec.encoder("audio"):
+        raise ConfigError(
+            "a cnn for features of a pretrained encoder", wanted="pictures and sounds", cure=f"{cure}, or read: false"
+        )
     for task in spec.tasks:
         if task.has_text or not (task.labels or task.number):
             raise ConfigError(

@@ -39,8 +39,8 @@ class RecurrentModel(FusedTransformer):
         nn.Module.__init__(self)
         self.config, D = config, config.width  # type: ignore[assignment]
         self.tokens = nn.Embedding(spec.vocab_size, D)
-        self.image = image_embedding(LINEAR.model_copy(update={"width": D}), spec.image) if spec.image else None
-        self.audio = audio_embedding(LINEAR.model_copy(update={"width": D}), spec.audio) if spec.audio else None
+        self.image = image_embedding(LINEAR.model_copy(update={"width": D}), spec)
+        self.audio = audio_embedding(LINEAR.model_copy(update={"width": D}), spec)
         self.fields = FieldEmbedding(field_rows, D) if field_rows else None
         self.positions = None  # the order is in the reading
         self.fusion = Reading(config, spec)  # type: ignore[arg-type]
