@@ -1,4 +1,7 @@
-"""No rank waits for another whose batch lacks a modality, whatever the fusion, and its gradients are those of one process."""
+"""No rank waits for another whose batch lacks a modality, whatever the fusion, and its gradients are those of one process.
+
+Rounding: float32, and six steps of AdamW in which it grows: to 1.2e-5 of the gradients' norm in the deepest fusion.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import pytest
 
 from tests.model.test_fusion import FUSIONS
 from tests.train.parity import BASE
-from tests.train.test_parity import compare, zero
+from tests.train.test_parity import compare, on_ranks, zero
 
 
 def fused(fusion: str, stage: int, accumulate: int = 1, **config: Any) -> dict[str, Any]:
@@ -18,12 +21,16 @@ def fused(fusion: str, stage: int, accumulate: int = 1, **config: Any) -> dict[s
 
 
 def test_ranks_that_lack_a_modality_keep_up_in_every_fusion(tmp_path: Path):
-    others = [name for name in FUSIONS if name != "concat"]  # that one has a test of its own
-    compare(2, tmp_path, [fused(name, stage) for name in others for stage in (3, 1)], steps=6)
+    """Stage 3, which waits for ever where a rank stays away; and two more, which gather gradients otherwise."""
+    others = [fused(name, 3) for name in FUSIONS if name != "concat"]  # that one has a test of its own
+    asked = [*others, fused("late", 1, 2), fused("adversarial", 2, 2)]
+    for one, row in zip(asked, on_ranks(2, "compare", tmp_path, combinations=asked, steps=6), strict=True):
+        assert row["losses"] == pytest.approx(row["expected"], rel=1e-5), one
+        assert row["gradient"] < 5e-5 and all(apart < 5e-5 for apart in row["states"].values()), one
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_every_fusion_at_every_stage_and_cut(fusion: str, tmp_path: Path):
-    cuts = itertools.product((0, 1, 2, 3), (1, 2, 4), ("fp32", "bf16"))
+    cuts = itertools.product((0, 1, 2, 3), (1, 2, 4), ("bf16",))
     compare(2, tmp_path, [fused(fusion, s, a, precision=p) for s, a, p in cuts], steps=8)
