@@ -193,6 +193,8 @@ class ModelConfig(Config):
             raise ValueError("encoder_layers is a setting of layout encoder_decoder")
         if self.layout != "decoder" and self.fusion.kind != "concat":
             raise ValueError(f"layout {self.layout} joins modalities by fusion concat only, not by {self.fusion.kind}")
+        if self.tied and self.initialisation.kind == "mup":
+            raise ValueError("tied has one matrix for two ends that learn at different rates under initialisation mup")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
         return self

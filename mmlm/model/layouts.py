@@ -39,19 +39,24 @@ def build_model(config: ModelConfig, spec: FeatureSpec, field_rows: int = 0) -> 
     return kinds[config.layout](config, spec, field_rows)
 
 
+def require_classes(spec: FeatureSpec) -> None:
+    """Raise ConfigError where an encoder has nothing to answer with."""
+    wordy = [task.name for task in spec.tasks if not task.labels and task.number is None]
+    if wordy or not spec.tasks:
+        raise ConfigError(
+            f"layout encoder with {', '.join(map(repr, wordy)) or 'no task at all'}, which asks for text",
+            wanted="tasks with classes or a number: an encoder writes nothing",
+            cure="give layout decoder or encoder_decoder",
+        )
+
+
 class Encoder(FusedTransformer):
     """Everything up to `<answer>` sees everything of its record, and the class is read there. Answers are not read."""
 
     generates = False
 
     def __init__(self, config: ModelConfig, spec: FeatureSpec, field_rows: int = 0) -> None:
-        wordy = [task.name for task in spec.tasks if not task.labels and task.number is None]
-        if wordy or not spec.tasks:
-            raise ConfigError(
-                f"layout encoder with {', '.join(map(repr, wordy)) or 'no task at all'}, which asks for text",
-                wanted="tasks with classes or a number: an encoder writes nothing",
-                cure="give layout decoder or encoder_decoder",
-            )
+        require_classes(spec)
         super().__init__(config, spec, field_rows)
         self.answer = nn.Identity()  # type: ignore[assignment]
         self.vocabulary = spec.vocab_size

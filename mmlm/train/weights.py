@@ -20,7 +20,7 @@ from mmlm.features.spec import FeatureSpec
 from mmlm.model.baseline_config import CONFIGS, AnyModelConfig, CnnConfig
 from mmlm.model.config import ModelConfig
 from mmlm.model.convolutional import CnnModel, refuse
-from mmlm.model.layouts import build_model
+from mmlm.model.layouts import build_model, require_classes
 from mmlm.model.recurrent import RecurrentModel
 from mmlm.model.transformer import FusedTransformer
 from mmlm.storage import atomic_write, write_json
@@ -51,6 +51,8 @@ def check(config: AnyModelConfig, spec: FeatureSpec) -> None:
     """Raise ConfigError before anything starts, when the model cannot do what the spec wants."""
     if isinstance(config, CnnConfig):
         refuse(spec)
+    if isinstance(config, ModelConfig) and config.layout == "encoder":
+        require_classes(spec)
 
 
 def save_model(folder: Path, tensors: dict[str, torch.Tensor], config: AnyModelConfig, shards: Path) -> None:

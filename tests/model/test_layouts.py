@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmlm.config import parse
 from mmlm.data.collate import IGNORE, collate, pack
 from mmlm.data.modalities import keep_modalities
 from mmlm.errors import ConfigError
@@ -90,9 +91,16 @@ def test_a_class_encoder_sees_the_question_and_not_the_answer():
     assert torch.allclose(label, whole, atol=1e-5)
 
 
-def test_an_encoder_with_a_task_of_words_is_refused():
+def test_what_a_layout_cannot_do_is_refused():
     with pytest.raises(ConfigError, match="'free', which asks for text"):
         weights.build(ModelConfig(layout="encoder"), SPEC)
+    for changes, words in (
+        ({"layout": "encoder_decoder", "fusion": "add"}, "joins modalities by fusion concat only"),
+        ({"tied": True, "initialisation": "mup"}, "two ends that learn at different rates"),
+        ({"encoder_layers": 2}, "encoder_layers is a setting of layout encoder_decoder"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            parse(ModelConfig, changes, "test")
 
 
 @pytest.mark.parametrize("layout", ["encoder", "encoder_decoder"])
