@@ -77,17 +77,21 @@ def forward_flops(config: AnyModelConfig, spec: FeatureSpec, shape: Shape) -> in
     return _blocks(config, shape) + _heads(config, spec, shape) + sum(_media(config, spec, shape))
 
 
-def training_flops(config: AnyModelConfig, spec: FeatureSpec, shape: Shape, *, recomputed: bool = False) -> int:
+def training_flops(
+    config: AnyModelConfig, spec: FeatureSpec, shape: Shape, *, recomputed: bool = False, frozen: bool = False
+) -> int:
     """FLOPs of one forward and backward pass: a product's two gradients cost as much as itself each; media features
     need no gradient of their own. `recomputed` adds the second forward pass of checkpointed blocks: give it for the
-    time a step takes, leave it out for MFU.
+    time a step takes, leave it out for MFU. `frozen`: only adapters are trained, so blocks and the head over the
+    vocabulary have no gradient of weights; what adapters cost themselves, and the second gradient of the scores of
+    attention, are left out.
     """
     if isinstance(config, CnnConfig):
         whole, first = cnn_forward(config, spec, shape)
         return 3 * whole - first
     blocks = _blocks(config, shape)
     first, rest = _media(config, spec, shape)
-    whole = 3 * (blocks + _heads(config, spec, shape) + rest) + 2 * first
+    whole = (2 if frozen else 3) * (blocks + _heads(config, spec, shape)) + 3 * rest + 2 * first
     return whole + (blocks if recomputed else 0)
 
 

@@ -41,6 +41,7 @@ class Session:
         self.ledger = Ledger(out, world.rank, where.ledger)
         model: Any = trainer.module
         self.telemetry = Telemetry(out, world, device, config.precision, model.config, loader.reader.spec)
+        self.telemetry.frozen = bool(getattr(config, "lora", None))
         self._attempts = 0
         self._seen: dict[str, float] = {}
         """The last row of validation, for the next row of the log."""

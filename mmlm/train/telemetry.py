@@ -58,6 +58,9 @@ class Clock:
 class Telemetry:
     """Figures of a training. Every rank counts and calls `row`; rank 0 writes."""
 
+    frozen = False
+    """Whether only adapters are trained."""
+
     def __init__(
         self, out: Path, world: World, device: torch.device, precision: str, model: AnyModelConfig, spec: FeatureSpec
     ) -> None:
@@ -101,7 +104,7 @@ class Telemetry:
         self._tokens += shape.tokens
         self._positions += batch.valid_BT.numel()
         self._records += len(batch.ids)
-        self._flops += training_flops(self.config, self.spec, shape)
+        self._flops += training_flops(self.config, self.spec, shape, frozen=self.frozen)
         each_A = getattr(terms.get("answer"), "each", None)
         if each_A is not None:
             self._each.append((given_of_targets(batch), each_A.detach()))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmlm.data.collate import IGNORE, collate, field_rows
 from mmlm.errors import ConfigError
 from mmlm.model import adapters
 from mmlm.model.config import LoraConfig, ModelConfig
+from mmlm.model.flops import Shape, training_flops
 from mmlm.model.transformer import FusedTransformer
 from tests.small import SPEC, sample
 
@@ -85,6 +87,18 @@ def test_only_adapters_and_what_a_pretrained_trunk_lacks_are_trained():
     net = model(LoraConfig(targets=("*.qkv",), also=("tokens",)))
     free = {n.split(".")[-4 if "lora" in n else 0] for n, p in net.named_parameters() if p.requires_grad}
     assert free == {"qkv", "tokens"}
+
+
+def test_the_flops_of_a_frozen_base_are_about_those_that_pytorch_counts():
+    net = model(LoraConfig(rank=1, targets=("blocks",)))
+    samples = [sample(i, ()) for i in range(8)]
+    with FlopCounterMode(display=False) as counter:
+        out = net(collate(samples, SPEC))
+        (out.answer_AV.sum() + out.label_RC.sum()).backward()
+    counted = counter.get_total_flops()
+    shape = Shape.of(collate(samples, SPEC))
+    assert training_flops(net.config, SPEC, shape, frozen=True) == pytest.approx(counted, rel=0.15)
+    assert training_flops(net.config, SPEC, shape) > 1.25 * counted
 
 
 def test_several_adapters_lie_on_one_model():
