@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.harness import inputs
 from benchmarks.harness.command import told, write
-from benchmarks.harness.measure import Contestant, Log, Standing, contest, machine, row
+from benchmarks.harness.measure import Contestant, Log, Standing, contest, machine
 
 OURS = "mmlm"
 LLAMA = "transformers LlamaForCausalLM"
@@ -24,7 +24,8 @@ DOCUMENTS = 400
 
 @dataclass(frozen=True)
 class Size:
-    """A model; `batch` texts of `length` tokens make a pass, `steps` passes a run; `new` tokens an answer, `times` times."""
+    """A model; `batch` texts make a pass, of `length` tokens or as long as they are, `steps` passes a lap; answers have `new`
+    tokens."""
 
     name: str
     width: int
@@ -34,7 +35,6 @@ class Size:
     length: int
     steps: int
     new: int
-    times: int
 
     def options(self, device: str, **more: Any) -> dict[str, Any]:
         hidden = -(-self.width * 8 // 3 // 32) * 32
@@ -44,55 +44,34 @@ class Size:
 
 
 ON_CPU = (
-    Size("10 M", width=256, layers=4, heads=4, batch=8, length=512, steps=4, new=128, times=4),
-    Size("100 M", width=768, layers=12, heads=12, batch=4, length=512, steps=2, new=64, times=1),
+    Size("10 M", width=256, layers=4, heads=4, batch=8, length=512, steps=4, new=128),
+    Size("100 M", width=768, layers=12, heads=12, batch=4, length=512, steps=2, new=64),
 )
-ON_GPU = (Size("1 B", width=2048, layers=18, heads=16, batch=8, length=2048, steps=10, new=256, times=2),)
+ON_GPU = (Size("1 B", width=2048, layers=18, heads=16, batch=8, length=2048, steps=10, new=256),)
 PROMPT = 64
 """Tokens of the prompts that answers are generated to."""
 
 
 def passes(size: Size, device: str, runs: int, log: Log) -> list[dict[str, Any]]:
     """Forward and backward over texts of one length, and of the lengths that texts have: ours packed, the peer's padded."""
-    rows = []
-    for what, length in ((f"{size.length} tokens each", size.length), ("texts of any length", None)):
-        options = size.options(device, batch=size.batch, length=length, steps=size.steps)
-        found = _contest("passes", [("hf_passes", LLAMA, {})], options, runs, log)
-        goal = (1.2 if device == "cpu" else 1.0) if length else None
-        name = f"{size.name}: forward and backward, {what}"
-        rows.append(_row(name, "tokens/s a core", found, device, goal, told=_told(found, "parameters", "losses")))
-        if not length:
-            rows.append(_memory(size, found))
-    return rows
-
-
-def _memory(size: Size, found: dict[str, Standing]) -> dict[str, Any]:
-    """Tokens of the texts for each MB that their forward and backward passes take beyond the weights."""
-    made = {
-        name: [run.result["items"] / (run.result["peak"] / 1e6) for run in standing.runs]
-        for name, standing in found.items()
-    }
-    ours, peer = statistics.median(made[OURS]), statistics.median(made[LLAMA]) if made[LLAMA] else None
-    row = {
-        "name": f"{size.name}: memory of packed against padded texts", "unit": "tokens/MB", "ours": round(ours, 3),
-        "peer": peer and round(peer, 3), "peer_name": LLAMA if peer else None, "ratio": peer and round(ours / peer, 2),
-        "goal": None, "runs": len(found[OURS].runs),
-        "told": {name: [run.result["peak"] for run in standing.runs] for name, standing in found.items()},
-    }  # fmt: skip
-    return row if peer else {**row, "reason": found[LLAMA].reason}
+    options = size.options(device, batch=size.batch, length=size.length, steps=size.steps)
+    found = _contest("passes", [("hf_passes", LLAMA, {})], options, runs, log)
+    what = f"{size.name}: forward and backward"
+    return [
+        _row(f"{what}, {size.length} tokens each", found, "even", device, 1.2 if device == "cpu" else 1.0),
+        _row(f"{what}, texts as long as they are", found, "uneven", device, None),
+        _memory(f"{size.name}: memory of packed against padded texts", found, "uneven"),
+        _memory(f"{size.name}: memory of {size.length} tokens each", found, "even"),
+    ]
 
 
 def generation(size: Size, device: str, runs: int, log: Log) -> list[dict[str, Any]]:
     """Greedy answers of `new` tokens to prompts of PROMPT, one at a time and eight."""
-    rows = []
-    for batch in (1, 8):
-        options = size.options(device, batch=batch, length=PROMPT, new=size.new, times=size.times)
-        peers: list[tuple[str, str, dict[str, Any]]] = [("hf_generating", "transformers generate", {})]
-        peers.append(("hf_generating", "transformers generate, static cache", {"cache": "static"}))
-        found = _contest("generating", peers, options, runs, log)
-        goal = 1.5 if device == "cpu" else 1.0
-        rows.append(_row(f"{size.name}: generation, batch {batch}", "tokens/s a core", found, device, goal))
-    return rows
+    options = size.options(device, batch=8, sizes=[1, 8], length=PROMPT, new=size.new)
+    peers: list[tuple[str, str, dict[str, Any]]] = [("hf_generating", "transformers generate", {})]
+    peers.append(("hf_generating", "transformers generate, static cache", {"cache": "static"}))
+    found, goal = _contest("generating", peers, options, runs, log), 1.5 if device == "cpu" else 1.0
+    return [_row(f"{size.name}: generation, {lap}", found, lap, device, goal) for lap in ("batch 1", "batch 8")]
 
 
 def _contest(
@@ -104,19 +83,47 @@ def _contest(
     return contest(contestants, source, source, runs, log)
 
 
-def _row(
-    name: str, unit: str, found: dict[str, Standing], device: str, goal: float | None, **more: Any
-) -> dict[str, Any]:
-    peers = [standing for peer, standing in found.items() if peer != OURS]
-    unit = unit if device == "cpu" else "tokens/s"
-    return row(name, unit, found[OURS], peers, clock="cpu" if device == "cpu" else "wall", goal=goal, **more)
-
-
-def _told(found: dict[str, Standing], *keys: str) -> dict[str, Any]:
-    return {
-        name: {key: standing.runs[0].result[key] for key in keys} if standing.runs else {"reason": standing.reason}
-        for name, standing in found.items()
+def _row(name: str, found: dict[str, Standing], lap: str, device: str, goal: float | None) -> dict[str, Any]:
+    """Tokens of lap `lap` a second, medians; the best of the peers by the clock that counts."""
+    clock = "cpu" if device == "cpu" else "wall"
+    rates = {
+        peer: {each: standing.rates(each, (lap,), lap) for each in ("wall", "cpu")} for peer, standing in found.items()
     }
+    return _against(name, "tokens/s a core" if device == "cpu" else "tokens/s", rates, found, clock, goal)
+
+
+def _memory(name: str, found: dict[str, Standing], lap: str) -> dict[str, Any]:
+    """Tokens of a pass for each MB that the passes take at most, beyond the weights: gradients, and what is kept for them."""
+    rates = {}
+    for peer, standing in found.items():
+        share = [
+            run.result[lap] / len(run.result[f"{lap} losses"]) / run.result[f"{lap} peak"] for run in standing.runs
+        ]
+        rates[peer] = {"memory": [round(one * 1e6, 3) for one in share]}
+    return _against(name, "tokens/MB", rates, found, "memory", None)
+
+
+def _against(
+    name: str, unit: str, rates: dict[str, dict[str, list[float]]], found: dict[str, Standing], by: str,
+    goal: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    middle = {
+        peer: {each: statistics.median(runs) for each, runs in kinds.items()}
+        for peer, kinds in rates.items() if found[peer].runs
+    }  # fmt: skip
+    made: dict[str, Any] = {"name": name, "unit": unit, "ours": middle[OURS][by], "runs": len(found[OURS].runs)}
+    peers = [peer for peer in middle if peer != OURS]
+    if not peers:
+        reason = "; ".join(standing.reason for standing in found.values() if standing.reason)
+        return {**made, "peer": None, "peer_name": None, "ratio": None, "goal": goal, "reason": reason}
+    best = max(peers, key=lambda peer: middle[peer][by])
+    ratio = {each: round(middle[OURS][each] / middle[best][each], 3) for each in middle[OURS]}
+    beside = {each: {"ours": rates[OURS][each], "peer": rates[best][each], "ratio": ratio[each]} for each in ratio}
+    others = {peer: middle[peer][by] for peer in peers}
+    return {
+        **made, "peer": middle[best][by], "peer_name": best, "ratio": ratio[by], "goal": goal, "clock": by, **beside,
+        "peers": others,
+    }  # fmt: skip
 
 
 PARTS: dict[str, Callable[[Size, str, int, Log], list[dict[str, Any]]]] = {"passes": passes, "generation": generation}

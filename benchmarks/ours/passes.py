@@ -1,6 +1,7 @@
 """Forward and backward passes of the fused Transformer in bf16 over texts, each token of which is predicted.
 
-Padding is dropped at the door, so texts of any length go in as they are. Lap `work` is a number of passes.
+Padding is dropped at the door, so texts of any length go in as they are. A lap for texts of one length (`even`) and one for
+texts as they are (`uneven`), each a number of passes.
 """
 
 from __future__ import annotations
@@ -27,22 +28,24 @@ def build(options: dict[str, Any], vocabulary: int) -> tuple[FusedTransformer, F
 
 
 def work(source: Path, out: Path, options: dict[str, Any], watch: Watch) -> dict[str, Any]:
-    warm = out.name == "warm"
-    rows, vocabulary = batches(source, options, 1 if warm else options["steps"])
-    net, spec = build(options, vocabulary)
-    memory = Memory(options["device"])
-    pieces = [[Sample("", "text", np.array(ids, np.int32), -1) for ids in batch] for batch in rows]
-    losses = []
-    with watch.lap("work"):
-        for batch in pieces:
-            inputs = collate(batch, spec).to(torch.device(options["device"]))
-            net.zero_grad()
-            answer = net(inputs, z_loss=0.0).answer
-            (answer.sum / len(answer.each_A)).backward()
-            losses.append(round(answer.each_A.mean().item(), 4))
-        wait(options["device"])
-    tokens = sum(len(ids) - 1 for batch in rows for ids in batch)
-    return {"items": tokens, "parameters": count_parameters(net), "losses": losses, "peak": memory.peak()}
+    told: dict[str, Any] = {}
+    for lap, length in (("uneven", None), ("even", options["length"])):
+        rows, vocabulary = batches(source, {**options, "length": length}, 1 if out.name == "warm" else options["steps"])
+        net, spec = build(options, vocabulary)
+        memory = Memory(options["device"])
+        pieces = [[Sample("", "text", np.array(ids, np.int32), -1) for ids in batch] for batch in rows]
+        losses = []
+        with watch.lap(lap):
+            for batch in pieces:
+                inputs = collate(batch, spec).to(torch.device(options["device"]))
+                net.zero_grad()
+                answer = net(inputs, z_loss=0.0).answer
+                (answer.sum / len(answer.each_A)).backward()
+                losses.append(round(answer.each_A.mean().item(), 4))
+            wait(options["device"])
+        told[lap] = sum(len(ids) - 1 for batch in rows for ids in batch)
+        told |= {f"{lap} peak": memory.peak(), f"{lap} losses": losses, "parameters": count_parameters(net)}
+    return told
 
 
 if __name__ == "__main__":

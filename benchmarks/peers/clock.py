@@ -86,7 +86,7 @@ def batches(source: Path, options: dict[str, Any], count: int) -> tuple[list[lis
 
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     with (source / "docs.jsonl").open(encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line in file]
+        texts = [json.loads(line)["text"] for _, line in zip(range(2 * options["batch"] * count), file, strict=False)]
     rows = [[i + 9 for i in encoded.ids] for encoded in tokenizer.encode_batch(texts)]
     if length := options.get("length"):
         joined = [i for row in rows for i in row]

@@ -1,6 +1,7 @@
 """transformers 5.23.0: LlamaForCausalLM with `sdpa` attention in bf16, texts padded to the longest of their batch.
 
-Equal lengths are given without a mask, which lets sdpa take its causal kernel.
+Equal lengths are given without a mask, which lets sdpa take its causal kernel. A lap for texts of one length (`even`) and one
+for texts as they are (`uneven`), each a number of passes.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped"
@@ -33,27 +34,30 @@ def work(source: Path, out: Path, options: dict[str, Any], watch: Watch) -> dict
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    warm = out.name == "warm"
-    rows, vocabulary = batches(source, options, 1 if warm else options["steps"])
-    model = build(options, vocabulary)
-    model.train()
-    memory, losses = Memory(options["device"]), []
-    with watch.lap("work"):
-        for batch in rows:
-            ids = [torch.tensor(row) for row in batch]
-            given = {"input_ids": pad_sequence(ids, batch_first=True)}
-            given["labels"] = given["input_ids"]
-            if len({len(row) for row in batch}) > 1:
-                mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-                given |= {"attention_mask": mask, "labels": given["input_ids"].masked_fill(mask == 0, -100)}
-            model.zero_grad()
-            loss = model(**{name: tensor.to(options["device"]) for name, tensor in given.items()}, use_cache=False).loss
-            loss.backward()
-            losses.append(round(loss.item(), 4))
-        wait(options["device"])
-    tokens = sum(len(row) - 1 for batch in rows for row in batch)
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"items": tokens, "parameters": parameters, "losses": losses, "peak": memory.peak()}
+    told: dict[str, Any] = {}
+    for lap, length in (("uneven", None), ("even", options["length"])):
+        rows, vocabulary = batches(source, {**options, "length": length}, 1 if out.name == "warm" else options["steps"])
+        model = build(options, vocabulary)
+        model.train()
+        memory, losses = Memory(options["device"]), []
+        with watch.lap(lap):
+            for batch in rows:
+                ids = [torch.tensor(row) for row in batch]
+                given = {"input_ids": pad_sequence(ids, batch_first=True)}
+                given["labels"] = given["input_ids"]
+                if not length:
+                    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+                    given |= {"attention_mask": mask, "labels": given["input_ids"].masked_fill(mask == 0, -100)}
+                model.zero_grad()
+                given = {name: tensor.to(options["device"]) for name, tensor in given.items()}
+                loss = model(**given, use_cache=False).loss
+                loss.backward()
+                losses.append(round(loss.item(), 4))
+            wait(options["device"])
+        told[lap] = sum(len(row) - 1 for batch in rows for row in batch)
+        parameters = sum(p.numel() for p in model.parameters())
+        told |= {f"{lap} peak": memory.peak(), f"{lap} losses": losses, "parameters": parameters}
+    return told
 
 
 if __name__ == "__main__":
