@@ -498,8 +498,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         return 0
     usual = [n for n in (1, 2, 4, 8) if not device.is_cpu or n <= cores()]
     counts = plans.numbers(arguments.gpus, "--gpus", least=1) if arguments.gpus else usual
-    rows = plans.table(what, device, counts, plans.stages_of(arguments.zero))
-    told = plans.found(what, device, rows, arguments.price)
+    told = plans.plan(what, device, counts, plans.stages_of(arguments.zero), arguments.price)
     print(json.dumps(told, ensure_ascii=False, indent=1) if arguments.json else plans.words(told))
     return 0
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from mmlm import artifacts
 from mmlm import story as stories
+from mmlm.compress.config import DistillConfig
 from mmlm.config import DECIDED_BY_PRESET, apply_override, parse, read_yaml, split_override
 from mmlm.errors import ConfigError
 from mmlm.features import spec as feature_spec
@@ -23,6 +24,7 @@ from mmlm.shards.config import ShardConfig
 from mmlm.train.config import TrainConfig, ZeroConfig
 from mmlm.train.devices import NODE_LINK, Device
 from mmlm.train.planning import Forecast, Measured, Workload, forecast
+from mmlm.train.probe import Teaching
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,23 @@ class Subject:
     """What is planned: the settings, and what is known of the data."""
 
     name: str
-    config: TrainConfig
+    config: TrainConfig | DistillConfig
     spec: FeatureSpec
     shards: Path | None
     """The finished shard set, if there is one."""
+    verb: str = "train"
+    teacher: Teaching | None = None
+    """Of distillation."""
+    after: DistillConfig | None = None
+    """The distillation of the story, which is planned beside its training."""
+
+    @property
+    def student(self) -> Subject | None:
+        """What is planned of the story's distillation."""
+        if self.after is None:
+            return None
+        taught = Teaching(self.config.model, self.after.temperature, self.after.task)
+        return replace(self, config=self.after, verb="distill", teacher=taught, after=None)
 
 
 def subject(name: str, overrides: list[str], out: Path | None) -> Subject:
@@ -48,13 +63,13 @@ def subject(name: str, overrides: list[str], out: Path | None) -> Subject:
             key, value = split_override(override)
             apply_override(raw, key, value)
         shard, train = parse(ShardConfig, raw["shard"], str(beside)), parse(TrainConfig, raw["train"], name)
-        title = path.parent.resolve().name
+        title, distill = path.parent.resolve().name, None
     else:
         story = stories.load(name, overrides)
-        shard, train, title = story.shard, story.train, story.name
+        shard, train, title, distill = story.shard, story.train, story.name, story.distill
     shards = (out or Path("runs") / title) / stories.NOUNS["shard"]
     if (shards / artifacts.NAME).is_file():
-        return Subject(title, train, feature_spec.load(shards), shards)
+        return Subject(title, train, feature_spec.load(shards), shards, after=distill)
     features = shard.features
     size = features.tokenizer.vocab_size
     if features.tokenizer.file:
@@ -65,7 +80,7 @@ def subject(name: str, overrides: list[str], out: Path | None) -> Subject:
         vocab_size=size, tokenizer_digest="planned", max_len=features.max_len, image=features.image,
         audio=features.audio, tasks=[],
     )  # fmt: skip
-    return Subject(title, train, spec, None)
+    return Subject(title, train, spec, None, after=distill)
 
 
 def work_of(what: Subject) -> Workload:
@@ -77,7 +92,9 @@ def work_of(what: Subject) -> Workload:
 
     config = what.config
     if what.shards:
-        with contextlib.closing(Loader(what.shards, config.data, config.seed, World(), config.steps)) as loader:
+        with contextlib.closing(
+            Loader(what.shards, config.data, config.seed, World(), config.steps, quiet=True)
+        ) as loader:
             return probe.workload(loader, config)
     rows, length = config.data.batch, getattr(config.data.pack, "length", None) or what.spec.max_len
     patches = what.spec.image_positions(1)
@@ -88,9 +105,10 @@ def work_of(what: Subject) -> Workload:
     return Workload(shape, rows, length, f"no shards yet: every sequence holds {length} positions, all text answered")
 
 
-def table(what: Subject, device: Device, counts: Sequence[int], stages: Sequence[int]) -> list[Forecast]:
+def table(
+    what: Subject, work: Workload, device: Device, counts: Sequence[int], stages: Sequence[int]
+) -> list[Forecast]:
     """One forecast for each ZeRO stage and number of devices. Raises ConfigError when the batch is too small for all."""
-    work = work_of(what)
     measured: dict[int, Measured | None] = {}
     rows = []
     for ranks in counts:
@@ -99,11 +117,18 @@ def table(what: Subject, device: Device, counts: Sequence[int], stages: Sequence
         if device.is_cpu and what.shards:
             from mmlm.train import probe
 
-            measured[ranks] = probe.measure(what.config, what.spec, what.shards, ranks)
+            measured[ranks] = probe.measure(
+                what.config, what.config.model, what.spec, what.shards, ranks, teacher=what.teacher
+            )
         for stage in stages:
             zero = what.config.zero.model_copy(update=_possible(stage))
             config = what.config.model_copy(update={"zero": zero})
-            rows.append(forecast(config, config.model, what.spec, work, device, ranks, measured.get(ranks)))
+            rows.append(
+                forecast(
+                    config, config.model, what.spec, work, device, ranks, measured.get(ranks),
+                    what.teacher.model if what.teacher else None,
+                )
+            )  # fmt: skip
     if not rows:
         raise ConfigError(
             f"a batch of {what.config.data.batch} on {min(counts)} devices, in {what.config.accumulate} pieces each",
@@ -218,12 +243,24 @@ def best(rows: Sequence[Forecast]) -> Forecast | None:
     return min(fitting, key=lambda r: (round(r.hours * r.ranks, 6), r.stage, r.ranks)) if fitting else None
 
 
-def found(what: Subject, device: Device, rows: Sequence[Forecast], price: float | None) -> dict[str, Any]:
+def plan(
+    what: Subject, device: Device, counts: Sequence[int], stages: Sequence[int], price: float | None
+) -> dict[str, Any]:
+    """The plan of the story's training, and below `distill` that of its distillation, if it has one."""
+    work = work_of(what)
+    told = found(what, work, device, table(what, work, device, counts, stages), price)
+    return told | ({"distill": plan(what.student, device, counts, stages, price)} if what.student else {})
+
+
+def found(
+    what: Subject, work: Workload, device: Device, rows: Sequence[Forecast], price: float | None
+) -> dict[str, Any]:
     """All of it, for JSON."""
-    work, chosen = work_of(what), best(rows)
+    chosen = best(rows)
     measured = device.is_cpu and what.shards is not None
     return {
         "story": what.name,
+        "verb": what.verb,
         "device": device.name,
         "parameters": rows[0].parameters,
         "steps": rows[0].steps,
@@ -238,7 +275,8 @@ def found(what: Subject, device: Device, rows: Sequence[Forecast], price: float 
 def words(told: dict[str, Any]) -> str:
     """The table, for a terminal."""
     lines = [
-        f"{told['story']}: {told['parameters']:,} parameters, {told['steps']:,} steps of {told['tokens_per_step']:,} tokens"
+        f"{told['verb']} {told['story']}: {told['parameters']:,} parameters, {told['steps']:,} steps of "
+        f"{told['tokens_per_step']:,} tokens"
     ]
     head = [
         "devices",
@@ -256,7 +294,7 @@ def words(told: dict[str, Any]) -> str:
     body = []
     for row in told["rows"]:
         memory = row["memory"]
-        states = sum(memory[k] for k in ("weights", "gradients", "buffers", "optimizer", "average"))
+        states = sum(memory.get(k, 0.0) for k in ("weights", "gradients", "buffers", "optimizer", "average", "teacher"))
         mark = "" if row["fits"] else "  does not fit"
         if told["best"] == [row["ranks"], row["stage"]]:
             mark = "  least device time"
@@ -272,7 +310,8 @@ def words(told: dict[str, Any]) -> str:
         cells = [cell.rjust(width) if "  " not in cell else cell for cell, width in zip(line, widths, strict=True)]
         cells[-1] = line[-1].partition("  ")[0].rjust(widths[-1]) + "".join(line[-1].partition("  ")[1:])
         lines.append("  " + "  ".join(cells))
-    return "\n".join([*lines, *told["assumptions"]])
+    after = ["", words(told["distill"])] if "distill" in told else []
+    return "\n".join([*lines, *told["assumptions"], *after])
 
 
 def size(count: float) -> str:

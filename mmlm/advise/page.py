@@ -34,7 +34,8 @@ def compose(given: str, out: Path | None = None, hours: float = HOURS) -> dict[s
     ranks = [n for n in (1, 2, 4, 8) if n <= (len(here.gpus) or min(2, here.cores))]
     advice = advise(facts, here, hours, _cost(facts, device, ranks[-1]))
     chosen = _subject(facts, advice.model, advice.settings)
-    forecasts = plans.table(chosen, device, ranks, plans.stages_of(None))
+    work = plans.work_of(chosen)
+    forecasts = plans.table(chosen, work, device, ranks, plans.stages_of(None))
     best = plans.best(forecasts) or forecasts[-1]
     advice.settings["zero"] = {"stage": best.stage}
     if not best.fits:
@@ -45,7 +46,6 @@ def compose(given: str, out: Path | None = None, hours: float = HOURS) -> dict[s
                "Rajbhandari et al. 2020; `mmlm plan` shows all")
     )  # fmt: skip
     data, machine = known.as_json(facts, here)
-    work = plans.work_of(chosen)
     measured = device.is_cpu and facts.shards is not None
     return {
         "data": data,

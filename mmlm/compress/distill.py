@@ -81,7 +81,7 @@ def on_rank(
 
     from mmlm import world as worlds
     from mmlm.config import parse
-    from mmlm.train import engine, pretrained, weights
+    from mmlm.train import engine, expected, pretrained, probe, weights
     from mmlm.train.control import Where
     from mmlm.train.loop import fit
     from mmlm.train.objectives import Answering, Distilling, Objective
@@ -95,6 +95,10 @@ def on_rank(
     student = pretrained.build(settings.model, spec, folder)
     student.set_up(recompute=settings.recompute, compiled=settings.compile)
     objective: Objective = Answering(settings.loss, spec, getattr(settings.model, "fusion", None))
+    taught = (
+        probe.Teaching(weights.load_config(Path(teacher)), settings.temperature, settings.task) if teacher else None
+    )
+    expected.write(settings, settings.model, spec, folder, Path(out), world, taught)
     if teacher:
         leader = weights.load_model(Path(teacher), spec).eval().requires_grad_(False).to(device)
         if settings.precision == "bf16":

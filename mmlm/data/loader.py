@@ -32,7 +32,7 @@ class Loader:
     """Training batches from the train split of a ShardSet. `steps`: of the whole training, which phases are shares of.
 
     Where the work is done changes no batch: `workers` processes make them ahead, or none; `pin` puts them into
-    page-locked memory, for a GPU.
+    page-locked memory, for a GPU. A `quiet` one tells nothing of its plan: it only looks.
     """
 
     def __init__(
@@ -45,12 +45,14 @@ class Loader:
         *,
         workers: int | None = None,
         pin: bool = False,
+        quiet: bool = False,
     ) -> None:
         self.workers = (
             _number("MMLM_DATA_WORKERS", _default_workers(world) if pin else 0) if workers is None else workers
         )
         self.pin = pin
         cache_bytes = _number("MMLM_DATA_CACHE_BYTES", CACHE_BYTES) // max(1, self.workers)
+        self.cache_bytes = cache_bytes * max(1, self.workers)
         self.reader = ShardReader(shards, ("train",), cache_bytes)
         self.config, self.seed, self.world, self.steps = config, seed, world, steps
         if not len(self.reader):
@@ -68,7 +70,7 @@ class Loader:
         self._thread = ThreadPoolExecutor(1, "pin") if pin else None
         self._next: tuple[tuple[int, int], Future[list[Batch]]] | None = None
         self._require(1)
-        if world.is_main:
+        if world.is_main and not quiet:
             for line in self.describe(steps):
                 tell(line)
 

@@ -97,6 +97,11 @@ class ShardReader:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @property
+    def shard_bytes(self) -> int:
+        """Of all tars together, which are mapped when they lie here."""
+        return int(pc.sum(self._rows["bytes"]).as_py() or 0)
+
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
@@ -207,16 +212,17 @@ class ShardReader:
         self._maps.clear()
 
     def _remember(self, i: int, sample: Sample) -> None:
-        size = _size(sample)
+        size = decoded_bytes(sample)
         if size > self._cache_bytes:
             return
         self._cache[i] = sample
         self._cached += size
         while self._cached > self._cache_bytes:
             _, old = self._cache.popitem(last=False)
-            self._cached -= _size(old)
+            self._cached -= decoded_bytes(old)
 
 
-def _size(sample: Sample) -> int:
+def decoded_bytes(sample: Sample) -> int:
+    """What a decoded sample takes in memory, about."""
     arrays = [sample.tokens, *sample.images, *sample.sounds, *(x for some in sample.features.values() for x in some)]
     return sum(a.nbytes for a in arrays) + 1024

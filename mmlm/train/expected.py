@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmlm.features.spec import FeatureSpec
+from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.storage import write_json
-from mmlm.train.config import TrainConfig
+from mmlm.train.config import LoopConfig
 from mmlm.world import World
+
+if TYPE_CHECKING:
+    from mmlm.train.probe import Teaching
 
 FILE = "plan.json"
 
 
-def write(config: TrainConfig, spec: FeatureSpec, shards: Path, out: Path, world: World) -> None:
+def write(
+    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, shards: Path, out: Path, world: World,
+    teacher: Teaching | None = None,
+) -> None:  # fmt: skip
     """Plan this training from rank 0, once for its number of ranks: an attempt on as many keeps the plan. Never ends a
     training."""
     if not world.is_main or _ranks(out / FILE) == world.size:
         return
     try:
-        write_json(out / FILE, _planned(config, spec, shards, world))
+        write_json(out / FILE, _planned(config, model, spec, shards, world, teacher))
     except Exception as error:
         print(f"train: no plan could be made ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
 
@@ -38,18 +44,20 @@ def _ranks(file: Path) -> int:
         return 0
 
 
-def _planned(config: TrainConfig, spec: FeatureSpec, shards: Path, world: World) -> dict[str, Any]:
+def _planned(
+    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, shards: Path, world: World, teacher: Teaching | None
+) -> dict[str, Any]:
     from mmlm.data.loader import Loader
     from mmlm.train import devices, probe
     from mmlm.train.planning import forecast
 
     device = devices.find(None)
-    with contextlib.redirect_stderr(io.StringIO()):  # it would tell of its packing twice
-        loader = Loader(shards, config.data, config.seed, World(), config.steps)
-    with contextlib.closing(loader):
+    with contextlib.closing(Loader(shards, config.data, config.seed, World(), config.steps, quiet=True)) as loader:
         work = probe.workload(loader, config, sequences=256)
-    measured = probe.measure(config, spec, shards, world.size) if device.is_cpu else None
-    plan = forecast(config, config.model, spec, work, replace(device), world.size, measured)
+    measured = probe.measure(config, model, spec, shards, world.size, teacher=teacher) if device.is_cpu else None
+    plan = forecast(
+        config, model, spec, work, replace(device), world.size, measured, teacher.model if teacher else None
+    )
     return {
         "ranks": world.size,
         "parameters": plan.parameters,

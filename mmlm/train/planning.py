@@ -27,7 +27,7 @@ import torch
 
 from mmlm.features.spec import FeatureSpec
 from mmlm.model.baseline_config import AnyModelConfig
-from mmlm.model.flops import Shape, training_flops
+from mmlm.model.flops import Shape, forward_flops, training_flops
 from mmlm.train import weights
 from mmlm.train.activations import activation_bytes, low_bytes
 from mmlm.train.config import LoopConfig
@@ -49,6 +49,35 @@ KERNELS = 60
 
 
 @dataclass(frozen=True)
+class Corpus:
+    """The training split as a loader meets it."""
+
+    samples: int
+    a_step: float
+    """Samples that a step takes, over all ranks."""
+    decoded: float
+    """Bytes of one sample in the loader's cache."""
+    mapped: float
+    """Bytes of the shards that lie on this machine; 0 of those that are fetched."""
+    cache: float
+    """Bytes that a rank may keep of decoded samples."""
+
+    def seen(self, steps: int, ranks: int) -> float:
+        """Share of the samples that a rank meets in so many steps: each of its steps takes some at random."""
+        return 1 - math.exp(-steps * self.a_step / ranks / max(self.samples, 1))
+
+    def cached(self, steps: int, ranks: int) -> float:
+        """Bytes of decoded samples that a rank keeps in the end."""
+        return min(self.cache, self.decoded * self.samples * self.seen(steps, ranks))
+
+    def read_anew(self, steps: int, ranks: int) -> float:
+        """Share of the samples of an average step that are not in the cache, and so are read and decoded."""
+        first = self.seen(steps, ranks) * self.samples / max(steps * self.a_step / ranks, 1e-9)
+        room = min(1.0, self.cache / max(self.decoded * self.samples, 1.0))
+        return min(1.0, first + (1 - first) * (1 - room))
+
+
+@dataclass(frozen=True)
 class Workload:
     """One optimizer step over all ranks: its real positions, and those that tensors hold with their padding."""
 
@@ -59,6 +88,8 @@ class Workload:
     """Positions of a sequence with its padding, T."""
     source: str
     """Where these figures are from, for people."""
+    corpus: Corpus | None = None
+    """What the loader reads; none where there are no shards yet."""
 
     def share(self, parts: int) -> Workload:
         """The largest of `parts` equal parts: what one rank's micro-batch holds."""
@@ -76,7 +107,7 @@ class Workload:
             mels=math.ceil(self.shape.mels * f),
             read=None if self.shape.read is None else math.ceil(self.shape.read * f),
         )
-        return Workload(shape, rows, self.length, self.source)
+        return Workload(shape, rows, self.length, self.source, self.corpus)
 
 
 @dataclass(frozen=True)
@@ -139,7 +170,9 @@ class Measured:
     update: float
     """Seconds of the update of P/N parameters."""
     data: float
-    """Seconds to make a micro-batch."""
+    """Seconds to make a micro-batch of samples that are read and decoded."""
+    cached: float
+    """The same, when they are in the loader's cache."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -156,15 +189,24 @@ def _tensors(config: AnyModelConfig, spec: FeatureSpec) -> int:
 
 def forecast(
     config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, work: Workload, device: Device, ranks: int,
-    measured: Measured | None = None,
+    measured: Measured | None = None, teacher: AnyModelConfig | None = None,
 ) -> Forecast:  # fmt: skip
-    """The forecast of one choice; the stage, offloading and precision are those of `config`."""
+    """The forecast of one choice; the stage, offloading and precision are those of `config`. With a `teacher`, of
+    distillation."""
     P = count(model, spec)
     mine = work.share(ranks * config.accumulate)
     memory, host = memory_of(config, model, spec, mine, device, ranks, P)
+    if teacher:
+        memory |= teaching(config, teacher, spec, mine, device)
+    if device.is_cpu:
+        host = {"ranks": min(ranks, device.per_node) * sum(memory.values())}
     seconds = seconds_of(config, model, spec, mine, device, ranks, P, measured)
+    if teacher and not measured:
+        peak = device.peak / (1 if low_bytes(config) == 2 else 2) * device.efficiency / (ranks if device.is_cpu else 1)
+        seconds["teacher"] = forward_flops(teacher, spec, mine.shape) / peak * config.accumulate
     on_node = min(ranks, device.per_node)
-    fits = sum(memory.values()) * (on_node if device.is_cpu else 1) <= device.memory * 0.95
+    held = sum(memory.values()) - memory.get("mapped", 0.0)  # pages of files give way
+    fits = held * (on_node if device.is_cpu else 1) <= device.memory * 0.95
     return Forecast(
         device=device.name, ranks=ranks, stage=config.zero.stage, parameters=P, memory=memory, host=host,
         seconds=seconds, tokens=work.shape.tokens, flops=training_flops(model, spec, work.shape), peak=device.peak,
@@ -201,12 +243,27 @@ def memory_of(
         now = memory["gradients"] + memory["buffers"] + memory["activations"]
         memory["checkpoint"] = max(0.0, saved - now)
         memory["process"] = float(BASE)
-        host = {}
-        on_node = min(ranks, device.per_node)
-        return memory, {"ranks": on_node * sum(memory.values())}
+        if mine.corpus:
+            seen = mine.corpus.seen(config.steps, ranks)
+            memory |= {"cache": mine.corpus.cached(config.steps, ranks), "mapped": mine.corpus.mapped * seen}
+        return memory, {}
     host |= {"checkpoint": float(saved), "process": 3.0e9}  # a rank with CUDA's libraries loaded; an assumption
     memory["runtime"] = CONTEXT
     return memory, {key: value * on_node for key, value in host.items()}
+
+
+def teaching(
+    config: LoopConfig, teacher: AnyModelConfig, spec: FeatureSpec, mine: Workload, device: Device
+) -> dict[str, float]:
+    """Bytes of the teacher, of its forward pass at most (what one block would keep), and of the logits of both, which are
+    whole and in float32 beside their own precision."""
+    b = low_bytes(config) if config.precision == "bf16" else 4  # a teacher has no fp16
+    once = config.model_copy(update={"recompute": 1})
+    logits = mine.shape.targets * spec.vocab_size * (4 * 4 + 2 * b)
+    return {
+        "teacher": float(b * count(teacher, spec)),
+        "taught": activation_bytes(once, teacher, spec, mine.shape, on_cpu=device.is_cpu) + logits,
+    }
 
 
 def seconds_of(
@@ -217,10 +274,11 @@ def seconds_of(
     b, pieces = low_bytes(config), config.accumulate
     part = P / ranks if config.zero.stage >= 1 else P
     if measured:
+        anew = mine.corpus.read_anew(config.steps, ranks) if mine.corpus else 1.0
         return {
             "forward_backward": measured.forward_backward * pieces,
             "update": measured.update,
-            "data": measured.data * pieces,
+            "data": (measured.cached + (measured.data - measured.cached) * anew) * pieces,
             "engine": ENGINE * _tensors(model, spec) * pieces,
             "between_ranks": between_ranks(config, device, ranks, P),
         }

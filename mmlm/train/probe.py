@@ -5,24 +5,40 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mmlm.data.collate import Batch
 from mmlm.data.loader import Loader
+from mmlm.data.reader import decoded_bytes
 from mmlm.features.spec import FeatureSpec
-from mmlm.model.flops import Shape, training_flops
+from mmlm.model.baseline_config import AnyModelConfig
+from mmlm.model.flops import Shape, forward_flops, training_flops
 from mmlm.train import weights
-from mmlm.train.config import LoopConfig, TrainConfig
-from mmlm.train.objectives import Answering, loss_of
-from mmlm.train.planning import Measured, Workload, count
+from mmlm.train.config import LoopConfig
+from mmlm.train.objectives import Answering, Distilling, Objective, loss_of
+from mmlm.train.planning import Corpus, Measured, Workload, count
 from mmlm.world import World, cores
 
 LARGEST = 300_000_000
 """Parameters of the largest model that is tried out."""
+LOOKED_AT = 64
+"""Samples whose decoded size is looked at."""
 LONGEST = 5e10
 """FLOPs of the largest micro-batch that is tried out; a larger one is cut, and its time multiplied."""
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What distillation has beside the student."""
+
+    model: AnyModelConfig
+    """The teacher."""
+    temperature: float
+    task: float
 
 
 def workload(loader: Loader, config: LoopConfig, sequences: int = 512) -> Workload:
@@ -39,59 +55,84 @@ def workload(loader: Loader, config: LoopConfig, sequences: int = 512) -> Worklo
     figures = {name: mean(name) for name in ("targets", "answers", "patches", "mels", "read")}
     shape = Shape(lengths, prompts=prompts, **figures)
     rows, length = (round(statistics.mean(b.tokens_BT.shape[i] for b in batches)) for i in (0, 1))
-    return Workload(shape, rows, length, f"the mean of {steps} batches of the shards")
+    samples = [loader.maker.record(n) for n in np.linspace(0, len(loader.reader) - 1, LOOKED_AT).astype(int).tolist()]
+    corpus = Corpus(
+        samples=len(loader.reader), a_step=statistics.mean(len(batch.ids) for batch in batches),
+        decoded=statistics.mean(map(decoded_bytes, samples)),
+        mapped=0.0 if loader.reader.files.remote else loader.reader.shard_bytes, cache=loader.cache_bytes,
+    )  # fmt: skip
+    return Workload(shape, rows, length, f"the mean of {steps} batches of the shards", corpus)
 
 
-def measure(config: TrainConfig, spec: FeatureSpec, shards: Path, ranks: int, repeat: int = 3) -> Measured | None:
+def measure(
+    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, shards: Path, ranks: int, repeat: int = 3,
+    teacher: Teaching | None = None,
+) -> Measured | None:  # fmt: skip
     """Seconds of a micro-batch, of its making and of the update on one of `ranks` ranks of this machine.
 
     None when the model is too large to be tried out.
     """
-    P = count(config.model, spec)
-    if P > LARGEST:
+    P = count(model, spec)
+    if max(P, count(teacher.model, spec) if teacher else 0) > LARGEST:
         return None
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, cores() // ranks))
     state = torch.random.get_rng_state()
     try:
-        return _measure(config, spec, shards, ranks, P, repeat)
+        return _measure(config, model, spec, shards, ranks, P, repeat, teacher)
     finally:
         torch.random.set_rng_state(state)
         torch.set_num_threads(before)
 
 
-def _measure(config: TrainConfig, spec: FeatureSpec, shards: Path, ranks: int, P: int, repeat: int) -> Measured:
+def _measure(
+    config: LoopConfig, sizes: AnyModelConfig, spec: FeatureSpec, shards: Path, ranks: int, P: int, repeat: int,
+    teacher: Teaching | None,
+) -> Measured:  # fmt: skip
     notes = []
-    loader = Loader(shards, config.data, config.seed, World(ranks - 1, ranks), config.steps)  # not main: it is silent
+    here = World(ranks - 1, ranks)
+    loader = Loader(shards, config.data, config.seed, here, config.steps, quiet=True)
     made: list[Batch] = []
 
     def make(step: int) -> None:
         made[:] = loader.batches(step, config.accumulate)
 
-    data = _median(make, repeat) / config.accumulate
-    batch, flops = made[0], training_flops(config.model, spec, Shape.of(made[0]))
+    data, cached = (_median(make, repeat) / config.accumulate for _ in range(2))
+    batch, flops = made[0], training_flops(sizes, spec, Shape.of(made[0]))
+    flops += forward_flops(teacher.model, spec, Shape.of(batch)) if teacher else 0
     factor = max(1.0, flops / LONGEST)
     if factor > 1:
         smaller = config.data.model_copy(
             update={"batch": max(ranks, int(config.data.batch / config.accumulate / factor))}
         )
-        batch = Loader(shards, smaller, config.seed, World(ranks - 1, ranks), config.steps).batch(0)
-        factor = flops / training_flops(config.model, spec, Shape.of(batch))
+        loader = Loader(shards, smaller, config.seed, here, config.steps, quiet=True)
+        whole, batch = training_flops(sizes, spec, Shape.of(batch)), loader.batch(0)
+        factor = whole / training_flops(sizes, spec, Shape.of(batch))
         notes.append(f"a micro-batch was tried out at 1/{factor:.0f} of its size")
-    model = weights.build(config.model, spec)
+    model = weights.build(sizes, spec)
+    model.set_up(recompute=config.recompute)
     if config.precision == "bf16":
         model = model.bfloat16()
-    objective = Answering(config.loss, spec, getattr(config.model, "fusion", None))
+    objective = _objective(config, sizes, spec, teacher)
     counts = objective.counts(batch)
 
     def learn(_: int) -> None:
         loss_of(objective(model, batch), counts).backward()
 
     forward_backward = _median(learn, repeat) * factor
-    return Measured(forward_backward, _update(config, ranks, P, repeat), data, notes)
+    return Measured(forward_backward, _update(config, ranks, P, repeat), data, cached, notes)
 
 
-def _update(config: TrainConfig, ranks: int, P: int, repeat: int) -> float:
+def _objective(config: LoopConfig, sizes: AnyModelConfig, spec: FeatureSpec, teacher: Teaching | None) -> Objective:
+    fusion = getattr(sizes, "fusion", None)
+    if teacher is None:
+        return Answering(config.loss, spec, fusion)
+    leader = weights.build(teacher.model, spec).eval().requires_grad_(False)
+    leader = leader.bfloat16() if config.precision == "bf16" else leader
+    return Distilling(config.loss, spec, leader, teacher.temperature, teacher.task, fusion)
+
+
+def _update(config: LoopConfig, ranks: int, P: int, repeat: int) -> float:
     """Seconds to update one rank's part, as DeepSpeed does it: float32, in one piece, with the norm and the way back."""
     part = torch.zeros(P // ranks if config.zero.stage else P, requires_grad=True)
     part.grad = torch.zeros_like(part)

@@ -105,7 +105,7 @@ def on_rank(
     engine.start(world)
     folder = folder_of(shards, digest)
     spec = feature_spec.load(folder)
-    expected.write(settings, spec, folder, Path(out), world)
+    expected.write(settings, settings.model, spec, folder, Path(out), world)
     torch.manual_seed(settings.seed)
     model = adapted.build(settings, spec, folder)
     model.set_up(recompute=settings.recompute, compiled=settings.compile)

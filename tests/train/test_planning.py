@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from mmlm.train.activations import activation_bytes
 from mmlm.train.config import TrainConfig
 from mmlm.train.devices import DEVICES, Device
 from mmlm.train.objectives import Answering, loss_of
-from mmlm.train.planning import Workload, between_ranks, count, forecast
+from mmlm.train.planning import Corpus, Workload, between_ranks, count, forecast
 from tests.small import SPEC, sample
 
 CPU = Device("cpu", 1e11, 16e9, 1e10, 1e9, per_node=2)
@@ -183,6 +185,34 @@ def test_a_lone_train_yaml_is_planned(tmp_path: Path) -> None:
     assert main(["plan", "demo", "--gpu", "h100", "--gpus", "0"]) == 2
 
 
+def test_what_a_rank_keeps_of_its_samples() -> None:
+    corpus = Corpus(samples=1000, a_step=20, decoded=1e6, mapped=5e8, cache=5e8)
+    assert corpus.seen(1, 2) == pytest.approx(0.01, rel=0.01) and corpus.seen(10_000, 2) == pytest.approx(1)
+    assert corpus.cached(1, 2) == pytest.approx(1e7, rel=0.01) and corpus.cached(10_000, 2) == 5e8
+    assert corpus.read_anew(1, 2) > 0.99  # nothing comes twice
+    assert corpus.read_anew(10_000, 2) == pytest.approx(0.505, rel=0.01)  # half of them fit
+    roomy = replace(corpus, cache=2e9)
+    assert roomy.read_anew(1000, 2) == pytest.approx(0.1, rel=0.01)  # each of 1,000 is read once in 10,000 draws
+
+
+def test_a_story_is_planned_with_its_distillation(
+    keypad_shards: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(keypad_shards.path, tmp_path / "shards")
+    sets = [f"{verb}.{what}" for verb in ("train", "distill") for what in ("model.width=32", "data.batch=8")]
+    command = ["plan", "demo", "--out", str(tmp_path), "--gpu", "cpu", "--gpus", "1", "--zero", "2", "--json"]
+    assert main([*command, *(word for change in sets for word in ("--set", change))]) == 0
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    (taught,), (alone,) = told["distill"]["rows"], told["rows"]
+    assert (
+        told["verb"] == "train" and told["distill"]["verb"] == "distill" and told["distill"]["steps"] != told["steps"]
+    )
+    assert taught["memory"]["teacher"] == 2 * alone["parameters"] and taught["seconds"]["forward_backward"] > 0
+    assert alone["memory"]["cache"] > 0 and alone["memory"]["mapped"] <= keypad_shards.counts["bytes"]
+    assert "pack:" not in said.err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -225,13 +255,13 @@ def test_a_finished_training_says_what_was_planned(keypad_shards: Artifact, tmp_
     from mmlm.world import World
 
     config = config_of(model={"width": 32, "layers": 1, "heads": 2}, data={"batch": 16})
-    expected.write(config, _spec(keypad_shards), keypad_shards.path, tmp_path, World(0, 2))
+    expected.write(config, config.model, _spec(keypad_shards), keypad_shards.path, tmp_path, World(0, 2))
     planned = json.loads((tmp_path / "plan.json").read_text())
     assert planned["step_seconds"] > 0 and planned["memory_bytes"] > 2 * 400e6
     written = (tmp_path / "plan.json").stat().st_mtime_ns
-    expected.write(config, _spec(keypad_shards), keypad_shards.path, tmp_path, World(0, 2))
+    expected.write(config, config.model, _spec(keypad_shards), keypad_shards.path, tmp_path, World(0, 2))
     assert (tmp_path / "plan.json").stat().st_mtime_ns == written  # an attempt on as many ranks keeps it
-    expected.write(config, _spec(keypad_shards), keypad_shards.path, tmp_path, World(0, 1))
+    expected.write(config, config.model, _spec(keypad_shards), keypad_shards.path, tmp_path, World(0, 1))
     planned = json.loads((tmp_path / "plan.json").read_text())
     assert planned["ranks"] == 1
     rows = [
