@@ -32,7 +32,7 @@ def facts(train: int, tokens: float, *tasks: TaskSpec, test: int = 1000, val: in
 
 
 def cost(model: dict[str, Any], settings: dict[str, Any]) -> tuple[int, float, bool]:
-    parameters = count(ModelConfig(**model), facts(1, 1, CLASSES).spec)
+    parameters = count(parse(ModelConfig, model, "test"), facts(1, 1, CLASSES).spec)
     return parameters, parameters / 1e8, parameters < 2e9  # an hour for 100 million
 
 
@@ -64,9 +64,8 @@ def test_parameters_are_fed_by_twenty_tokens_each(tokens: float):
     parameters, hours, fits = cost(advice.model, {})
     assert advice.preset == "tiny" or 20 * parameters <= 4 * tokens
     assert hours <= 8.0 and fits
-    names = [name for name, _ in SIZES]
-    if advice.preset != names[-1]:
-        larger, longer, room = cost(dict(SIZES[names.index(advice.preset) + 1][1]), {})
+    if advice.preset != SIZES[-1]:
+        larger, longer, room = cost({"preset": SIZES[SIZES.index(advice.preset) + 1]}, {})
         assert 20 * larger > 4 * tokens or longer > 8.0 or not room, "a larger one would do"
 
 

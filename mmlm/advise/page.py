@@ -96,7 +96,7 @@ def _alternatives(facts: Facts, advice: Advice, device: Device, ranks: int) -> l
     """The other kinds that could do it, with the same steps and batch."""
     cost, taken = _cost(facts, device, ranks), advice.model.get("kind", "transformer")
     models: dict[str, dict[str, Any]] = {
-        "transformer": dict(SIZES[0][1]),
+        "transformer": {"preset": SIZES[0]},
         "cnn": {"kind": "cnn"},
         "gru": {"kind": "gru"},
         "lstm": {"kind": "lstm"},

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmlm.advise.facts import Facts, Machine
+from mmlm.model.presets import PRESETS
 
 CNN_UP_TO = 10_000
 LSTM_UP_TO = 2_000
@@ -19,6 +20,7 @@ MUENNIGHOFF = "Muennighoff et al. 2023: up to 4 epochs are worth nearly as much 
 VIT = "Dosovitskiy et al. 2021, section 4.3: without pretraining on many pictures, convolutions beat patches"
 EZEN = "Ezen-Can 2020: an LSTM beat BERT on a small corpus, the more so the smaller"
 STAMPS = "docs/results.md: of 649 stamps the logistic regression learnt .714, the Transformer of 3.3 M parameters .603"
+DIGITS = "docs/results.md, small data"
 TREES = "Grinsztajn et al. 2022: on tables of about 10,000 rows, trees beat neural networks"
 
 
@@ -42,17 +44,8 @@ class Advice:
     warnings: list[str] = field(default_factory=list)
 
 
-SIZES: tuple[tuple[str, dict[str, int]], ...] = (
-    ("tiny", {"width": 128, "layers": 2, "heads": 4}),
-    ("small", {"width": 256, "layers": 4, "heads": 4}),
-    ("40m", {"width": 512, "layers": 8, "heads": 8}),
-    ("125m", {"width": 768, "layers": 12, "heads": 12}),
-    ("350m", {"width": 1024, "layers": 24, "heads": 16}),
-    ("760m", {"width": 1536, "layers": 24, "heads": 16}),
-    ("1b", {"width": 2048, "layers": 24, "heads": 16}),
-    ("7b", {"width": 4096, "layers": 32, "heads": 32}),
-)
-"""Shapes that are chosen among, from small to large; width and depth of the larger ones as Brown et al. 2020, table 2.1."""
+SIZES = tuple(name for name in PRESETS if name not in ("vaswani", "bert"))
+"""Of the Transformer, from small to large (mmlm/model/presets.py)."""
 
 
 def advise(facts: Facts, here: Machine, budget_hours: float, cost: Any) -> Advice:
@@ -114,9 +107,9 @@ def _size(
         return kind, {"kind": kind, "width": 128, "layers": 1, "dropout": 0.2}
     trained = max(facts.tokens, 1.0) * EPOCHS_OF_USE
     wanted = trained / TOKENS_A_PARAMETER
-    name, shape, stopped = "tiny", SIZES[0][1], ""
-    for other, larger in SIZES[1:]:
-        parameters, hours, fits = cost({"kind": kind, **larger}, settings)
+    name, stopped = SIZES[0], "there is no larger one"
+    for other in SIZES[1:]:
+        parameters, hours, fits = cost({"preset": other}, settings)
         if parameters > wanted:
             stopped = f"`{other}` has {parameters:,}"
             break
@@ -205,7 +198,7 @@ def _augment(facts: Facts) -> dict[str, Any]:
 
 
 def _rate(model: dict[str, Any], kind: str, reasons: list[Reason]) -> float:
-    width = int(model["width"])
+    width = int(model["width"] if "width" in model else PRESETS[model["preset"]].fields["width"])
     rate = float(f"{max(2e-4, min(3e-3, 3e-3 * 128 / width)):.2g}") if kind == "transformer" else 2e-3
     source = (
         "Yang et al. 2022, table 3: 1 / width; 3e-3 at 128 in the story demo" if kind == "transformer" else "our rule"
@@ -222,6 +215,11 @@ def _warnings(facts: Facts) -> list[str]:
         found.append(f"these are tables of numbers and categories: look at the row `logistic` first ({TREES})")
     elif not facts.texts and facts.train <= LOGISTIC_UP_TO:
         found.append(f"{facts.train:,} records: expect the report's row `logistic` to be as good or better ({STAMPS})")
+    if facts.texts and facts.media and facts.classes and facts.train <= CNN_UP_TO:
+        found.append(
+            f"{facts.train:,} records are few for words: where the class is enough, ask for it alone (no answer texts in "
+            f"scan.yaml), and a cnn will do ({DIGITS})"
+        )
     if 0 < facts.test < 200:
         half = 1.96 * math.sqrt(0.25 / facts.test)
         found.append(
