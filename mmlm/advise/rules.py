@@ -116,10 +116,10 @@ def _size(
         if not fits or hours > budget_hours:
             stopped = f"`{other}` would " + (f"take {hours:,.1f} h here" if fits else "not fit into memory here")
             break
-        name, shape = other, larger
+        name = other
     why = f"{facts.tokens:,.0f} tokens of text, {EPOCHS_OF_USE} times over, feed about {wanted:,.0f} parameters; {stopped}"
-    reasons.append(Reason(f"size: {name}", why, f"{HOFFMANN}; {MUENNIGHOFF}"))
-    model: dict[str, Any] = {**shape}
+    reasons.append(Reason(f"preset: {name}", why, f"{HOFFMANN}; {MUENNIGHOFF}"))
+    model: dict[str, Any] = {"preset": name}
     if facts.media or not facts.texts:
         model["attention"] = "prefix"
         reasons.append(
