@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
+
+import yaml
 
 from mmlm.config import apply_override, parse, split_override
 from mmlm.errors import ConfigError
@@ -41,4 +44,7 @@ def from_overrides(overrides: list[str]) -> dict[str, Any] | None:
         if not key.startswith("generation."):
             raise ConfigError(f"--set {key}", wanted="generation.KEY=VALUE, such as generation.temperature=0.7")
         apply_override(told, key, raw)
+        if key in ("generation.choices", "generation.stop"):  # [yes, no, 1] are words here, not truths and numbers
+            with contextlib.suppress(yaml.YAMLError):
+                told["generation"][key.partition(".")[2]] = yaml.load(raw, yaml.BaseLoader)
     return told.get("generation")

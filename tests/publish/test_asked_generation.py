@@ -177,6 +177,8 @@ def test_on_the_command_line(checkpoint: Path, responder: Responder, tmp_path: P
     assert cli.main(["predict", "--model", str(checkpoint), "--input", str(file), *hot]) == 0
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first == wanted and second["answer"] == "七"
+    assert cli.main([*one, "--set", "generation.choices=[yes, no, 1]", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answer"] in ("yes", "no", "1")
     for wrong in ("generation.top_p=0.5", "generation.heat=1", "train.seed=1"):
         assert cli.main([*one, "--set", wrong]) == 2
         assert "Traceback" not in capsys.readouterr().err
