@@ -120,10 +120,16 @@ def test_what_it_carries(saved: tuple[Path, Path]) -> None:
     _, where = saved
     carried = {str(p.relative_to(where / "code")) for p in (where / "code").rglob("*.py")}
     assert {"mmlm/publish/answering.py", "mmlm/model/transformer.py", "mmlm/features/encode.py"} <= carried
-    assert not any(p.startswith(("mmlm/shards", "mmlm/launch", "mmlm/cli", "mmlm/tracking")) for p in carried), carried
+    assert not any(p.startswith(("mmlm/launch", "mmlm/cli", "mmlm/tracking")) for p in carried), carried
+    encoding = {f"mmlm/shards/{name}.py" for name in ("__init__", "codec", "encoder_files", "encoders")}
+    assert {p for p in carried if p.startswith("mmlm/shards")} <= encoding, (
+        "of the shards only what runs their encoders"
+    )
     needed = (where / "requirements.txt").read_text().split()
     assert any(r.startswith("torch==") and "+" not in r for r in needed)
-    assert not any(r.startswith(("ray", "deepspeed", "scikit", "webdataset", "dagster")) for r in needed), needed
+    assert not any(
+        r.startswith(("ray", "deepspeed", "scikit", "webdataset", "dagster", "peft", "transformers")) for r in needed
+    ), needed
     assert {"model.safetensors", "config.json", "feature_spec.json", "tokenizer.json"} == {
         p.name for p in (where / "artifacts" / "checkpoint").iterdir()
     }
