@@ -145,18 +145,18 @@ def test_a_search_stops_bad_trials_reports_failed_ones_and_goes_on(
     sets = ["steps=80", "log_every=4", "data.batch=16", "model.width=32", "model.layers=1", "precision=fp32"]
     command = ["tune", "demo", "--out", str(out), "--tracking-uri", uri, "--trials", "6", "--parallel", "2", "--json"]
     command += [word for change in sets for word in ("--set", f"train.{change}")]
-    command += ["--search", "train.optimizer.lr=[1e-7, 3e-3, 1e30]", "--search", "train.model.heads=[2, 3]"]
+    command += ["--search", "train.optimizer.lr=[1e-7, 3e-3, 1e30]", "--search", "train.model.heads=[4, 3]"]
     assert main(command) == 0
     assert all(
         "mlflow.db" not in path.read_text() for path in (out / "search").rglob("*.json")
     )  # it may hold a password
     found = json.loads(capsys.readouterr().out)
     trials = {(t["settings"]["train.optimizer.lr"], t["settings"]["train.model.heads"]): t for t in found["trials"]}
-    assert trials[3e-3, 2]["state"] == "finished" and trials[3e-3, 2]["step"] == 80
-    assert found["best"] == trials[3e-3, 2]["trial"]
+    assert trials[3e-3, 4]["state"] == "finished" and trials[3e-3, 4]["step"] == 80
+    assert found["best"] == trials[3e-3, 4]["trial"]
     assert "even multiple of heads" in trials[3e-3, 3]["error"]  # settings that are none
-    assert trials[1e30, 2]["state"] == "failed" and "the loss is" in trials[1e30, 2]["error"]
-    assert trials[1e-7, 2]["state"] in ("stopped", "finished")  # which depends on who came to a rung first
+    assert trials[1e30, 4]["state"] == "failed" and "the loss is" in trials[1e30, 4]["error"]
+    assert trials[1e-7, 4]["state"] in ("stopped", "finished")  # which depends on who came to a rung first
     assert not [pid for pid in marked("a-search") if pid != os.getpid()]  # no process is left
 
     client = mlflow.MlflowClient(uri)

@@ -15,6 +15,7 @@ from mmlm.data.collate import IGNORE, Batch
 from mmlm.errors import ConfigError
 from mmlm.features.spec import SPECIAL_TOKENS, FeatureSpec
 from mmlm.features.text import Tokenizer
+from mmlm.model.fusion_config import FusionConfig
 from mmlm.model.transformer import Output
 from mmlm.train.config import LossConfig
 from mmlm.train.objectives import Answering
@@ -102,13 +103,19 @@ class Following:
     knows the classes of (Hinton, Vinyals & Dean 2015, section 2)."""
 
     def __init__(
-        self, config: LossConfig, spec: FeatureSpec, teacher: SequenceClassifier, temperature: float, task: float
-    ) -> None:
-        self.answering, self.teacher, self.temperature, self.task = Answering(config, spec), teacher, temperature, task
+        self, config: LossConfig, spec: FeatureSpec, teacher: SequenceClassifier, temperature: float, task: float,
+        fusion: FusionConfig | None = None,
+    ) -> None:  # fmt: skip
+        """`fusion`: the student's. Embeddings are not distilled."""
+        self.answering = Answering(config.model_copy(update={"contrastive": None}), spec, fusion)
+        self.teacher, self.temperature, self.task = teacher, temperature, task
         self.names: tuple[str, ...] = (*self.answering.names, "label_kl")
 
     def counts(self, batch: Batch) -> dict[str, float]:
         return {**self.answering.counts(batch), "label_kl": float(self._taught(batch).sum())}
+
+    def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
+        pass
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
         output: Output = model(batch, z_loss=self.answering.z_share)

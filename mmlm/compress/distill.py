@@ -94,7 +94,8 @@ def on_rank(
     spec = feature_spec.load(folder)
     student = pretrained.build(settings.model, spec, folder)
     student.set_up(recompute=settings.recompute, compiled=settings.compile)
-    objective: Objective = Answering(settings.loss, spec, getattr(settings.model, "fusion", None))
+    fusion = getattr(settings.model, "fusion", None)
+    objective: Objective = Answering(settings.loss, spec, fusion)
     taught = (
         probe.Teaching(weights.load_config(Path(teacher)), settings.temperature, settings.task) if teacher else None
     )
@@ -109,14 +110,14 @@ def on_rank(
             leader,
             settings.temperature,
             settings.task,
-            getattr(settings.model, "fusion", None),
+            fusion,
         )
     if settings.teacher:
         from mmlm.compress.classifier import Following, SequenceClassifier
         from mmlm.features.text import Tokenizer
 
         classifier = SequenceClassifier(Path(settings.teacher.folder), spec, Tokenizer.load(folder)).to(device)
-        objective = Following(settings.loss, spec, classifier, settings.temperature, settings.task)
+        objective = Following(settings.loss, spec, classifier, settings.temperature, settings.task, fusion)
     name = "distill" if teacher or settings.teacher else "scratch"
     counts = fit(student, objective, settings, folder, Path(out), name, Where(**(where or {})))
     write_counts(Path(out), counts, student)

@@ -24,7 +24,7 @@ KINDS: tuple[Literal["image", "audio"], ...] = ("image", "audio")
 def places(given: str | None = None) -> dict[str, str]:
     """kind → folder, from `given` or the environment. Raises ConfigError when that does not read as such."""
     text = os.environ.get(PLACES, "") if given is None else given
-    found = {}
+    found: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         kind, equals, folder = part.partition("=")
         if not equals or kind not in KINDS:
@@ -38,7 +38,7 @@ def find(spec: FeatureSpec, folders: Mapping[str, str]) -> dict[str, PretrainedE
 
     Raises ConfigError when a folder holds another checkpoint than the shard set was made with.
     """
-    found = {}
+    found: dict[str, PretrainedEncoder] = {}
     for kind in KINDS:
         told = spec.encoder(kind)
         if told is None or kind not in folders:

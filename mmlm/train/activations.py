@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmlm.features.spec import FeatureSpec
+from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.model.baseline_flops import kept_values
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import LOGITS
@@ -19,7 +20,9 @@ def low_bytes(config: LoopConfig) -> int:
     return 4 if config.precision == "fp32" else 2
 
 
-def activation_bytes(config: LoopConfig, model: ModelConfig, spec: FeatureSpec, shape: Shape, *, on_cpu: bool) -> float:
+def activation_bytes(
+    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, shape: Shape, *, on_cpu: bool
+) -> float:
     """Of one micro-batch, and what the heads need on top at the end."""
     b, D, every = low_bytes(config), model.width, config.recompute
     if not isinstance(model, ModelConfig):

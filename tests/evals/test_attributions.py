@@ -164,7 +164,9 @@ def test_attributions_add_up_however_modalities_meet(form: dict[str, str], of: s
     sample = crafted("corner", 1, 5)
     sample.tokens = np.insert(sample.tokens, 3, AUDIO)
     sample.answer_at, sample.sounds = sample.answer_at + 1, crafted("moment", 1, 5).sounds
-    found = explain(other, sample, **({"label": "ne"} if of == "label" else {"text": "ab"}))
+    label: dict[str, Any] = {"label": "ne"}
+    text: dict[str, Any] = {"text": "ab"}
+    found = explain(other, sample, **(label if of == "label" else text))
     assert found.complete and set(found.by_modality) == {"text", "image", "audio", "fields"}
     assert all(value for value in found.by_modality.values())
     if of == "label":

@@ -71,6 +71,7 @@ def test_what_is_given_beside_a_preset_overrides_it():
 def test_a_preset_on_the_command_line_replaces_the_sizes_of_a_file():
     story = load("demo", ["train.model.preset=small", "train.model.layers=3"])
     model = story.train.model
+    assert isinstance(model, ModelConfig)
     assert (model.width, model.heads, model.kv_heads, model.qk_norm) == (512, 8, 4, True)
     assert model.layers == 3 and model.attention == "prefix"  # what comes later, and what no preset says anything of
     data = {"model": {"width": 64, "dropout": 0.1}}

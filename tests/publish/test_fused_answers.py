@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def test_questions_with_any_inputs_are_answered_alone_as_together(fusion: str, w
     weights.save_model(tmp_path, model.state_dict(), config, world.shards.path)
     responder = Responder.load(tmp_path)
     image, audio = world.picture(200), world.sound(700)
-    asked = [
+    asked: list[dict[str, Any]] = [
         {"text": QUESTIONS[0], "image": image, "audio": audio},
         {"text": QUESTIONS[1], "image": image},
         {"audio": audio},

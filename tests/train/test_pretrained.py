@@ -125,11 +125,17 @@ def test_identity_is_the_content_and_not_the_place(tmp_path: Path):
     one, other = folder_of(tmp_path / "one"), folder_of(tmp_path / "other")
     _, shards = shards_of(tmp_path / "shards", (one / "tokenizer.json").read_text())
     a, b = (pretrained.nameless(pretrained.settled(given(f), shards)) for f in (one, other))
-    assert a == b and a.model.pretrained is not None and not a.model.pretrained.folder
+    assert (
+        isinstance(a.model, ModelConfig) and a == b and a.model.pretrained is not None and not a.model.pretrained.folder
+    )
     settings = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**settings, "rope_parameters": {"rope_theta": 7.0}}))
     changed = pretrained.nameless(pretrained.settled(given(other), shards))
-    assert changed.model.pretrained != a.model.pretrained and changed.model.rope_theta == 7
+    assert (
+        isinstance(changed.model, ModelConfig)
+        and changed.model.pretrained != a.model.pretrained
+        and changed.model.rope_theta == 7
+    )
     pinned = {"model": {"pretrained": {"folder": str(other), "digest": a.model.pretrained.digest}}}
     with pytest.raises(ConfigError, match="has the digest"):
         pretrained.settled(TrainConfig.model_validate(pinned), shards)

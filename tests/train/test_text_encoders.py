@@ -72,7 +72,7 @@ def test_an_encoder_reads_the_question_as_transformers_does(tmp_path: Path):
     given = TrainConfig.model_validate({"model": {"pretrained": {"folder": str(folder)}}})
     config = pretrained.settled(given, shards)
     net = pretrained.build(config.model, spec, shards).eval()
-    assert isinstance(net, EncoderModel) and config.model.layers == 2
+    assert isinstance(net, EncoderModel) and isinstance(config.model, ModelConfig) and config.model.layers == 2
     batch = batch_of(spec, Tokenizer.load(shards))
     model = transformers.AutoModel.from_pretrained(folder).eval()
     asked = transformers.AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
