@@ -41,8 +41,8 @@ class Recipe(NamedTuple):
 
     width: int = 64
     layers: int = 2
-    steps: int = 300
-    batch: int = 64
+    steps: int = 500
+    batch: int = 128
     lr: float = 3e-3
     decay: float = 0.1
     dropout: float = 0.1
@@ -51,8 +51,9 @@ class Recipe(NamedTuple):
     """Of each training digit, each with noise of its own."""
     picture_noise: float = 8.0
     """Standard deviation, where the ink is 0 to 16."""
-    sound_noise: float = 6.0
-    """Standard deviation, in root mean squares of the tone."""
+    sound_noise: float = 5.7
+    """Standard deviation, in root mean squares of the tone; in training anything up to it: sounds that are all as noisy as
+    those of the test are not learnt at all (.09 after 300 steps; .53 when some are clearer)."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -84,7 +85,8 @@ def rendered(name: str, picture: np.ndarray, digit: int, rng: np.random.Generato
     low, high = DTMF[str(digit)]
     phases = rng.uniform(0, 2 * np.pi, 2)
     tone = np.sin(2 * np.pi * low * t + phases[0]) + np.sin(2 * np.pi * high * t + phases[1])
-    sound = log_mel((tone + recipe.sound_noise * rng.standard_normal(len(t))).astype(np.float32), spec)
+    loudness = recipe.sound_noise * (rng.uniform() if name.startswith("train") else 1.0)
+    sound = log_mel((tone + loudness * rng.standard_normal(len(t))).astype(np.float32), spec)
     tokens = np.array([BOS, IMAGE, AUDIO, QUESTION, ANSWER, FIRST + digit, EOS], np.int32)
     return Sample(name, "digit", tokens, 4, [pixels[..., None]], [sound], label=str(digit))
 

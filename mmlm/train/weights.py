@@ -105,7 +105,7 @@ def load_model(folder: Path, spec: FeatureSpec) -> FusedTransformer:
     model = build(load_config(folder), spec)
     try:
         tensors = load_file(folder / WEIGHTS)
-        if model.config.tied:
+        if isinstance(model.config, ModelConfig) and model.config.tied:
             tensors.setdefault("answer.weight", tensors["tokens.weight"])
         model.load_state_dict(tensors)
     except FileNotFoundError:
