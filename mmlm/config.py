@@ -39,36 +39,41 @@ def parse(kind: type[C], data: Any, where: str) -> C:
 
 def _problem(kind: type[Config], error: Any) -> str:
     location = list(error["loc"])
-    key = ".".join(str(p) for p in location)
+    key = ".".join(map(str, _walk(kind, location)[1]))
     if error["type"] == "extra_forbidden":
-        parent = _model_at(kind, location[:-1])
+        parent, _ = _walk(kind, location[:-1])
         names = list(parent.model_fields) if parent else []
         close = difflib.get_close_matches(str(location[-1]), names, 1, 0.5)
         hint = f", did you mean `{close[0]}`?" if close else f" (known: {', '.join(names)})" if names else ""
         return f"unknown key `{key}`{hint}"
     if error["type"] == "missing":
         return f"`{key}` is missing"
+    if error["type"] == "union_tag_invalid":
+        wrong, names = str(error["ctx"]["tag"]), re.findall(r"'([^']+)'", error["ctx"]["expected_tags"])
+        close = difflib.get_close_matches(wrong, names, 1, 0.5)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        return f"`{key}`: there is no {wrong!r}{hint} (known: {', '.join(names)})"
     value = repr(error.get("input"))
     return f"`{key}` = {value[:60]}: {error['msg'].removeprefix('Value error, ')}"
 
 
-def _model_at(kind: type[Config], location: list[Any]) -> type[Config] | None:
-    """The config class that holds the key at `location`, following unions by their `kind` tag."""
+def _walk(kind: type[Config], location: list[Any]) -> tuple[type[Config] | None, list[Any]]:
+    """The config class at `location`, and the keys on the way as a person wrote them: pydantic puts the `kind` of a union's
+    choice between them."""
     here: Any = kind
+    written: list[Any] = []
     for step in location:
         options = [t for t in _types(here) if isinstance(t, type) and issubclass(t, Config)]
         tagged = [t for t in options if "kind" in t.model_fields and step in _literal(t)]
         if tagged:
             here = tagged[0]
             continue
-        if isinstance(step, int):
-            continue
-        owner = next((t for t in options if step in t.model_fields), None)
-        if owner is None:
-            return None
-        here = owner.model_fields[step].annotation
+        written.append(step)
+        if not isinstance(step, int):
+            owner = next((t for t in options if step in t.model_fields), None)
+            here = owner.model_fields[step].annotation if owner else None
     options = [t for t in _types(here) if isinstance(t, type) and issubclass(t, Config)]
-    return options[0] if options else None
+    return options[0] if options else None, written
 
 
 def _types(annotation: Any) -> list[Any]:

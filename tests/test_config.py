@@ -31,6 +31,22 @@ def test_every_problem_is_listed_with_a_suggestion():
     assert "`inner.rate` = 'fast'" in said
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"model": {"fusion": "addd"}}, "`model.fusion`: there is no 'addd', did you mean 'add'?"),
+        ({"model": {"kind": "cnn", "layers": 2}}, "unknown key `model.layers` (known: kind, channels"),
+        ({"optimizer": {"kind": "sgd"}}, "`optimizer`: there is no 'sgd' (known: adamw, lion, muon)"),
+        ({"model": {"heads": 3}}, "`model` = {"),
+        ({"freeze": [{"modules": ["image"], "endd": 3}]}, "unknown key `freeze.0.endd`, did you mean `end`?"),
+    ],
+)
+def test_keys_in_messages_are_those_that_were_written(data: dict[str, Any], words: str):
+    with pytest.raises(ConfigError) as caught:
+        parse(TrainConfig, data, "train.yaml")
+    assert words in str(caught.value) and "_kind" not in str(caught.value)
+
+
 @pytest.mark.parametrize("data", [[1], "text", 3])
 def test_a_file_that_is_no_mapping_is_refused(data: Any):
     with pytest.raises(ConfigError, match="mapping"):

@@ -115,7 +115,7 @@ class Following:
         return {**self.answering.counts(batch), "label_kl": float(self._taught(batch).sum())}
 
     def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
-        pass
+        self.answering.prepare(model, batches, device)
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
         output: Output = model(batch, z_loss=self.answering.z_share)

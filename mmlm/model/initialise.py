@@ -17,13 +17,7 @@ def initialise(model: FusedTransformer) -> None:
     .776 against .869. Linear maps keep the variance (1/√fan-in); what writes into the residual stream is scaled by
     1/√(2 layers) (GPT-2); the heads start near zero.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.5)
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    start(model)
     for blocks in model.stacks:
         for block in blocks:
             for out in block.writers():  # type: ignore[operator]
@@ -31,6 +25,17 @@ def initialise(model: FusedTransformer) -> None:
     for head in (model.answer, model.label):
         nn.init.normal_(head.weight, std=0.02)
     scale_by_width(model)
+
+
+def start(model: nn.Module) -> None:
+    """Embeddings and linear maps, whatever they are for; common to all models."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.5)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def scale_by_width(model: FusedTransformer) -> None:

@@ -20,6 +20,7 @@ from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import AnswerHead
 from mmlm.model.embeddings import FieldEmbedding, audio_embedding, image_embedding
 from mmlm.model.fusion import Concat
+from mmlm.model.initialise import start
 from mmlm.model.kernels import RMSNorm, rows_of
 from mmlm.model.packed import records_of, similar
 from mmlm.model.transformer import FusedTransformer, Inputs
@@ -152,14 +153,9 @@ def _rows(length_G: torch.Tensor, start_G: torch.Tensor | None = None) -> torch.
 def _initialise(model: RecurrentModel) -> None:
     """Embeddings and heads as the Transformer's; maps of the state orthogonal (Saxe et al. 2014), and the forget gate
     of an LSTM open: its bias starts at 1 (Jozefowicz et al. 2015)."""
+    start(model)
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.5)
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LSTM | nn.GRU):
+        if isinstance(module, nn.LSTM | nn.GRU):
             for name, parameter in module.named_parameters():
                 if parameter.ndim == 1:
                     nn.init.zeros_(parameter)

@@ -28,13 +28,15 @@ def checkpoint_folder(model: str, tracking_uri: str | None = None) -> Path:
             raise ArtifactError(
                 f"there is no folder {model}",
                 wanted="models:/NAME@champion, or a checkpoint's folder",
-                cure="check --model",
+                cure="check the name or path of the model",
             )
     for place in (folder, folder / "artifacts" / CHECKPOINT, folder / "student", folder / "model"):
         if (place / WEIGHTS).is_file():
             return place
     raise ArtifactError(
-        f"{model} holds no model", wanted=f"a folder with {WEIGHTS}, or an MLflow model", cure="check --model"
+        f"{model} holds no model",
+        wanted=f"a folder with {WEIGHTS}, or an MLflow model",
+        cure="check the name or path of the model",
     )
 
 

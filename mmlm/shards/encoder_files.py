@@ -52,11 +52,18 @@ def files_of(config: EncoderConfig) -> list[Path]:
 
 
 def read_json(config: EncoderConfig, name: str) -> dict[str, Any] | None:
-    path = Path(folder_of(config)) / name
+    return json_of(Path(folder_of(config)) / name)
+
+
+def json_of(path: Path, most: int = MAX_JSON) -> dict[str, Any] | None:
+    """The object in a JSON file of a checkpoint, None where there is no such file.
+
+    Raises ConfigError when it is no JSON, no object, or of more than `most` bytes.
+    """
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_JSON + 1)
-        if len(data) > MAX_JSON:
+            data = file.read(most + 1)
+        if len(data) > most:
             raise ValueError("it is too long")
         found = json.loads(data)
     except FileNotFoundError:

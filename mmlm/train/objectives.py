@@ -131,7 +131,7 @@ class Distilling:
         return {**counts, **{name: counts[name.removesuffix("_kl")] for name in self.names if name.endswith("_kl")}}
 
     def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
-        pass
+        self.answering.prepare(model, batches, device)
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
         student: Output = model(batch)

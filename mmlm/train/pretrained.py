@@ -32,6 +32,7 @@ from mmlm.model.huggingface.encoder import EncoderModel
 from mmlm.model.huggingface.settings import from_settings
 from mmlm.model.huggingface.tensors import from_llama
 from mmlm.model.transformer import FusedTransformer
+from mmlm.shards.encoder_files import json_of
 from mmlm.storage import sha256_file, sha256_json
 from mmlm.train import encoders, weights
 from mmlm.train.config import LoopConfig
@@ -278,20 +279,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON + 1)
-        if len(data) > MAX_JSON:
-            raise ValueError("it is too long")
-        found = json.loads(data)
-    except FileNotFoundError:
+    """The object in a file that must be there. Raises ConfigError."""
+    found = json_of(path, MAX_JSON)
+    if found is None:
         what = f"{path.parent} has no {path.name}" if path.parent.is_dir() else f"there is no folder {path.parent}"
         raise ConfigError(
             what, wanted="a causal language model as transformers writes it: config.json, tokenizer.json, safetensors",
             cure="check train.model.pretrained.folder",
-        ) from None  # fmt: skip
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read ({error})", wanted="a JSON file") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds {type(found).__name__}", wanted="an object")
+        )  # fmt: skip
     return found
