@@ -45,7 +45,10 @@ class Answering:
     """Next token on the answers, and what the head says of the records: one class, several, or a number, where the spec
     has such tasks; with `loss.z`, also the z-loss; with adversarial `fusion`, what its discriminator pays."""
 
-    def __init__(self, config: LossConfig, spec: FeatureSpec, fusion: FusionConfig | None = None) -> None:
+    def __init__(
+        self, config: LossConfig, spec: FeatureSpec, fusion: FusionConfig | None = None, across_ranks: bool = True
+    ) -> None:
+        """`across_ranks`: all ranks work on the same step at the same time, and may be waited for."""
         self.config = config
         self.label = OneLabel(config.label, spec)
         self.parts: list[Part] = [self.label]
@@ -53,7 +56,7 @@ class Answering:
             self.parts.append(ManyLabels(config.labels, spec))
         if any(task.number for task in spec.tasks):
             self.parts.append(Number(config.number, config.number_error, spec))
-        self.contrast = Contrast(config.contrastive) if config.contrastive else None
+        self.contrast = Contrast(config.contrastive, across_ranks) if config.contrastive else None
         self.weights = {"answer": config.answer, **{part.name: part.weight for part in self.parts}}
         if self.contrast:
             self.weights["contrastive"] = self.contrast.weight

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mmlm import world as worlds
+from mmlm.artifacts import Artifact
 from mmlm.config import parse
 from mmlm.data.collate import Batch, collate, field_rows, pack
 from mmlm.data.modalities import alone
@@ -171,6 +172,22 @@ def test_ranks_micro_batches_and_zero_stages_change_no_loss_and_no_gradient(tmp_
     for loss, norm in rows:
         assert loss == pytest.approx(rows[0][0], rel=1e-5)
         assert norm == pytest.approx(rows[0][1], rel=1e-4)
+
+
+def test_two_ranks_plan_and_train_with_it(keypad_shards: Artifact, tmp_path: Path):
+    contrastive = {"contrastive": {"between": [["image", "audio"]]}}
+    config = {**BASE, "data": {"batch": 16}, "loss": contrastive, "steps": 3}
+    arguments = {
+        "config": config,
+        "shards": str(keypad_shards.path),
+        "out": str(tmp_path),
+        "where": {"hang_seconds": 60},
+    }
+    ranks(2)("mmlm.train.train:on_rank", arguments, log=tmp_path / "logs")
+    planned = json.loads((tmp_path / "plan.json").read_text())  # the look before training is rank 0's alone
+    assert planned["ranks"] == 2 and planned["step_seconds"] > 0
+    rows = [json.loads(line)["metrics"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows and all(row["loss_contrastive"] > 0 for row in rows)
 
 
 def thing(seed: int) -> Sample:

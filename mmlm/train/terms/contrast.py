@@ -39,8 +39,9 @@ class Table(NamedTuple):
 class Contrast:
     name = "contrastive"
 
-    def __init__(self, config: ContrastiveConfig) -> None:
-        self.config, self.weight = config, config.weight
+    def __init__(self, config: ContrastiveConfig, across_ranks: bool = True) -> None:
+        """`across_ranks`: every rank is here at the same time; without it, nothing is gathered."""
+        self.config, self.weight, self.across_ranks = config, config.weight, across_ranks
         self.modalities = sorted({name for pair in config.between for name in pair})
         self._ahead: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
         """Loss and gradient of each coming micro-batch's embeddings, where there are several."""
@@ -97,7 +98,7 @@ class Contrast:
 
     def _solve(self, mine: Table) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and gradient of this rank's views, against those of all ranks."""
-        whole, first = _gathered(mine)
+        whole, first = _gathered(mine) if self.across_ranks else (mine, 0)
         here = slice(first, first + len(mine.record_N))
         with torch.enable_grad():
             leaf_NE = whole.embedding_NE.detach().requires_grad_()
