@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mmlm.model.kernels import rounded
+
 LOGITS = 1 << 24
 """Logits that exist at a time, at most (64 MB in float32), unless one position alone has more."""
 
@@ -66,23 +68,26 @@ class _CrossEntropy(torch.autograd.Function):
         dweight_VD = None
         for first in range(0, len(x_AD), rows):
             here = slice(first, first + rows)
-            logits_CV = x_AD[here] @ weight_VD.T
-            target_C1 = target_A[here, None]
+            count = len(x_AD[here])
+            x_CD = rounded(x_AD[here])
+            target_C1 = F.pad(target_A[here], (0, len(x_CD) - count))[:, None]
+            logits_CV = x_CD @ weight_VD.T
             log_p_CV = logits_CV.log_softmax(-1, dtype=wide)
             chosen_C1 = log_p_CV.gather(1, target_C1)
-            each_A[here] = -chosen_C1[:, 0]
-            log_z_A[here] = (logits_CV.gather(1, target_C1) - chosen_C1)[:, 0]
+            log_z_C1 = logits_CV.gather(1, target_C1) - chosen_C1
+            each_A[here], log_z_A[here] = -chosen_C1[:count, 0], log_z_C1[:count, 0]
             if not needs_x and not needs_weight:
                 continue
             d_CV = log_p_CV.exp_()
             if z:
-                d_CV *= 1 + 2 * z * log_z_A[here, None]
+                d_CV *= 1 + 2 * z * log_z_C1
             d_CV.scatter_add_(1, target_C1, torch.full_like(chosen_C1, -1.0))
+            d_CV[count:] = 0
             d_CV = d_CV.to(x_AD.dtype)
             if dx_AD is not None:
-                dx_AD[here] = d_CV @ weight_VD
+                dx_AD[here] = (d_CV @ weight_VD)[:count]
             if needs_weight:
-                made = d_CV.T @ x_AD[here]
+                made = d_CV.T @ x_CD
                 if dweight_VD is None:
                     dweight_VD = made if rows >= len(x_AD) else made.to(wide)
                 else:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mmlm.features.spec import AudioSpec, EncoderSpec, FeatureSpec, ImageSpec
 from mmlm.model.config import ModelConfig
+from mmlm.model.kernels import rounded
 from mmlm.model.stems import PictureConvolutions, SoundConvolutions
 
 
@@ -76,7 +77,7 @@ class Linear(nn.Linear):
     """The linear stem: each patch (ViT, Dosovitskiy et al. 2021) or stack of mel frames by itself."""
 
     def forward(self, rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return super().forward(rows)
+        return super().forward(rounded(rows))[: len(rows)]
 
 
 class Table(nn.Embedding):

@@ -34,7 +34,7 @@ from mmlm.model.classic import last_norm_of, norm_of
 from mmlm.model.config import ModelConfig
 from mmlm.model.fusion_config import AddConfig, AdversarialConfig, CrossAttentionConfig, LateConfig
 from mmlm.model.packed import Arrangement
-from mmlm.model.streams import SLOTS, Stream, chosen, means, placed, records_of, slots_of, without_slots
+from mmlm.model.streams import SLOTS, Stream, chosen, means, more_read, placed, records_of, slots_of, without_slots
 
 if TYPE_CHECKING:
     from mmlm.model.transformer import FusedTransformer, Inputs
@@ -103,13 +103,18 @@ class Concat(nn.Module):
         read: torch.Tensor | None, caches: list[Cache] | None, before: Before | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Through all of these blocks. `read` numbers positions of the stream."""
-        arranged = stream.arranged(prefix=self.config.attention == "prefix", dtype=x_YD.dtype)
+        count = len(x_YD if read is None else read)
+        if not caches and before is None:
+            stream = stream.rounded(x_YD)
+            x_YD, read = stream.padded(x_YD), more_read(x_YD, read, len(stream.record_Y))
+        arranged = stream.arranged(prefix=self.config.attention == "prefix", dtype=x_YD.dtype, layers=len(blocks))
         seen: Arrangement | list[Filling] = arranged
         if caches:
             seen = [Filling(cache, stream.keep_BT, arranged) for cache in caches]
             stream.remember(caches[0])
         table = model._rotary(stream.position_Y, x_YD.dtype)
-        return run(blocks, x_YD, table, seen, read, recompute=model.recompute, before=before)
+        made = run(blocks, x_YD, table, seen, read, recompute=model.recompute, before=before)
+        return made[:count]
 
     def _one_more(
         self, model: FusedTransformer, blocks: Sequence[nn.Module] | nn.ModuleList, x_BD: torch.Tensor,
@@ -190,7 +195,8 @@ class Encoder(nn.Module):
         """Normalised hidden states, (M, D)."""
         some = stream.or_nothing()
         x_MD = some.padded(x_MD)
-        seen, table = some.arranged(prefix=True, dtype=x_MD.dtype), model._rotary(some.position_Y, x_MD.dtype)
+        seen = some.arranged(prefix=True, dtype=x_MD.dtype, layers=len(self.blocks))
+        table = model._rotary(some.position_Y, x_MD.dtype)
         return self.norm(run(self.blocks, x_MD, table, seen, recompute=model.recompute))[: len(stream.at_Y)]
 
 

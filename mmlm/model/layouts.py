@@ -119,7 +119,8 @@ class EncoderDecoder(FusedTransformer):
         R = int(record_X[-1]) + 1
         asking_R, asked_R = (torch.bincount(record_X[part_X], minlength=R) for part_X in (~source_X, source_X))
         crossing = cross(asking_R, asked_R, x_XD.dtype)
-        seen = arrange(batch.segment_BT.masked_fill(source_BT, -1), batch.prompt_BT, prefix=False, dtype=x_XD.dtype)
+        segment_BT = batch.segment_BT.masked_fill(source_BT, -1)
+        seen = arrange(segment_BT, batch.prompt_BT, prefix=False, dtype=x_XD.dtype, layers=len(self.blocks))
         wanted_X = torch.ones_like(source_X) if read_X is None else read_X
         wanted_Y = wanted_X[~source_X]
         read = None if bool(wanted_Y.all()) else wanted_Y.nonzero()[:, 0]
@@ -201,7 +202,8 @@ def encode(
     read: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Through blocks in which the kept positions of a record all see each other; those that are `read`, by default all."""
-    seen = arrange_both_ways(batch.segment_BT.masked_fill(~keep_BT, -1), dtype=x_SD.dtype)
+    segment_BT = batch.segment_BT.masked_fill(~keep_BT, -1)
+    seen = arrange_both_ways(segment_BT, dtype=x_SD.dtype, layers=len(blocks))
     table = model._rotary(batch.position_BT[keep_BT], x_SD.dtype)
     return run(blocks, x_SD, table, seen, read, recompute=model.recompute)
 

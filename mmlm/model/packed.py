@@ -36,6 +36,9 @@ QUERIES = 128
 """Queries of a block."""
 FLEX = 128
 """Queries, and keys, of a block of FlexAttention."""
+WORTH = 5e7
+"""Multiplications of all layers for each kernel that is compiled for a group's shape, from which it is worth while: it
+takes about 1.2 ms, and then four times as many multiplications a second as in float32."""
 KEPT = 1024
 """Probabilities of longer records are computed again in the backward pass instead of kept: they grow with L²."""
 
@@ -48,21 +51,23 @@ class Arrangement(Protocol):
         ...
 
 
-def arrange(segment_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool, dtype: torch.dtype) -> Arrangement:
-    """The fastest arrangement there is for this device: one fused kernel over records of any length on a GPU, groups of
-    records of similar length elsewhere."""
+def arrange(
+    segment_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool, dtype: torch.dtype, layers: int = 1
+) -> Arrangement:
+    """The fastest arrangement there is for this device and so many layers: one fused kernel over records of any length on
+    a GPU, groups of records of similar length elsewhere."""
     if segment_BT.is_cuda and dtype != torch.float32:
         if not prefix and varlen_attn is not None:
             return Varlen.of(segment_BT)
         return Flex.of(segment_BT, prompt_BT, prefix=prefix, compiled=True)
-    return Grouped.of(segment_BT, prompt_BT, prefix=prefix, dtype=dtype)
+    return Grouped.of(segment_BT, prompt_BT, prefix=prefix, dtype=dtype, layers=layers)
 
 
-def arrange_both_ways(segment_BT: torch.Tensor, *, dtype: torch.dtype) -> Arrangement:
+def arrange_both_ways(segment_BT: torch.Tensor, *, dtype: torch.dtype, layers: int = 1) -> Arrangement:
     """As `arrange`, with every position seeing all of its record: for encoders."""
     if segment_BT.is_cuda and dtype != torch.float32 and varlen_attn is not None:
         return Varlen.of(segment_BT, window=(-1, -1))
-    return arrange(segment_BT, torch.ones_like(segment_BT, dtype=torch.bool), prefix=True, dtype=dtype)
+    return arrange(segment_BT, torch.ones_like(segment_BT, dtype=torch.bool), prefix=True, dtype=dtype, layers=layers)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,10 @@ class Group:
         taken = x_NXH if self.rows is None else x_NXH.index_select(1, self.rows)
         return taken.reshape(-1, self.length, x_NXH.shape[-1])
 
+    def work(self) -> float:
+        """Multiplications of one of the products of a block, for each value of a position: the mean over blocks."""
+        return self.records * sum((b.last - b.first) * b.reach for b in self.blocks) / len(self.blocks)
+
 
 @dataclass(frozen=True)
 class Grouped:
@@ -103,9 +112,13 @@ class Grouped:
     groups: tuple[Group, ...]
     back: torch.Tensor | None
     """(X,) int64: where each valid position stands among those of all groups; None when in order."""
+    layers: int = 1
+    """How many use it."""
 
     @classmethod
-    def of(cls, segment_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool, dtype: torch.dtype) -> Grouped:
+    def of(
+        cls, segment_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool, dtype: torch.dtype, layers: int = 1
+    ) -> Grouped:
         """Records of similar length together: at most an eighth, or 8 positions, shorter than the longest."""
         device = segment_BT.device
         starts, lengths = records_of(segment_BT.cpu().numpy())
@@ -131,7 +144,15 @@ class Grouped:
                 )
             )
         back = None if groups[0].rows is None else torch.from_numpy(place).to(device)
-        return cls(tuple(groups), back)
+        return cls(tuple(groups), back, layers)
+
+    def working(self, q_XNH: torch.Tensor) -> list[torch.dtype]:
+        """The precision in which each group is worked on: where compiling kernels of low precision for its shape takes
+        longer than they save, float32, whose kernels are ready-made."""
+        low, width = q_XNH.dtype, q_XNH[0].numel()
+        if q_XNH.is_cuda or low not in (torch.bfloat16, torch.float16):
+            return [low] * len(self.groups)
+        return [low if group.work() * width * self.layers > WORTH else torch.float32 for group in self.groups]
 
     @torch.compiler.disable
     def attend(self, q_XNH: torch.Tensor, k_XKH: torch.Tensor, v_XKH: torch.Tensor) -> torch.Tensor:
@@ -209,19 +230,20 @@ class _Attend(torch.autograd.Function):
     ) -> torch.Tensor:
         N = q_XNH.shape[1]
         needed = any(ctx.needs_input_grad)
-        parts, saved = [], []
-        for group in grouped.groups:
+        parts, saved, working = [], [], grouped.working(q_XNH)
+        for group, dtype in zip(grouped.groups, working, strict=True):
             q, k, v = (group.take(repeated(x.transpose(0, 1), N)) for x in (q_XNH, k_XKH, v_XKH))
+            wq, wk, wv = (x.to(dtype) for x in (q, k, v))
             y, kept = torch.empty_like(q), []
             for block in group.blocks:
-                p = probabilities(q, k, block)
-                y[:, block.first : block.last] = torch.bmm(p, v[:, : block.reach])
+                p = probabilities(wq, wk, block)
+                y[:, block.first : block.last] = torch.bmm(p, wv[:, : block.reach])
                 if needed and group.length <= KEPT:
                     kept.append(p)
             parts.append(y.view(N, -1, y.shape[-1]))
             saved += [q, k, v, *kept]
         ctx.save_for_backward(*(saved if needed else ()))
-        ctx.grouped, ctx.heads, ctx.kv_heads = grouped, N, k_XKH.shape[1]
+        ctx.grouped, ctx.working, ctx.heads, ctx.kv_heads = grouped, working, N, k_XKH.shape[1]
         return grouped.positions(parts)
 
     @staticmethod
@@ -229,14 +251,15 @@ class _Attend(torch.autograd.Function):
         g_NXH = gradients[0].transpose(0, 1)
         parts: tuple[list[torch.Tensor], ...] = ([], [], [])
         saved = list(ctx.saved_tensors)
-        for group in ctx.grouped.groups:
+        for group, dtype in zip(ctx.grouped.groups, ctx.working, strict=True):
             kept = len(group.blocks) if group.length <= KEPT else 0
             (q, k, v), ps, saved = saved[:3], saved[3 : 3 + kept], saved[3 + kept :]
             g = group.take(g_NXH)
             if group.padding is not None:
                 g.view(ctx.heads, -1, g.shape[-1]).index_fill_(1, group.padding, 0)
-            for part, made in zip(parts, _backward(q, k, v, g, ps, group), strict=True):
-                part.append(made.view(ctx.heads, -1, made.shape[-1]))
+            working = (x.to(dtype) for x in (q, k, v, g))
+            for part, made in zip(parts, _backward(*working, ps, group), strict=True):
+                part.append(made.to(g.dtype).view(ctx.heads, -1, made.shape[-1]))
         q, k, v = (ctx.grouped.positions(part) for part in parts)
         if ctx.kv_heads != ctx.heads:
             k, v = (x.unflatten(1, (ctx.kv_heads, -1)).sum(2) for x in (k, v))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mmlm.features.spec import AUDIO, FIELDS, IMAGE
 from mmlm.model.attention import Cache
+from mmlm.model.kernels import rung
 from mmlm.model.packed import Arrangement, arrange
 
 if TYPE_CHECKING:
@@ -81,12 +82,29 @@ class Stream:
         absent_BT = batch.valid_BT & ~keep_BT
         return cls(keep_BT, keep_X, at_Y, record_Y, places_within(record_Y), segment_BT, batch.prompt_BT, absent_BT)
 
-    def arranged(self, *, prefix: bool, dtype: torch.dtype) -> Arrangement:
-        return arrange(self.segment_BT, self.prompt_BT, prefix=prefix, dtype=dtype)
+    def arranged(self, *, prefix: bool, dtype: torch.dtype, layers: int = 1) -> Arrangement:
+        """`layers` use it."""
+        return arrange(self.segment_BT, self.prompt_BT, prefix=prefix, dtype=dtype, layers=layers)
 
     def padded(self, x_YD: torch.Tensor) -> torch.Tensor:
         """With a row of zeros for the position of nobody, where that is what the stream has."""
         return F.pad(x_YD, (0, 0, 0, len(self.record_Y) - len(x_YD)))
+
+    def rounded(self, x_YD: torch.Tensor) -> Stream:
+        """With so many more positions of nobody, a record of their own, that matrix products find a shape they know."""
+        more = rung(x_YD, len(self.record_Y)) - len(self.record_Y)
+        if not more:
+            return self
+        T = self.segment_BT.shape[1]
+        place = torch.arange(-(-more // T) * T, device=x_YD.device)
+        segment = torch.where(place < more, 0, -1).view(-1, T)
+        return replace(
+            self,
+            record_Y=torch.cat([self.record_Y, self.record_Y[-1:].expand(more) + 1]),
+            position_Y=torch.cat([self.position_Y, place[:more] % T]),
+            segment_BT=torch.cat([self.segment_BT, segment]),
+            prompt_BT=torch.cat([self.prompt_BT, segment > 0]),
+        )
 
     def remember(self, cache: Cache) -> None:
         """Keep which positions are left out: those who go on are told of all of them."""
@@ -107,6 +125,15 @@ class Stream:
 def chosen(mask_Y: torch.Tensor | None) -> torch.Tensor | None:
     """The numbers of what is marked; None for all."""
     return None if mask_Y is None or bool(mask_Y.all()) else mask_Y.nonzero()[:, 0]
+
+
+def more_read(x_YD: torch.Tensor, read: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """The numbers to read, and behind them so many others of `length` that matrix products find a shape they know."""
+    if read is None:
+        return None
+    free = torch.ones(length, dtype=torch.bool, device=read.device).index_fill(0, read, False).nonzero()[:, 0]
+    more = rung(x_YD, len(read)) - len(read)
+    return torch.cat([read, free[:more]]) if 0 < more <= len(free) else read
 
 
 def means(x_YD: torch.Tensor, group_Y: torch.Tensor, groups: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ from mmlm.model.embeddings import FieldEmbedding, audio_embedding, fill, image_e
 from mmlm.model.fusion import build_fusion
 from mmlm.model.heads import EmbeddingHead
 from mmlm.model.initialise import initialise
-from mmlm.model.kernels import rows_of
+from mmlm.model.kernels import rounded, rows_of
 from mmlm.model.streams import SLOTS
 
 IGNORE = -100
@@ -136,7 +136,7 @@ class FusedTransformer(nn.Module):
 
     def classify(self, x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits over the classes of all tasks, and with an embedding head, (R, E) vectors of length 1."""
-        label_RC = self.label(x_RD)
+        label_RC = self.label(rounded(x_RD))[: len(x_RD)]
         if self.embedding is None:
             return label_RC, None
         embedding_RE = self.embedding(x_RD)

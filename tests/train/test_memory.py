@@ -1,0 +1,61 @@
+"""Memory of a rank that meets new shapes in every step."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import torch
+
+from mmlm.data.collate import collate
+from mmlm.model.config import ModelConfig
+from mmlm.model.kernels import rung
+from mmlm.model.transformer import FusedTransformer
+from mmlm.train.memory import CACHES
+from tests.small import SPEC, sample
+
+SHAPES = """
+import torch
+from mmlm.train.memory import bound_kernels, resident_bytes
+bound_kernels()
+torch.set_num_threads(1)
+x, w = torch.ones(4096, 64).bfloat16(), torch.ones(192, 64).bfloat16()
+for rows in range(300, 1800):
+    if rows == 600:
+        before = resident_bytes()[1]
+    x[:rows] @ w.T
+print(resident_bytes()[1] - before)
+"""
+
+
+def test_new_shapes_take_no_new_memory():
+    environment = {name: value for name, value in os.environ.items() if name not in CACHES}
+    grown = subprocess.run([sys.executable, "-c", SHAPES], env=environment, capture_output=True, text=True, check=True)
+    assert float(grown.stdout) < 20e6  # 1,200 shapes; without bounds 0.1 MB or more each
+
+
+def test_rows_are_rounded_to_few_numbers_where_kernels_are_compiled():
+    low, single = torch.zeros(1, 128, dtype=torch.bfloat16), torch.zeros(1, 128)
+    for count in (0, 1, 31, 32, 33, 500, 2049, 4000):
+        assert rung(single, count) == count <= rung(low, count) <= max(count + 31, count * 1.0625 + 1)
+    assert len({rung(low, count) for count in range(2049, 4097)}) == 16
+    wide = torch.zeros(1, 1024, dtype=torch.bfloat16)
+    assert rung(wide, 4001) == 4032  # a large product is not worth more than a full tile
+
+
+def test_rounding_changes_no_record():
+    """The same records in bf16, alone and beside others: what was put in for round numbers is seen by nobody."""
+    torch.manual_seed(0)
+    model = FusedTransformer(ModelConfig(width=64, layers=2, heads=4), SPEC).bfloat16().eval()
+    rows = [sample(n) for n in range(9)]
+    with torch.no_grad():
+        together = model(collate(rows, SPEC))
+        first = 0
+        for n, row in enumerate(rows):
+            alone = model(collate([row], SPEC))
+            here = together.answer_AV[first : first + len(alone.answer_AV)]
+            first += len(here)
+            torch.testing.assert_close(here, alone.answer_AV, atol=0.03, rtol=0.03)
+            torch.testing.assert_close(together.label_RC[n : n + 1], alone.label_RC, atol=0.03, rtol=0.03)
+    assert first == len(together.answer_AV)
