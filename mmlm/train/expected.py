@@ -26,12 +26,14 @@ def write(
     config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, shards: Path, out: Path, world: World,
     teacher: Teaching | None = None,
 ) -> None:  # fmt: skip
-    """Plan this training from rank 0, once for its number of ranks: an attempt on as many keeps the plan. Never ends a
-    training."""
-    if not world.is_main or _ranks(out / FILE) == world.size:
+    """Plan this training, once for its number of ranks: an attempt on as many keeps the plan. Every rank calls it and
+    tries the model out, since they will be in each other's way; rank 0 writes. Never ends a training."""
+    if _ranks(out / FILE) == world.size:
         return
     try:
-        write_json(out / FILE, _planned(config, model, spec, shards, world, teacher))
+        planned = _planned(config, model, spec, shards, world, teacher)
+        if world.is_main:
+            write_json(out / FILE, planned)
     except Exception as error:
         print(f"train: no plan could be made ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
 

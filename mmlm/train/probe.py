@@ -65,7 +65,7 @@ def workload(loader: Loader, config: LoopConfig, sequences: int = 512) -> Worklo
 
 
 def measure(
-    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, shards: Path, ranks: int, repeat: int = 3,
+    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, shards: Path, ranks: int, repeat: int = 6,
     teacher: Teaching | None = None,
 ) -> Measured | None:  # fmt: skip
     """Seconds of a micro-batch, of its making and of the update on one of `ranks` ranks of this machine.
@@ -92,10 +92,10 @@ def _measure(
     notes = []
     here = World(ranks - 1, ranks)
     loader = Loader(shards, config.data, config.seed, here, config.steps, quiet=True)
-    made: list[Batch] = []
+    made: dict[int, Batch] = {}
 
     def make(step: int) -> None:
-        made[:] = loader.batches(step, config.accumulate)
+        made[step] = loader.batches(step, config.accumulate)[0]
 
     data, cached = (_median(make, repeat) / config.accumulate for _ in range(2))
     batch, flops = made[0], training_flops(sizes, spec, Shape.of(made[0]))
@@ -108,25 +108,25 @@ def _measure(
         loader = Loader(shards, smaller, config.seed, here, config.steps, quiet=True)
         whole, batch = training_flops(sizes, spec, Shape.of(batch)), loader.batch(0)
         factor = whole / training_flops(sizes, spec, Shape.of(batch))
+        made = {step: loader.batch(step) for step in range(repeat + 1)}
         notes.append(f"a micro-batch was tried out at 1/{factor:.0f} of its size")
     model = weights.build(sizes, spec)
     model.set_up(recompute=config.recompute)
     if config.precision == "bf16":
         model = model.bfloat16()
     objective = _objective(config, sizes, spec, teacher)
-    counts = objective.counts(batch)
 
-    def learn(_: int) -> None:
-        loss_of(objective(model, batch), counts).backward()
+    def learn(step: int) -> None:
+        loss_of(objective(model, made[step]), objective.counts(made[step])).backward()  # each has shapes of its own
 
-    forward_backward = _median(learn, repeat) * factor
+    forward_backward = _slowest(_seconds(learn, repeat), ranks) * factor
     return Measured(forward_backward, _update(config, ranks, P, repeat), data, cached, notes)
 
 
 def _objective(config: LoopConfig, sizes: AnyModelConfig, spec: FeatureSpec, teacher: Teaching | None) -> Objective:
     fusion = getattr(sizes, "fusion", None)
     if teacher is None:
-        return Answering(config.loss, spec, fusion, across_ranks=False)  # one rank looks, the others are elsewhere
+        return Answering(config.loss, spec, fusion, across_ranks=False)  # each rank looks by itself
     leader = weights.build(teacher.model, spec).eval().requires_grad_(False)
     leader = leader.bfloat16() if config.precision == "bf16" else leader
     return Distilling(config.loss, spec, leader, teacher.temperature, teacher.task, fusion)
@@ -151,10 +151,20 @@ def _update(config: LoopConfig, ranks: int, P: int, repeat: int) -> float:
 
 
 def _median(call: Callable[[int], None], repeat: int) -> float:
-    """Seconds of a call, the first left out."""
+    return statistics.median(_seconds(call, repeat))
+
+
+def _slowest(seconds: list[float], ranks: int) -> float:
+    """The mean of the slowest of `ranks`, each of which takes any of these times: the others wait for it in every step."""
+    ordered, m = sorted(seconds), len(seconds)
+    return sum(s * (((n + 1) / m) ** ranks - (n / m) ** ranks) for n, s in enumerate(ordered))
+
+
+def _seconds(call: Callable[[int], None], repeat: int) -> list[float]:
+    """Of each call, the first left out."""
     seconds = []
     for number in range(repeat + 1):
         start = time.perf_counter()
         call(number)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    return seconds[1:]
