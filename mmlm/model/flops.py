@@ -7,8 +7,8 @@ Norms, softmax, activation functions and embedding look-ups are left out: under 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,10 @@ from mmlm.features.spec import FeatureSpec
 from mmlm.model.baseline_config import AnyModelConfig, CnnConfig, RecurrentConfig
 from mmlm.model.baseline_flops import cnn_forward, recurrent_blocks
 from mmlm.model.config import ModelConfig
+from mmlm.model.fusion_config import AddConfig, AdversarialConfig, CrossAttentionConfig, LateConfig
 from mmlm.model.packed import numbered
 from mmlm.model.stems import convolution_flops
+from mmlm.model.streams import SLOTS, slots_of, without_slots
 from mmlm.model.transformer import IGNORE, Inputs
 
 
@@ -38,6 +40,10 @@ class Shape:
     """Positions that a head reads, which is where the last feed-forward works; by default as many as `targets`."""
     prompts: tuple[int, ...] | None = None
     """Positions of each record before `<answer>`, of a piece its media; by default all but the targets."""
+    media: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Positions of each record that hold a modality, by its name; of those that are not named, none."""
+    tags: tuple[int, ...] = ()
+    """Runs of such positions in each record, for which text that is read by itself keeps a token each."""
 
     @classmethod
     def of(cls, batch: Inputs) -> Shape:
@@ -45,10 +51,18 @@ class Shape:
         record_X = numbered(batch.segment_BT)
         prompt_BT = batch.prompt_BT.flatten().index_fill(0, batch.answer_at_R, False).view(batch.prompt_BT.shape)
         lengths = torch.bincount(record_X)
-        prompts = torch.bincount(record_X[prompt_BT[batch.segment_BT >= 0]], minlength=len(lengths))
+
+        def in_each(mask_BT: torch.Tensor) -> tuple[int, ...]:
+            """How many positions of each record are marked."""
+            counts = torch.bincount(record_X[mask_BT[batch.segment_BT >= 0]], minlength=len(lengths))
+            return tuple(counts.tolist())
+
+        text, with_tags = in_each(without_slots(batch)), in_each(without_slots(batch, tags=True))
         return cls(
             lengths=tuple(lengths.tolist()),
-            prompts=tuple(prompts.tolist()),
+            prompts=in_each(prompt_BT),
+            media={name: in_each(slots_of(batch, name)) for name in SLOTS},
+            tags=tuple(b - a for a, b in zip(text, with_tags, strict=True)),
             targets=int((batch.target_BT != IGNORE).sum()),
             answers=len(batch.answer_at_R),
             patches=len(batch.patches_PD),
@@ -60,6 +74,12 @@ class Shape:
     def tokens(self) -> int:
         """Real positions, without padding."""
         return sum(self.lengths)
+
+    def among(self, name: str) -> tuple[int, ...]:
+        """Positions of each record that hold this modality; of `text`, those that hold none."""
+        if name != "text":
+            return self.media.get(name) or (0,) * len(self.lengths)
+        return tuple(n - sum(m) for n, *m in zip(self.lengths, *self.media.values(), strict=True))
 
     @property
     def prompts_or_rest(self) -> tuple[int, ...]:
@@ -74,7 +94,7 @@ def forward_flops(config: AnyModelConfig, spec: FeatureSpec, shape: Shape) -> in
     """FLOPs of one forward pass."""
     if isinstance(config, CnnConfig):
         return cnn_forward(config, spec, shape)[0]
-    return _blocks(config, shape) + _heads(config, spec, shape) + sum(_media(config, spec, shape))
+    return _blocks(config, spec, shape) + _heads(config, spec, shape) + sum(_media(config, spec, shape))
 
 
 def training_flops(
@@ -89,7 +109,7 @@ def training_flops(
     if isinstance(config, CnnConfig):
         whole, first = cnn_forward(config, spec, shape)
         return 3 * whole - first
-    blocks = _blocks(config, shape)
+    blocks = _blocks(config, spec, shape)
     first, rest = _media(config, spec, shape)
     whole = (2 if frozen else 3) * (blocks + _heads(config, spec, shape)) + 3 * rest + 2 * first
     return whole + (blocks if recomputed else 0)
@@ -104,13 +124,16 @@ class Stack(NamedTuple):
     read: int
     """Positions that are read in the end, which is where the last feed-forward works."""
     asked: Sequence[int] | None = None
-    """Positions of each record's encoder, where every block asks one."""
+    """What each record's positions ask beside themselves: all blocks, or gated layers of their own."""
+    gates: int = 0
+    """Gated layers, each of an attention and a feed-forward, in which they do so."""
 
 
-def stacks_of(config: ModelConfig, shape: Shape) -> list[Stack]:
+def stacks_of(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> list[Stack]:
+    """Those that the heads read come last."""
     read, prompts = shape.targets if shape.read is None else shape.read, shape.prompts_or_rest
     if config.layout == "decoder":
-        return [Stack(config.layers, shape.lengths, read)]
+        return _fused(config, spec, shape, read)
     if config.layout == "encoder":  # of a record also `<answer>`, which a piece of a long one has not
         answered = [n + (r < shape.answers) for r, n in enumerate(prompts)]
         return [Stack(config.layers, answered, shape.answers)]
@@ -119,10 +142,34 @@ def stacks_of(config: ModelConfig, shape: Shape) -> list[Stack]:
     return [encoder, Stack(config.layers, written, read, prompts)]
 
 
-def _blocks(config: ModelConfig | RecurrentConfig, shape: Shape) -> int:
+def _fused(config: ModelConfig, spec: FeatureSpec, shape: Shape, read: int) -> list[Stack]:
+    kind = config.fusion
+    if isinstance(kind, LateConfig):
+        text = shape.among("text")
+        experts = [Stack(config.layers, text, read)]
+        for name in spec.modalities:  # a record that lacks it has no such expert
+            has = [(t + m, m) for t, m in zip(text, shape.among(name), strict=True) if m]
+            experts.append(Stack(config.layers, [n for n, _ in has], round(read * len(has) / max(len(text), 1))))
+        return experts[::-1]
+    if not isinstance(kind, AddConfig | CrossAttentionConfig):
+        return [Stack(config.layers, shape.lengths, read)]
+    media = [shape.among(name) for name in spec.modalities]
+    stacks = [Stack(kind.layers, [n for n in each if n], sum(each)) for each in media]
+    text = tuple(a + b for a, b in zip(shape.among("text"), shape.tags or (0,) * len(shape.lengths), strict=True))
+    if isinstance(kind, AddConfig):
+        return [*stacks, Stack(config.layers, text, read)]
+    asked = [sum(each) for each in zip(*media, strict=True)] or [0] * len(text)
+    return [*stacks, Stack(config.layers, text, read, asked, -(-config.layers // kind.every))]
+
+
+def _blocks(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Shape) -> int:
     if isinstance(config, RecurrentConfig):
         return recurrent_blocks(config, shape)
-    return sum(_stack(config, stack) for stack in stacks_of(config, shape))
+    made = sum(_stack(config, stack) for stack in stacks_of(config, spec, shape))
+    if isinstance(config.fusion, AdversarialConfig):  # the discriminator, of each modality that a record has
+        judged = len(shape.lengths) + sum(n > 0 for name in spec.modalities for n in shape.among(name))
+        made += 2 * judged * config.fusion.width * (config.width + 1 + len(spec.modalities))
+    return made
 
 
 def _stack(config: ModelConfig, stack: Stack) -> int:
@@ -130,9 +177,10 @@ def _stack(config: ModelConfig, stack: Stack) -> int:
     maps = 2 * D * H * (2 * config.heads + 2 * config.key_value_heads)
     scores = sum(4 * length * length * H * config.heads for length in stack.lengths)  # Q Kᵀ, then its product with V
     across = _across(config, stack.lengths, stack.asked) if stack.asked is not None else 0
-    fed = (stack.layers - 1) * tokens + stack.read
+    fed = (stack.layers - 1 + stack.gates) * tokens + stack.read
     products = 3 if config.mlp == "swiglu" else 2
-    return stack.layers * (maps * tokens + scores + across) + 2 * products * D * config.feed_forward * fed
+    asking = (stack.gates or stack.layers) * across
+    return stack.layers * (maps * tokens + scores) + asking + 2 * products * D * config.feed_forward * fed
 
 
 def _across(config: ModelConfig, asking: Sequence[int], asked: Sequence[int]) -> int:
@@ -145,7 +193,8 @@ def _across(config: ModelConfig, asking: Sequence[int], asked: Sequence[int]) ->
 def _heads(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Shape) -> int:
     rows = spec.head_rows + (getattr(config, "embedding", None) or 0)
     words = 0 if getattr(config, "layout", "") == "encoder" else shape.targets
-    return 2 * config.width * (words * spec.vocab_size + shape.answers * rows)
+    experts = 1 + len(spec.modalities) if isinstance(getattr(config, "fusion", None), LateConfig) else 1
+    return 2 * experts * config.width * (words * spec.vocab_size + shape.answers * rows)
 
 
 def _media(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Shape) -> tuple[int, int]:

@@ -29,12 +29,13 @@ def activation_bytes(
         rows = 0 if model.kind == "cnn" else shape.targets
         ends = (spec.vocab_size * D * (4 + b)) if rows else 0
         return kept_values(model, spec, shape) * b + ends + min(LOGITS, rows * spec.vocab_size) * (b + 8)
-    stacks = stacks_of(model, shape)
+    stacks = stacks_of(model, spec, shape)
     kept, largest = 0.0, 0.0
     for stack in stacks:
         block, last = _block(model, stack, b, on_cpu)
         whole = [n for n in range(stack.layers) if not every or n % every]
         kept += sum(last if n == stack.layers - 1 else block for n in whole)
+        kept += stack.gates * _gate(model, stack, b) if stack.gates else 0
         kept += (stack.layers - len(whole)) * sum(stack.lengths) * D * b if every else 0  # the others keep their input
         largest = max(largest, block if every else 0)  # and one at a time is run again
     # embeddings with filled slots (which a block that is run again keeps as its input), what the heads read, the
@@ -48,8 +49,15 @@ def activation_bytes(
 def _block(model: ModelConfig, stack: Stack, b: int, on_cpu: bool) -> tuple[float, float]:
     """Of one block, and of the last, whose feed-forward works where a head reads."""
     fed = (2 * model.width + HIDDEN[model.mlp] * model.feed_forward) * b
-    attention = _attention(model, stack, b, on_cpu) + (_across(model, stack, b) if stack.asked is not None else 0)
+    asks = stack.asked is not None and not stack.gates
+    attention = _attention(model, stack, b, on_cpu) + (_across(model, stack, b) if asks else 0)
     return attention + sum(stack.lengths) * fed, attention + stack.read * fed
+
+
+def _gate(model: ModelConfig, stack: Stack, b: int) -> float:
+    """Of one gated layer: its attention, its feed-forward, and what the gates multiply."""
+    fed = (2 * model.width + HIDDEN[model.mlp] * model.feed_forward + 2 * model.width) * b
+    return _across(model, stack, b) + sum(stack.lengths) * fed
 
 
 def _attention(model: ModelConfig, stack: Stack, b: int, on_cpu: bool) -> float:

@@ -98,6 +98,7 @@ class Workload:
         lengths = self.shape.lengths[: max(1, round(len(self.shape.lengths) * f))]
         scale = self.shape.tokens * f / max(sum(lengths), 1)
         prompts = self.shape.prompts and self.shape.prompts[: len(lengths)]
+        media = {name: each[: len(lengths)] for name, each in self.shape.media.items()}
         shape = Shape(
             lengths=tuple(max(1, round(n * scale)) for n in lengths),
             prompts=prompts and tuple(round(n * min(scale, 1)) for n in prompts),
@@ -106,6 +107,8 @@ class Workload:
             patches=math.ceil(self.shape.patches * f),
             mels=math.ceil(self.shape.mels * f),
             read=None if self.shape.read is None else math.ceil(self.shape.read * f),
+            media=media,
+            tags=self.shape.tags[: len(lengths)],
         )
         return Workload(shape, rows, self.length, self.source, self.corpus)
 

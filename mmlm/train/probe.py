@@ -17,6 +17,7 @@ from mmlm.data.reader import decoded_bytes
 from mmlm.features.spec import FeatureSpec
 from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.model.flops import Shape, forward_flops, training_flops
+from mmlm.model.streams import SLOTS
 from mmlm.train import weights
 from mmlm.train.config import LoopConfig
 from mmlm.train.objectives import Answering, Distilling, Objective, loss_of
@@ -46,14 +47,15 @@ def workload(loader: Loader, config: LoopConfig, sequences: int = 512) -> Worklo
     steps = max(1, min(8, sequences // config.data.batch))
     batches = [loader.batch(step) for step in range(steps)]
     shapes = [Shape.of(batch) for batch in batches]
-    records = [pair for shape in shapes for pair in zip(shape.lengths, shape.prompts_or_rest, strict=True)]
-    lengths, prompts = zip(*sorted(records, reverse=True)[:: len(shapes)], strict=True)
+    each = [(s.lengths, s.prompts_or_rest, s.tags, *(s.among(name) for name in SLOTS)) for s in shapes]
+    records = [record for columns in each for record in zip(*columns, strict=True)]
+    lengths, prompts, tags, *media = zip(*sorted(records, reverse=True)[:: len(shapes)], strict=True)
 
     def mean(name: str) -> int:
         return round(statistics.mean(getattr(shape, name) for shape in shapes))
 
     figures = {name: mean(name) for name in ("targets", "answers", "patches", "mels", "read")}
-    shape = Shape(lengths, prompts=prompts, **figures)
+    shape = Shape(lengths, prompts=prompts, tags=tags, media=dict(zip(SLOTS, media, strict=True)), **figures)
     rows, length = (round(statistics.mean(b.tokens_BT.shape[i] for b in batches)) for i in (0, 1))
     samples = [loader.maker.record(n) for n in np.linspace(0, len(loader.reader) - 1, LOOKED_AT).astype(int).tolist()]
     corpus = Corpus(

@@ -15,16 +15,18 @@ from mmlm.model.flops import Shape, forward_flops, training_flops
 from mmlm.train import weights
 from tests.small import SPEC, sample
 
-CONFIG = ModelConfig(width=32, layers=3, heads=4)
+SIZES: dict[str, Any] = {"width": 32, "layers": 3, "heads": 4}
+CONFIG = ModelConfig(**SIZES)
 
 
 FORMS: list[dict[str, Any]] = [
     {}, {"kv_heads": 4, "qk_norm": False}, {"mlp": "relu", "norm": "layer", "positions": "learned"}, {"layout": "encoder"},
-    {"layout": "encoder_decoder", "encoder_layers": 2},
+    {"layout": "encoder_decoder", "encoder_layers": 2}, {"fusion": "add"}, {"fusion": {"kind": "add", "layers": 2}},
+    {"fusion": {"kind": "cross_attention", "every": 2}}, {"fusion": "late"}, {"fusion": "adversarial"},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [CONFIG.model_copy(update=changes) for changes in FORMS])
+@pytest.mark.parametrize("config", [ModelConfig(**{**SIZES, **changes}) for changes in FORMS])
 def test_flops_are_those_that_pytorch_counts(config: ModelConfig):
     torch.manual_seed(0)
     spec = SPEC.model_copy(update={"tasks": SPEC.tasks[:1]})  # those with classes
@@ -38,7 +40,8 @@ def test_flops_are_those_that_pytorch_counts(config: ModelConfig):
     assert counter.get_total_flops() == forward_flops(config, spec, run)
     with FlopCounterMode(display=False) as counter:
         out = net(batch)
-        (out.answer_AV.sum() + out.label_RC.sum()).backward()
+        guessed = out.modality.logits.sum() if out.modality else 0
+        (out.answer_AV.sum() + out.label_RC.sum() + guessed).backward()
     assert counter.get_total_flops() == training_flops(config, spec, run)
 
 

@@ -96,7 +96,9 @@ def test_activations_are_what_autograd_keeps(precision: str, layers: int, recomp
     [
         {"norm": "layer", "norm_at": "after", "mlp": "relu", "positions": "sinusoidal"}, {"mlp": "gelu"},
         {"layout": "encoder"}, {"layout": "encoder_decoder"},
-        {"layout": "encoder_decoder", "encoder_layers": 3, "qk_norm": False},
+        {"layout": "encoder_decoder", "encoder_layers": 3, "qk_norm": False}, {"fusion": "add"},
+        {"fusion": "cross_attention"}, {"fusion": {"kind": "cross_attention", "every": 2, "layers": 2}},
+        {"fusion": "late"}, {"fusion": "adversarial"},
     ],
 )  # fmt: skip
 def test_activations_of_other_forms(form: dict[str, Any]) -> None:
