@@ -11,7 +11,7 @@ Axes: Y position that asks, S position that is asked, R record, N head, K key-va
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from mmlm.model.attention import Cache, sharpness_of
 from mmlm.model.config import ModelConfig
 from mmlm.model.kernels import RMSNorm
-from mmlm.model.packed import HIDDEN, similar, varlen_attn
+from mmlm.model.packed import HIDDEN, flash, similar
 
 
 class Crossing(Protocol):
@@ -62,7 +62,7 @@ class CrossAttention(nn.Module):
 def cross(asking_R: torch.Tensor, asked_R: torch.Tensor, dtype: torch.dtype) -> Crossing:
     """By how many positions of each record ask and are asked; both stand record by record. One fused kernel on a GPU,
     groups of records of similar length elsewhere."""
-    if asking_R.is_cuda and dtype != torch.float32 and varlen_attn is not None:
+    if asking_R.is_cuda and dtype != torch.float32 and flash() is not None:
         return CrossVarlen.of(asking_R, asked_R)
     return CrossGrouped.of(asking_R.cpu().numpy(), asked_R.cpu().numpy(), asking_R.device)
 
@@ -121,7 +121,6 @@ class CrossGrouped:
         joined = (np.concatenate(n) if n else np.zeros(0, np.int64) for n in (answered, places))
         return cls(tuple(groups), *(torch.from_numpy(n).to(device) for n in joined))
 
-    @torch.compiler.disable
     def attend(self, q_YNH: torch.Tensor, k_SKH: torch.Tensor | None, v_SKH: torch.Tensor | None) -> torch.Tensor:
         assert k_SKH is not None and v_SKH is not None
         if not self.groups:  # the parameters are touched all the same: ZeRO waits for their gradients
@@ -148,15 +147,16 @@ class CrossVarlen:
     """(records + 1,) int32: where records begin and end among the positions that ask."""
     asked: torch.Tensor
     longest: tuple[int, int]
+    kernel: Any
 
     @classmethod
     def of(cls, asking_R: torch.Tensor, asked_R: torch.Tensor) -> CrossVarlen:
         ends = [F.pad(n.cumsum(0), (1, 0)).to(torch.int32) for n in (asking_R, asked_R)]
-        return cls(ends[0], ends[1], (int(asking_R.max()), int(asked_R.max())))
+        return cls(ends[0], ends[1], (int(asking_R.max()), int(asked_R.max())), flash())
 
     def attend(self, q_YNH: torch.Tensor, k_SKH: torch.Tensor | None, v_SKH: torch.Tensor | None) -> torch.Tensor:
         assert k_SKH is not None and v_SKH is not None
-        return varlen_attn(  # type: ignore[return-value]
+        return self.kernel(  # type: ignore[no-any-return]
             q_YNH, k_SKH, v_SKH, self.asking, self.asked, *self.longest, window_size=(-1, -1),
             enable_gqa=k_SKH.shape[1] != q_YNH.shape[1],
         )  # fmt: skip

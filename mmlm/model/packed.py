@@ -18,17 +18,12 @@ Blocks of 128: 64 took 215 and 457 ms at 2,048, 256 took 199 and 528, 512 took 2
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None  # type: ignore[assignment]
 
 HIDDEN = -3e4
 """Added to the scores of keys that a query does not see; fits float16, and its exponential is 0."""
@@ -41,6 +36,22 @@ WORTH = 5e7
 takes about 1.2 ms, and then four times as many multiplications a second as in float32."""
 KEPT = 1024
 """Probabilities of longer records are computed again in the backward pass instead of kept: they grow with L²."""
+
+
+def flash() -> Any:
+    """The library's attention over records of any length; None before torch 2.10. It brings torch's compiler with it,
+    which takes a second to import: nobody needs it without a GPU."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def hide_from_compiler(arrangement: Any) -> None:
+    """Before blocks are compiled: attention by groups is not to be traced, its loops are others in every batch."""
+    if not hasattr(arrangement.attend, "_torchdynamo_disable"):
+        arrangement.attend = torch.compiler.disable(arrangement.attend)
 
 
 class Arrangement(Protocol):
@@ -57,7 +68,7 @@ def arrange(
     """The fastest arrangement there is for this device and so many layers: one fused kernel over records of any length on
     a GPU, groups of records of similar length elsewhere."""
     if segment_BT.is_cuda and dtype != torch.float32:
-        if not prefix and varlen_attn is not None:
+        if not prefix and flash() is not None:
             return Varlen.of(segment_BT)
         return Flex.of(segment_BT, prompt_BT, prefix=prefix, compiled=True)
     return Grouped.of(segment_BT, prompt_BT, prefix=prefix, dtype=dtype, layers=layers)
@@ -65,7 +76,7 @@ def arrange(
 
 def arrange_both_ways(segment_BT: torch.Tensor, *, dtype: torch.dtype, layers: int = 1) -> Arrangement:
     """As `arrange`, with every position seeing all of its record: for encoders."""
-    if segment_BT.is_cuda and dtype != torch.float32 and varlen_attn is not None:
+    if segment_BT.is_cuda and dtype != torch.float32 and flash() is not None:
         return Varlen.of(segment_BT, window=(-1, -1))
     return arrange(segment_BT, torch.ones_like(segment_BT, dtype=torch.bool), prefix=True, dtype=dtype, layers=layers)
 
@@ -154,7 +165,6 @@ class Grouped:
             return [low] * len(self.groups)
         return [low if group.work() * width * self.layers > WORTH else torch.float32 for group in self.groups]
 
-    @torch.compiler.disable
     def attend(self, q_XNH: torch.Tensor, k_XKH: torch.Tensor, v_XKH: torch.Tensor) -> torch.Tensor:
         return _Attend.apply(q_XNH, k_XKH, v_XKH, self)
 
@@ -292,16 +302,17 @@ class Varlen:
     longest: int
     window: tuple[int, int]
     """How many positions before and after itself each one sees; -1 is all."""
+    kernel: Any
 
     @classmethod
     def of(cls, segment_BT: torch.Tensor, window: tuple[int, int] = (-1, 0)) -> Varlen:
         lengths = lengths_of(segment_BT)
         ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        return cls(ends, int(lengths.max()), window)
+        return cls(ends, int(lengths.max()), window, flash())
 
     def attend(self, q_XNH: torch.Tensor, k_XKH: torch.Tensor, v_XKH: torch.Tensor) -> torch.Tensor:
         grouped = k_XKH.shape[1] != q_XNH.shape[1]
-        return varlen_attn(  # type: ignore[return-value]
+        return self.kernel(  # type: ignore[no-any-return]
             q_XNH, k_XKH, v_XKH, self.ends, self.ends, self.longest, self.longest,
             window_size=self.window, enable_gqa=grouped,
         )  # fmt: skip
@@ -328,6 +339,8 @@ class Flex:
 
     @classmethod
     def of(cls, segment_BT: torch.Tensor, prompt_BT: torch.Tensor, *, prefix: bool, compiled: bool) -> Flex:
+        from torch.nn.attention.flex_attention import BlockMask
+
         lengths = lengths_of(segment_BT)
         record_X = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         prompt_X = prompt_BT[segment_BT >= 0] & prefix
@@ -342,10 +355,10 @@ class Flex:
         return cls(mask, compiled)
 
     def attend(self, q_XNH: torch.Tensor, k_XKH: torch.Tensor, v_XKH: torch.Tensor) -> torch.Tensor:
-        kernel = _compiled_flex() if self.compiled else flex_attention
+        kernel = _flex(self.compiled)
         q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q_XNH, k_XKH, v_XKH))
         y = kernel(q, k, v, block_mask=self.mask, enable_gqa=k.shape[1] != q.shape[1])
-        return y[0].transpose(0, 1)  # type: ignore[union-attr]
+        return y[0].transpose(0, 1)  # type: ignore[no-any-return]
 
 
 def block_kinds(lengths: torch.Tensor, prompt_X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -375,11 +388,9 @@ def _ordered(kind_BB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return kind_BB.sum(1).to(torch.int32)[None, None], numbers.to(torch.int32)[None, None]
 
 
-_flex: list[Any] = []
-
-
-def _compiled_flex() -> Any:
+@functools.cache
+def _flex(compiled: bool) -> Any:
     """Compiled once in a process, for any number of positions."""
-    if not _flex:
-        _flex.append(torch.compile(flex_attention, dynamic=True))
-    return _flex[0]
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from mmlm.features.spec import FeatureSpec
+from mmlm.model.across import CrossGrouped
 from mmlm.model.adversary import Guess
 from mmlm.model.attention import Cache, Table, rotary
 from mmlm.model.block import Block
@@ -35,6 +36,7 @@ from mmlm.model.fusion import build_fusion
 from mmlm.model.heads import EmbeddingHead
 from mmlm.model.initialise import initialise
 from mmlm.model.kernels import rounded, rows_of
+from mmlm.model.packed import Grouped, hide_from_compiler
 from mmlm.model.streams import SLOTS
 
 IGNORE = -100
@@ -113,6 +115,8 @@ class FusedTransformer(nn.Module):
         """How training is to be carried out; changes no number."""
         self.recompute = recompute
         if compiled:
+            for kind in (Grouped, CrossGrouped):
+                hide_from_compiler(kind)
             for module in self.modules():
                 if isinstance(module, Block):
                     module.compile()

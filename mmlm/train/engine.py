@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -46,12 +47,9 @@ def start(world: World) -> torch.device:
         bound_kernels()
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed  # after the environment says which accelerator
-
+    deepspeed = _deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
-        import deepspeed.ops
-
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=world.rank, world_size=world.size)
@@ -60,6 +58,21 @@ def start(world: World) -> torch.device:
     old = "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated"
     warnings.filterwarnings("ignore", message=old, category=FutureWarning)
     return device
+
+
+def _deepspeed() -> Any:
+    """Imported when the environment says which accelerator, and without MLflow, which its tuner would import and which
+    takes a second of every rank."""
+    absent = sys.modules.get("mlflow", "not imported") == "not imported"
+    if absent:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+        import deepspeed.ops
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
+    return deepspeed
 
 
 def deepspeed_config(config: LoopConfig, world: World) -> dict[str, Any]:
@@ -125,8 +138,7 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, model: torch.nn.Module, config: LoopConfig, world: World) -> None:
-        import deepspeed
-
+        deepspeed = _deepspeed()
         _check(config)
         self.config, self.world = config, world
         self.taken = self.updates = self.skipped = 0
