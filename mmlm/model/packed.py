@@ -267,8 +267,8 @@ class _Attend(torch.autograd.Function):
             g = group.take(g_NXH)
             if group.padding is not None:
                 g.view(ctx.heads, -1, g.shape[-1]).index_fill_(1, group.padding, 0)
-            working = (x.to(dtype) for x in (q, k, v, g))
-            for part, made in zip(parts, _backward(*working, ps, group), strict=True):
+            q, k, v, worked = (x.to(dtype) for x in (q, k, v, g))
+            for part, made in zip(parts, _backward(q, k, v, worked, ps, group), strict=True):
                 part.append(made.to(g.dtype).view(ctx.heads, -1, made.shape[-1]))
         q, k, v = (ctx.grouped.positions(part) for part in parts)
         if ctx.kv_heads != ctx.heads:
