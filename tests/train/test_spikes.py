@@ -41,6 +41,7 @@ def test_a_poisoned_step_changes_nothing_and_is_kept(keypad_shards: Artifact, tm
     assert all(t.isfinite().all() for named in saved.tensors().values() for t in named.values())
 
 
+@pytest.mark.slow
 def test_going_on_over_a_skipped_step_is_as_never_stopped(keypad_shards: Artifact, tmp_path: Path):
     config = {**SMALL, "steps": 6, "save_every": 3, "keep": 9, "validation": {"every": 3, "records": 9}}
     poisoned, out = planned(keypad_shards, config)[2][0], tmp_path / "model"  # the step after which both are due
@@ -88,6 +89,7 @@ def test_what_never_gets_better_ends_in_a_sentence(keypad_shards: Artifact, tmp_
     assert "evidence" in caught.value.cure
 
 
+@pytest.mark.slow
 def test_a_roll_back_that_was_killed_is_brought_to_its_end(keypad_shards: Artifact, tmp_path: Path):
     config, out = {**SMALL, "steps": 8, "save_every": 4}, tmp_path / "model"
     run(keypad_shards, out, 1, config, [])

@@ -34,6 +34,7 @@ from tests.small import SPEC, sample
 from tests.train.runs import SMALL
 
 
+@pytest.mark.slow
 def test_every_number_of_ranks_sees_the_same(keypad_shards: Artifact, tmp_path: Path):
     config = {**SMALL, "zero": {"stage": 3}, "validation": {"every": 1, "records": 50}}
     for count in (1, 2):

@@ -20,7 +20,7 @@ from mmlm.world import World
 from tests.train.runs import SMALL
 
 
-@pytest.mark.parametrize("locked", [False, True])
+@pytest.mark.parametrize("locked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_hang_leaves_the_stacks_of_all_ranks(tmp_path: Path, locked: bool):
     arguments = {"out": str(tmp_path), "seconds": 2.0, "locked": locked}
     with pytest.raises(WorkLost, match=r"hangs: nothing came forward for 2 s in step 3") as caught:
