@@ -18,6 +18,7 @@ one modality, U position that is read, R record, Z modality of a record, D width
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -207,7 +208,7 @@ class Encoded(NamedTuple):
     states_MD: torch.Tensor
 
 
-class WithEncoders(Concat):
+class WithEncoders(Concat, ABC):
     """The text is the sequence; pictures, sounds and fields come to it from encoders, and where they stood it keeps one
     token as a tag. All text of a record knows of all its media, also the text before them in a piece of a long one."""
 
@@ -239,12 +240,12 @@ class WithEncoders(Concat):
         x_MD = model.embed(batch, stream.keep_BT, (name,), stream.position_Y)
         return Encoded(stream, self.encoders[name](model, x_MD, stream))
 
+    @abstractmethod
     def _joined(
         self, model: FusedTransformer, x_YD: torch.Tensor, text: Stream, media: list[Encoded],
         read: torch.Tensor | None, caches: list[Cache] | None,
     ) -> torch.Tensor:  # fmt: skip
         """The text through all blocks, with what the encoders have read."""
-        raise NotImplementedError
 
 
 class Add(WithEncoders):

@@ -63,14 +63,14 @@ def start(world: World) -> torch.device:
 def _deepspeed() -> Any:
     """Imported when the environment says which accelerator, and without MLflow, which its tuner would import and which
     takes a second of every rank."""
-    absent = sys.modules.get("mlflow", "not imported") == "not imported"
-    if absent:
+    hidden = not {"mlflow", "deepspeed"} & set(sys.modules)
+    if hidden:
         sys.modules["mlflow"] = None  # type: ignore[assignment]
     try:
         import deepspeed
         import deepspeed.ops
     finally:
-        if absent:
+        if hidden:
             del sys.modules["mlflow"]
     return deepspeed
 

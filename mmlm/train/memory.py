@@ -1,9 +1,9 @@
 """Memory of a rank on a CPU that does not grow: batches of changing shapes leave holes that nobody gives back.
 
 Measured on the story `almanac` (1.9 million parameters, every step other shapes). For each shape oneDNN compiles a kernel
-and keeps up to 1,024; the library between it and torch (ideep) keeps up to 1,024 more of its own. They take 0.3 to 8 MB
+and keeps up to 1,024; the library between it and torch (ideep) keeps up to 1,024 more of its own. They take 0.1 to 8 MB
 each: what a training holds grew by 0.8 MB a step, for as long as new shapes came. Of CAPACITY each, it holds 193 MB at step 30
-and 193 MB at step 150, and a step takes no longer (a model's layers share their shapes). Freed pages also stay with the
+and 193 MB at step 150; of 256 each, 307 MB, and a step takes up to a tenth less. Freed pages also stay with the
 process: they are given back when it has grown by SLACK. Mapping every large buffer by itself (a fixed M_MMAP_THRESHOLD) would
 do that as well, at 2.6 times the CPU time of a step.
 """
