@@ -54,6 +54,7 @@ def _add_explain(commands: Any, command: Command) -> None:
     why.add_argument("--image", metavar="FILE")
     why.add_argument("--audio", metavar="FILE")
     why.add_argument("--fields", metavar="JSON", help='named numbers and categories: {"age": 50}')
+    _encoder_flag(why)
     why.add_argument("--label", metavar="CLASS", help="explain this class instead of what is answered")
     why.add_argument("--answer", metavar="TEXT", help="explain this text instead of what is answered")
     why.add_argument(
@@ -198,10 +199,11 @@ def _explain(arguments: argparse.Namespace) -> int:
     }
     if not question:
         raise ConfigError("nothing to explain", wanted="--text, --image, --audio, --fields in any combination")
+    _place_encoders(arguments)
     responder = Responder.load(arguments.model, tracking_uri=arguments.tracking_uri)
     found = explain(
         responder.answerer, responder.sample(question), label=arguments.label, text=arguments.answer,
-        steps=arguments.steps,
+        steps=arguments.steps, encode=responder.add_features,
     )  # fmt: skip
     page = explain_page.write(found, {**question, "model": arguments.model}, arguments.out)
     if arguments.json:

@@ -10,12 +10,16 @@ Attributions are made where a modality enters: at every pixel and every mel bin,
 what the embedded patch would be given, since stems are linear; and at the embedded tokens and fields. They add up to the
 difference of the two log-probabilities (completeness); how well is measured, and more steps are taken until it is.
 
+Of a model that reads a pretrained encoder's features they are made at those, and summed over each of its tokens; saying
+nothing is then what the encoder makes of the picture in its own mean colour, or of silence.
+
 Axes: n points on the way, L position, D width, P patch, M mel token, K field, F frame.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,35 +61,36 @@ class TextPart:
 @dataclass
 class PicturePart:
     picture_HWC: np.ndarray
-    """uint8, as the model sees it."""
-    pixels_HW: np.ndarray
+    """uint8, as the model sees it, or as its encoder does."""
+    pixels_HW: np.ndarray | None
+    """None where an encoder's features are read."""
     patches: np.ndarray
-    """(rows, columns): the sum over the pixels of each patch."""
+    """(rows, columns): the sum over the pixels of each patch, or over the features of each of an encoder's tokens."""
     rollout: np.ndarray | None = None
     """(rows, columns)."""
+    rest: float = 0.0
+    """The sum over an encoder's tokens that have no place in the picture, such as its class token."""
 
     @property
     def attribution(self) -> float:
-        return float(self.patches.sum())
+        return float(self.patches.sum()) + self.rest
 
 
 @dataclass
 class SoundPart:
     mel_FM: np.ndarray
     """Log-mel frames as stored."""
-    bins_FM: np.ndarray
+    bins_FM: np.ndarray | None
+    """None where an encoder's features are read."""
+    frames: np.ndarray
+    """(F,): the sum over the mel bins of each frame; of an encoder's token, shared out evenly among its frames."""
     frame_seconds: float
     rollout: np.ndarray | None = None
-    """(mel tokens,), each of `frames_per_token` frames."""
-
-    @property
-    def frames(self) -> np.ndarray:
-        """(F,): the sum over the mel bins of each frame."""
-        return self.bins_FM.sum(1)
+    """(mel tokens,), each of `frames_per_token` frames, or an encoder's tokens."""
 
     @property
     def attribution(self) -> float:
-        return float(self.bins_FM.sum())
+        return float(self.frames.sum())
 
 
 @dataclass
@@ -143,17 +148,24 @@ def tolerance(difference: float, scale: float) -> float:
 
 
 def explain(
-    answerer: Answerer, sample: Sample, *, label: str | None = None, text: str | None = None, steps: int = STEPS
+    answerer: Answerer,
+    sample: Sample,
+    *,
+    label: str | None = None,
+    text: str | None = None,
+    steps: int = STEPS,
+    encode: Callable[[Sample], None] | None = None,
 ) -> Explanation:
     """Explain the answer that `answerer` gives to `sample`, or another `label` or `text` as if it were given.
 
+    `encode` puts the features of pretrained encoders into a sample; wanted where the model reads such features.
     Raises ConfigError when Captum is not installed or the task has no such label, DataError for a piece of a text.
     """
     if sample.answer_at < 0:
         raise DataError("a piece of a long text has no answer to explain", wanted="a question")
     of, answer = _wanted(answerer, sample, label, text)
     score = _LogProbability(answerer, sample, of, answer)
-    starts = score.starts()
+    starts = score.starts(encode)
     found = list(score.inputs)
     values, steps, total = _integrate(score, starts, max(2, steps))
     with torch.no_grad():
@@ -247,7 +259,7 @@ class _LogProbability:
         return self._batches[n]
 
     @torch.no_grad()
-    def starts(self) -> dict[str, torch.Tensor]:
+    def starts(self, encode: Callable[[Sample], None] | None) -> dict[str, torch.Tensor]:
         """Where the way begins."""
         found: dict[str, torch.Tensor] = {}
         if self.reads:
@@ -258,11 +270,35 @@ class _LogProbability:
         if "mels" in self.inputs and self.spec.audio:
             factor, offset = self.spec.audio.to_unit
             found["mels"] = torch.full_like(self.inputs["mels"], self.spec.audio.silence * factor + offset)
+        found |= self._encoded_starts(encode)
         if "fields" in self.inputs and self.spec.fields:
             rows = field_rows(self.spec)
             at = torch.tensor([rows[(name, "missing")] for name in self.spec.fields.names], device=self.device)
             found["fields"] = self.model.fields(torch.ones(len(at), 1, device=self.device), at)[None]
         return found
+
+    def _encoded_starts(self, encode: Callable[[Sample], None] | None) -> dict[str, torch.Tensor]:
+        """What the pretrained encoders make of pictures and sounds that say nothing."""
+        read = {"patches": self.spec.encoder("image"), "mels": self.spec.encoder("audio")}
+        names = [name for name, encoder in read.items() if encoder and name in self.inputs]
+        if not names:
+            return {}
+        if encode is None:
+            raise ConfigError(
+                "the model reads what pretrained encoders make of pictures and sounds, and none is given",
+                wanted="`encode`, which makes their features",
+            )
+        silence = self.spec.audio.silence if self.spec.audio else 0.0
+        empty = dataclasses.replace(
+            self.sample,
+            images=[_of_one_colour(picture) for picture in self.sample.images],
+            sounds=[np.full_like(mel, silence) for mel in self.sample.sounds],
+            features={},
+        )
+        encode(empty)
+        batch = collate([empty], self.spec).to(self.device)
+        rows = {"patches": batch.patches_PD, "mels": batch.mels_MD}
+        return {name: rows[name][None] for name in names}
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         given = dict(zip(self.inputs, inputs, strict=True))
@@ -360,14 +396,23 @@ def _parts(
         first = rows_before[token]
         if token == IMAGE and spec.image:
             picture = sample.images[seen[token]]
-            kept = kept_patches(picture, spec.image)
-            count = len(kept)
-            yield _picture(picture, kept, values["patches"][first : first + count], spec.image, rolled(count))
+            if spec.encoder("image"):
+                count = len(sample.features["image"][seen[token]])
+                yield _encoded_picture(picture, values["patches"][first : first + count].sum(1), rolled(count))
+            else:
+                kept = kept_patches(picture, spec.image)
+                count = len(kept)
+                yield _picture(picture, kept, values["patches"][first : first + count], spec.image, rolled(count))
         elif token == AUDIO and spec.audio:
-            mel = sample.sounds[seen[token]]
-            count = -(-len(mel) // spec.audio.frames_per_token)
-            bins = values["mels"][first : first + count].reshape(-1, spec.audio.n_mels)[: len(mel)]
-            yield SoundPart(mel, bins, spec.audio.hop / spec.audio.sample_rate, rolled(count))
+            mel, frame_seconds = sample.sounds[seen[token]], spec.audio.hop / spec.audio.sample_rate
+            if spec.encoder("audio"):
+                count = len(sample.features["audio"][seen[token]])
+                frames = _shared_out(values["mels"][first : first + count].sum(1), len(mel))
+                yield SoundPart(mel, None, frames, frame_seconds, rolled(count))
+            else:
+                count = -(-len(mel) // spec.audio.frames_per_token)
+                bins = values["mels"][first : first + count].reshape(-1, spec.audio.n_mels)[: len(mel)]
+                yield SoundPart(mel, bins, bins.sum(1), frame_seconds, rolled(count))
         else:
             names = spec.fields.names if spec.fields else []
             count, each = len(names), rolled(len(names))
@@ -408,3 +453,23 @@ def _picture(
         rolled[kept] = rolled_P
     grid = None if rolled_P is None else rolled.reshape(n, n)
     return PicturePart(picture_HWC, pixels, each.sum((2, 3, 4)), grid)
+
+
+def _of_one_colour(picture_HWC: np.ndarray) -> np.ndarray:
+    """The picture's own mean colour everywhere."""
+    mean_C = picture_HWC.mean((0, 1), keepdims=True)
+    return np.broadcast_to(np.rint(mean_C), picture_HWC.shape).astype(np.uint8)
+
+
+def _encoded_picture(picture_HWC: np.ndarray, each_P: np.ndarray, rolled_P: np.ndarray | None) -> PicturePart:
+    """An encoder's tokens as a square grid; tokens of the whole picture come before those of its places, if any do."""
+    n = math.isqrt(len(each_P))
+    first = len(each_P) - n * n
+    grid = None if rolled_P is None else rolled_P[first:].reshape(n, n)
+    return PicturePart(picture_HWC, None, each_P[first:].reshape(n, n), grid, float(each_P[:first].sum()))
+
+
+def _shared_out(each_M: np.ndarray, frames: int) -> np.ndarray:
+    """(frames,): each token's sum, in equal parts on the frames that it stands for."""
+    token_F = np.arange(frames) * len(each_M) // max(frames, 1)
+    return each_M[token_F] / np.bincount(token_F, minlength=len(each_M))[token_F]

@@ -26,7 +26,8 @@ STYLE = """<style>
 
 
 def as_json(explained: Explanation) -> dict[str, Any]:
-    """All figures. Attributions are nats; `patches` are rows of a picture, `frames` one after the other."""
+    """All figures. Attributions are nats; `patches` are rows of a picture, `rest` what falls on an
+    encoder's tokens of the whole picture, `frames` one after the other."""
     parts: list[dict[str, Any]] = []
     for part in explained.parts:
         row: dict[str, Any] = {"kind": KINDS[type(part)], "attribution": _figure(part.attribution)}
@@ -35,7 +36,7 @@ def as_json(explained: Explanation) -> dict[str, Any]:
         elif isinstance(part, FieldPart):
             row |= {"name": part.name, "value": part.value}
         elif isinstance(part, PicturePart):
-            row |= {"patches": _figures(part.patches)}
+            row |= {"patches": _figures(part.patches), "rest": _figure(part.rest)}
         else:
             row |= {"frames": _figures(part.frames), "frame_seconds": part.frame_seconds}
         row["rollout"] = None if part.rollout is None else _figures(np.asarray(part.rollout))

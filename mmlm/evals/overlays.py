@@ -39,15 +39,15 @@ def blend(grey: np.ndarray, values: np.ndarray, colour: np.ndarray) -> np.ndarra
 def draw_picture(part: PicturePart) -> bytes:
     """PNG: the picture as the model sees it, its patches, its pixels, and the roll-out."""
     grey = part.picture_HWC.astype(np.float64).mean(-1) / 255
-    side = len(grey) // len(part.patches)
-    wide = np.kron(part.patches, np.ones((side, side)))
+    wide = _enlarged(part.patches, len(grey))
     panels: list[tuple[str, np.ndarray, float | None]] = [
         ("as the model sees it", _rgb(part.picture_HWC), None),
         (f"patches (sum {part.attribution:+.2f} nats)", blend(grey, wide, colour_of(wide)), largest(part.patches)),
-        ("pixels", blend(grey, part.pixels_HW, colour_of(part.pixels_HW)), largest(part.pixels_HW)),
     ]
+    if part.pixels_HW is not None:
+        panels.append(("pixels", blend(grey, part.pixels_HW, colour_of(part.pixels_HW)), largest(part.pixels_HW)))
     if part.rollout is not None:
-        rolled = np.kron(part.rollout, np.ones((side, side)))
+        rolled = _enlarged(part.rollout, len(grey))
         panels.append(("attention roll-out", blend(grey, rolled, np.array(ROLLED, float)), None))
     figure = Figure(figsize=(2.7 * len(panels), 3.0), dpi=110, layout="constrained")
     for n, (title, pixels, scale) in enumerate(panels, 1):
@@ -64,7 +64,9 @@ def draw_sound(part: SoundPart) -> bytes:
     """PNG: the spectrogram, what its bins speak for, each frame's sum, and the roll-out over time."""
     mel_MF = part.mel_FM.astype(np.float64).T
     grey = (mel_MF - mel_MF.min()) / (float(np.ptp(mel_MF)) or 1.0)
-    over = blend(grey, part.bins_FM.T, colour_of(part.bins_FM.T))
+    values_MF = np.broadcast_to(part.frames, mel_MF.shape) if part.bins_FM is None else part.bins_FM.T
+    name = "frames" if part.bins_FM is None else "bins"
+    over = blend(grey, values_MF, colour_of(values_MF))
     F, seconds = len(part.mel_FM), len(part.mel_FM) * part.frame_seconds
     rows = 3 if part.rollout is None else 4
     ratios = [2, 2, 1, 1][:rows]
@@ -74,7 +76,7 @@ def draw_sound(part: SoundPart) -> bytes:
     axes[0].imshow(grey, origin="lower", aspect="auto", cmap="magma", extent=extent, interpolation="nearest")
     _name(axes[0], "as the model hears it", "mel bin")
     axes[1].imshow(over, origin="lower", aspect="auto", extent=extent, interpolation="nearest")
-    _name(axes[1], f"bins (sum {part.attribution:+.2f} nats; full colour: {largest(part.bins_FM):.2g})", "mel bin")
+    _name(axes[1], f"{name} (sum {part.attribution:+.2f} nats; full colour: {largest(values_MF):.2g})", "mel bin")
     middle = (np.arange(F) + 0.5) * part.frame_seconds
     axes[2].bar(middle, part.frames, part.frame_seconds, color=colour_of(part.frames) / 255)
     axes[2].axhline(0, color="#555555", lw=0.7)
@@ -93,6 +95,12 @@ def _name(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title, fontsize=9, loc="left")
     axes.set_ylabel(unit, fontsize=8)
     axes.tick_params(labelsize=7)
+
+
+def _enlarged(grid: np.ndarray, side: int) -> np.ndarray:
+    """(side, side): the cells of a square grid, each as wide as it is in the picture."""
+    cell = np.arange(side) * len(grid) // side
+    return grid[np.ix_(cell, cell)]
 
 
 def _rgb(picture_HWC: np.ndarray) -> np.ndarray:

@@ -195,10 +195,14 @@ class Responder:
     def encode(self, record: Record, read: Callable[[Part], bytes]) -> Sample:
         """A record as this model's features, without its answer. Raises SampleError."""
         sample = self._encoder.encode(record, read, with_answer=False)
+        self.add_features(sample)
+        return sample
+
+    def add_features(self, sample: Sample) -> None:
+        """What the pretrained encoders make of its pictures and sounds, where the model reads that."""
         if self._encoders:
             with self._encoding:
                 asked_encoders.add_features(sample, self._encoders)
-        return sample
 
 
 def _told(answer: Answer) -> dict[str, Any]:
