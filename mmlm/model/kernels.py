@@ -84,6 +84,31 @@ class _SwiGLU(torch.autograd.Function):
         return made
 
 
+def turned(x_XNH: torch.Tensor, cos_X1C: torch.Tensor, sin_X1C: torch.Tensor) -> torch.Tensor:
+    """Both halves of the last axis as real and imaginary parts, turned by an angle; C = H/2. bf16, 3,392 positions, 24 heads
+    of 64: 15 ms forward and backward against 20 to 30 of products and differences that are put together again."""
+    return _Turned.apply(x_XNH, cos_X1C, sin_X1C)
+
+
+class _Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return _turn(gradients[0], *ctx.saved_tensors, -1), None, None
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, way: int) -> torch.Tensor:
+    (a, b), y = x.chunk(2, -1), x.new_empty(x.shape)
+    real, imaginary = y.chunk(2, -1)
+    torch.mul(a, cos, out=real).addcmul_(b, sin, value=-way)
+    torch.mul(b, cos, out=imaginary).addcmul_(a, sin, value=way)
+    return y
+
+
 def rung(x: torch.Tensor, count: int) -> int:
     """`count` rows of `x` rounded up to one of 16 numbers an octave, where products of that many rows have to be compiled.
 

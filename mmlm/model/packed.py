@@ -243,8 +243,9 @@ class _Attend(torch.autograd.Function):
         N = q_XNH.shape[1]
         needed = any(ctx.needs_input_grad)
         parts, saved, precisions = [], [], grouped.precisions(q_XNH)
+        whole = [repeated(x.transpose(0, 1), N).contiguous() for x in (q_XNH, k_XKH, v_XKH)]
         for group, dtype in zip(grouped.groups, precisions, strict=True):
-            q, k, v = (group.take(repeated(x.transpose(0, 1), N)) for x in (q_XNH, k_XKH, v_XKH))
+            q, k, v = (group.take(x_NXH) for x_NXH in whole)
             wq, wk, wv = (x.to(dtype) for x in (q, k, v))
             y, kept = torch.empty_like(q), []
             for block in group.blocks:
@@ -260,7 +261,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        g_NXH = gradients[0].transpose(0, 1)
+        g_NXH = gradients[0].transpose(0, 1).contiguous()
         parts: tuple[list[torch.Tensor], ...] = ([], [], [])
         saved = list(ctx.saved_tensors)
         for group, dtype in zip(ctx.grouped.groups, ctx.precisions, strict=True):

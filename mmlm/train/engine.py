@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from mmlm.errors import ConfigError, DataError
+from mmlm.heap import ALL, keep_freed_memory
 from mmlm.train import zero
 from mmlm.train.config import LoopConfig
 from mmlm.train.groups import frozen, parameter_groups
@@ -45,6 +46,7 @@ def start(world: World) -> torch.device:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         bound_kernels()
+        keep_freed_memory(ALL)  # a Trimmer looks after it
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed = _deepspeed()

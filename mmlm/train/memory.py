@@ -4,8 +4,9 @@ Measured on the story `almanac` (1.9 million parameters, every step other shapes
 and keeps up to 1,024; the library between it and torch (ideep) keeps up to 1,024 more of its own. They take 0.1 to 8 MB
 each: what a training holds grew by 0.8 MB a step, for as long as new shapes came. Of CAPACITY each, it holds 193 MB at step 30
 and 193 MB at step 150; of 256 each, 307 MB, and a step takes up to a tenth less. Freed pages also stay with the
-process: they are given back when it has grown by SLACK. Mapping every large buffer by itself (a fixed M_MMAP_THRESHOLD) would
-do that as well, at 2.6 times the CPU time of a step.
+process: they are given back when it has grown by SLACK beyond what a step needs, which every step would else map anew (100 M
+parameters: 900,000 page faults a step, a tenth of its time). Mapping every large buffer by itself (a fixed
+M_MMAP_THRESHOLD) would do that as well, at 2.6 times the CPU time of a step.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ CAPACITY = 64
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """What oneDNN and ideep are told by: both are read at the first operation."""
 SLACK = 64 << 20
-"""Bytes by which a process may grow before it gives freed pages back."""
+"""Bytes by which a process may grow before it gives freed pages back,"""
+SLACK_SHARE = 0.1
+"""or this share of what it needs, where that is more."""
 
 
 def bound_kernels() -> None:
@@ -38,15 +41,25 @@ def resident_bytes() -> tuple[float, float]:
 
 
 class Trimmer:
-    """Gives freed pages back to the system whenever the process has grown by SLACK since the last time."""
+    """Gives freed pages back to the system when holes have made the process grow by SLACK.
+
+    What it grows beyond is what it holds after a step that follows a trim: pages that every step needs again stay.
+    """
 
     def __init__(self) -> None:
-        self.floor = 0.0
+        self.needed = 0.0
+        self._trimmed = False
         self._trim: Any = None
         with contextlib.suppress(AttributeError, OSError):  # another C library than glibc has none
             self._trim = ctypes.CDLL(None).malloc_trim
 
     def look(self) -> None:
-        if self._trim and resident_bytes()[1] > self.floor + SLACK:
+        """After each step."""
+        if not self._trim:
+            return
+        held = resident_bytes()[1]
+        if self._trimmed:
+            self.needed = max(self.needed, held)
+        self._trimmed = held > self.needed + max(SLACK, SLACK_SHARE * self.needed)
+        if self._trimmed:
             self._trim(0)
-            self.floor = resident_bytes()[1]

@@ -59,3 +59,35 @@ def test_rounding_changes_no_record():
             torch.testing.assert_close(here, alone.answer_AV, atol=0.03, rtol=0.03)
             torch.testing.assert_close(together.label_RC[n : n + 1], alone.label_RC, atol=0.03, rtol=0.03)
     assert first == len(together.answer_AV)
+
+
+STEPS = """
+import resource
+import torch
+from mmlm.heap import ALL, keep_freed_memory
+from mmlm.train.memory import Trimmer, resident_bytes
+keep_freed_memory(ALL)
+trimmer = Trimmer()
+
+def step(megabytes, kept):
+    parts = [torch.ones(1 << 18) for _ in range(megabytes)]
+    held = parts[::kept] if kept else []
+    del parts
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    trimmer.look()
+    return held, before
+
+faults = [step(400, 0)[1] for _ in range(12)]
+print(faults[-1] - faults[-6])
+held, _ = step(1200, 100)  # holes that no later step fills
+step(400, 0)
+step(400, 0)
+print(resident_bytes()[1])
+"""
+
+
+def test_pages_that_every_step_needs_stay_and_others_are_given_back():
+    done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
+    faults, held = map(float, done.stdout.split())
+    assert faults < 20_000  # of 5 steps of 400 MB, which are 100,000 pages each
+    assert held < 1.0e9  # of 1,200 MB at most, and the interpreter with torch
