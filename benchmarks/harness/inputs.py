@@ -131,6 +131,18 @@ def texts(count: int) -> Path:
     return _made(f"texts-{count}", make)
 
 
+def first_texts(count: int, of: int) -> Path:
+    """The first `count` of `of` such texts, with the tokenizer of all."""
+
+    def make(folder: Path) -> None:
+        whole = texts(of)
+        lines = (whole / "docs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / "docs.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+        shutil.copy(whole / "tokenizer.json", folder)
+
+    return _made(f"texts-{count}-of-{of}", make)
+
+
 def copied_texts(count: int) -> Path:
     """`docs.jsonl` of `count` texts, a fifth of them copies of others with no to a tenth of their words changed."""
 

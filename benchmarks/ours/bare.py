@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.clock import Watch, contest, files
-from mmlm.shards.memory import keep_freed_memory
+from mmlm.heap import keep_freed_memory
+from mmlm.shards.write import KEPT
 
 
 def work(source: Path, out: Path, options: dict[str, Any], watch: Watch) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def work(source: Path, out: Path, options: dict[str, Any], watch: Watch) -> dict
     found, size = files(source, ".jpg"), options["size"]
     wanted, kept = options["scale"] * size, options.get("kept", False)
     if kept:
-        keep_freed_memory()
+        keep_freed_memory(KEPT)
     with watch.lap("work"):
         for path in found:
             pixels = simplejpeg.decode_jpeg(path.read_bytes(), "RGB", min_height=wanted, min_width=wanted, min_factor=1)

@@ -9,6 +9,7 @@ With `weights` bf16 the model itself is bf16 and has no float32 copy, which is f
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -84,7 +85,8 @@ def work(source: Path, out: Path, options: dict[str, Any], watch: Watch) -> dict
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     model, optimizer, loader = runner.prepare(model, optimizer, loader)
     model.train()
-    batches, losses, tokens, padded = iter(loader), [], 0, 0
+    batches = itertools.chain.from_iterable(loader for _ in itertools.count())
+    losses, tokens, padded = [], 0, 0
 
     def step(batch: dict[str, Any]) -> None:
         loss = model(**batch).loss

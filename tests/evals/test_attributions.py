@@ -209,6 +209,7 @@ def test_pixels_sum_to_what_the_embedded_patches_get_by_hand(answerer: Any):
         sums += float(share) * torch.autograd.grad(score, here["image"])[0]
     by_hand = (sums * (ends["image"][1] - ends["image"][0])).sum(-1).view(4, 4)
     assert np.allclose(picture.patches, by_hand.numpy(), atol=2e-3)
+    assert picture.pixels_HW is not None
     assert np.allclose(picture.pixels_HW.reshape(4, 4, 4, 4).sum((1, 3)), picture.patches, atol=1e-6)
 
 
