@@ -1,4 +1,5 @@
-"""Verb serve: one model behind HTTP. `GET /health`, `POST /predict` with {text, image, audio, fields}, and a page at `GET /`.
+"""Verb serve: one model behind HTTP. `GET /health`, `POST /predict` with {text, image, audio, fields}, `POST /embed` with the
+same for models that make embeddings, and a page at `GET /`.
 
 Media come as base64 (a `data:` URI is fine), never as a path. What is wrong with a request is said in JSON:
 `{"error": sentence}` with a 4xx status. `generation` says how the answer is worded; with `"stream": true` it comes as
@@ -15,19 +16,20 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmlm.config import blank_credentials
-from mmlm.errors import ServeError
+from mmlm.errors import ConfigError, ServeError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from mmlm.publish.answering import Responder
 
-KEYS = ("text", "image", "audio", "fields", "adapter", "generation", "stream")
+ASKED = ("text", "image", "audio", "fields")
+KEYS = (*ASKED, "adapter", "generation", "stream")
 MAX_BODY = 32 << 20
 """A request body larger than this, bytes, is refused while it arrives."""
 PAGE = Path(__file__).with_name("page.html")
@@ -151,26 +153,37 @@ def application(responder: Responder, model: str) -> FastAPI:
             headers={"Cache-Control": "no-store"},
         )  # fmt: skip
 
-    async def predict(request: Any) -> Any:
+    async def asked(request: Any, keys: Sequence[str], ask: Callable[[list[dict[str, Any]]], Any]) -> Any:
+        """What `ask` makes of the question in a request, or what is wrong with it."""
         try:
-            question = parse(await read_body(request), request.headers.get("content-type", ""))
+            question = parse(await read_body(request), request.headers.get("content-type", ""), keys)
             if question.pop("stream", None):
                 return await streamed(responder.stream(question, paths=False))
-            answer = (await run_in_threadpool(responder.answer, [question], paths=False))[0]
+            answer = (await run_in_threadpool(ask, [question], paths=False))[0]
         except RequestError as error:
             return JSONResponse({"error": error.sentence}, error.status)
+        except ConfigError as error:
+            return JSONResponse({"error": str(error)}, 422)
         except Exception:
             _log.exception("a request failed")
             return JSONResponse({"error": "the server failed at this request; its log says why"}, 500)
         return JSONResponse(answer, 422 if "error" in answer else 200)
 
+    async def predict(request: Any) -> Any:
+        return await asked(request, KEYS, responder.answer)
+
+    async def embed(request: Any) -> Any:
+        return await asked(request, ASKED, responder.embed)
+
     # annotations are text in this module, and FastAPI cannot see names that live in a function
-    predict.__annotations__["request"] = Request
-    for call in (health, home, predict):
+    for call in (predict, embed):
+        call.__annotations__["request"] = Request
+    for call in (health, home, predict, embed):
         call.__annotations__.pop("return", None)
     app.get("/health")(health)
     app.get("/")(home)
     app.post("/predict")(predict)
+    app.post("/embed")(embed)
     return app
 
 
@@ -190,6 +203,7 @@ def describe(responder: Responder, model: str) -> dict[str, Any]:
         "takes": ["text", *(m for m in ("image", "audio", "fields") if m in spec.modalities)],
         **({"fields": spec.fields.model_dump(mode="json")} if spec.fields else {}),
         **({"adapters": responder.adapters} if responder.adapters else {}),
+        **({"embedding": size} if (size := responder.answerer.model.config.embedding) else {}),
         "tasks": [{"name": t.name, "labels": t.labels[:100], "questions": t.questions[:4]} for t in spec.tasks],
     }
 
@@ -208,8 +222,8 @@ async def read_body(request: Any) -> bytes:
     return bytes(body)
 
 
-def parse(body: bytes, content_type: str) -> dict[str, Any]:
-    """The question in a request. Raises RequestError with a sentence."""
+def parse(body: bytes, content_type: str, keys: Sequence[str] = KEYS) -> dict[str, Any]:
+    """The question in a request, of these keys. Raises RequestError with a sentence."""
     if content_type.partition(";")[0].strip().lower() != "application/json":
         # also keeps other web sites from posting here behind a person's back: this type makes browsers ask first
         raise RequestError(415, "the content type must be application/json")
@@ -219,11 +233,11 @@ def parse(body: bytes, content_type: str) -> dict[str, Any]:
         wanted = '{"text": …, "image": base64, "audio": base64, "fields": {…}}'
         raise RequestError(400, f"the body is not JSON; wanted {wanted}") from None
     if not isinstance(question, dict):
-        raise RequestError(422, f"the body must be one object with {', '.join(KEYS)}")
-    unknown = sorted(set(question) - set(KEYS))
+        raise RequestError(422, f"the body must be one object with {', '.join(keys)}")
+    unknown = sorted(set(question) - set(keys))
     if unknown:
         raise RequestError(
-            422, f"unknown field {', '.join(f'`{k[:40]}`' for k in unknown[:5])}; known: {', '.join(KEYS)}"
+            422, f"unknown field {', '.join(f'`{k[:40]}`' for k in unknown[:5])}; known: {', '.join(keys)}"
         )
     for key, value in question.items():
         if key in ("fields", "generation"):
