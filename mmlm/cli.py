@@ -147,7 +147,7 @@ def _command(commands: Any, name: str, text: str, call: Callable[[argparse.Names
 
 
 def _story_flags(command: Any) -> None:
-    command.add_argument("story", metavar="STORY", help="a built-in story (demo, stamps) or the folder of one")
+    command.add_argument("story", metavar="STORY", help="a built-in story (demo, stamps, almanac) or the folder of one")
     command.add_argument("--out", type=Path, metavar="DIR", help="where everything goes (default: runs/STORY)")
     command.add_argument(
         "--data", metavar="DIR", help="where the raw corpora lie: a folder, s3://… or gs://…; never part of identity"

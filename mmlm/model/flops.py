@@ -98,12 +98,12 @@ def forward_flops(config: AnyModelConfig, spec: FeatureSpec, shape: Shape) -> in
 
 
 def training_flops(
-    config: AnyModelConfig, spec: FeatureSpec, shape: Shape, *, recomputed: bool = False, frozen: bool = False
+    config: AnyModelConfig, spec: FeatureSpec, shape: Shape, *, recomputed: bool = False, frozen: float = 0.0
 ) -> int:
     """FLOPs of one forward and backward pass: a product's two gradients cost as much as itself each; media features
     need no gradient of their own. `recomputed` adds the second forward pass of checkpointed blocks: give it for the
-    time a step takes, leave it out for MFU. `frozen`: only adapters are trained, so blocks and the head over the
-    vocabulary have no gradient of weights; what adapters cost themselves, and the second gradient of the scores of
+    time a step takes, leave it out for MFU. `frozen`: how much of the weights of blocks and heads has no
+    gradient, 1 where only adapters are trained; what adapters cost themselves, and the second gradient of the scores of
     attention, are left out.
     """
     if isinstance(config, CnnConfig):
@@ -111,7 +111,7 @@ def training_flops(
         return 3 * whole - first
     blocks = _blocks(config, spec, shape)
     first, rest = _media(config, spec, shape)
-    whole = (2 if frozen else 3) * (blocks + _heads(config, spec, shape)) + 3 * rest + 2 * first
+    whole = round((3 - frozen) * (blocks + _heads(config, spec, shape))) + 3 * rest + 2 * first
     return whole + (blocks if recomputed else 0)
 
 

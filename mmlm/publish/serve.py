@@ -153,7 +153,7 @@ def application(responder: Responder, model: str) -> FastAPI:
             headers={"Cache-Control": "no-store"},
         )  # fmt: skip
 
-    async def asked(request: Any, keys: Sequence[str], ask: Callable[[list[dict[str, Any]]], Any]) -> Any:
+    async def asked(request: Any, keys: Sequence[str], ask: Callable[..., Any]) -> Any:
         """What `ask` makes of the question in a request, or what is wrong with it."""
         try:
             question = parse(await read_body(request), request.headers.get("content-type", ""), keys)
@@ -176,10 +176,11 @@ def application(responder: Responder, model: str) -> FastAPI:
         return await asked(request, ASKED, responder.embed)
 
     # annotations are text in this module, and FastAPI cannot see names that live in a function
-    for call in (predict, embed):
-        call.__annotations__["request"] = Request
-    for call in (health, home, predict, embed):
+    calls: list[Callable[..., Any]] = [health, home, predict, embed]
+    for call in calls:
         call.__annotations__.pop("return", None)
+        if "request" in call.__annotations__:
+            call.__annotations__["request"] = Request
     app.get("/health")(health)
     app.get("/")(home)
     app.post("/predict")(predict)

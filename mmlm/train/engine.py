@@ -22,7 +22,7 @@ from mmlm.errors import ConfigError, DataError
 from mmlm.heap import ALL, keep_freed_memory
 from mmlm.train import zero
 from mmlm.train.config import LoopConfig
-from mmlm.train.groups import frozen, parameter_groups
+from mmlm.train.groups import frozen, let_rest, parameter_groups
 from mmlm.train.memory import bound_kernels
 from mmlm.train.optimizer import Optimizer
 from mmlm.train.shares import Share
@@ -146,6 +146,10 @@ class DeepSpeedEngine:
         self.taken = self.updates = self.skipped = 0
         self.overflowed = False
         names = {id(p): n for n, p in model.named_parameters()}
+        resting = let_rest(model, config)
+        self._resting_names = list(resting)
+        self.resting = {name: p.detach().float().cpu().clone() for name, p in resting.items()} if world.is_main else {}
+        """What is not trained, whole and in float32, on rank 0: it belongs to the model and to its checkpoints."""
         self.rules = Optimizer(parameter_groups(model, config), config)
         self._freeze()
         for group in self.rules.param_groups:
@@ -232,6 +236,8 @@ class DeepSpeedEngine:
                 for number, whole in share.wholes(self._flat(share, kind)):
                     if self.world.is_main:
                         state.setdefault(kind, {})[share.runs[number].name] = whole.float().cpu().clone()
+        for kind in {"weight", "ema"} & state.keys():
+            state[kind] |= self.resting
         return state
 
     def scalars(self) -> dict[str, float]:
@@ -249,6 +255,8 @@ class DeepSpeedEngine:
                 for number, run in enumerate(share.runs):
                     share.put(flat.data, number, state[kind][run.name])
             self.rules.state[share.tensor]["step"].fill_(scalars[f"updates.{share.group['name']}"])
+        self._set_resting({name: state["weight"][name] for name in self._resting_names})
+        self.resting = {name: state["weight"][name].float() for name in self.resting}
         self.taken, self.updates, self.skipped = (int(scalars[k]) for k in ("taken", "updates", "skipped"))
         zero.set_scaler_state(self.optimizer, scalars)
         self._freeze()
@@ -262,7 +270,7 @@ class DeepSpeedEngine:
             for number, whole in share.wholes(self._flat(share, kind)):
                 if self.world.is_main:
                     weights[share.runs[number].name] = whole.float().cpu().clone()
-        return weights
+        return weights | self.resting
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -284,12 +292,27 @@ class DeepSpeedEngine:
             share.tensor.data.copy_(weight)
         zero.refresh(self.optimizer)
 
+    @torch.no_grad()
+    def _set_resting(self, weights: dict[str, torch.Tensor]) -> None:
+        named = dict(self.module.named_parameters())
+        for name, weight in weights.items():
+            with _whole(named[name]):
+                named[name].copy_(weight)
+
     def _flat(self, share: Share, kind: str) -> torch.Tensor:
         return share.tensor.detach() if kind == "weight" else self.rules.state[share.tensor][kind]
 
 
 def _frozen_gradient(group: dict[str, Any], gradient: torch.Tensor) -> torch.Tensor | None:
     return torch.zeros_like(gradient) if group["frozen"] else None
+
+
+def _whole(parameter: torch.nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+    """In here a parameter that ZeRO 3 has cut is whole; what rank 0 makes of it stays."""
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    gathered: contextlib.AbstractContextManager[Any] = _deepspeed().zero.GatheredParameters([parameter], 0)
+    return gathered
 
 
 @contextlib.contextmanager

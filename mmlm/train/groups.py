@@ -37,10 +37,13 @@ def parameter_groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any
     """Groups for the optimizer, of the parameters that are trained. Matrices of linear maps decay; embeddings, norms and
     biases do not.
 
-    Raises ConfigError when a pattern of `lr_factors`, `freeze` or `optimizer.modules` fits no parameter.
+    Raises ConfigError when a pattern of `lr_factors`, `freeze` or `optimizer.modules` fits no parameter, or none is left.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _check(list(trained), config)
+    named = dict(model.named_parameters())
+    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    _check([name for name in named if name in trained or _rests(name, config)], config)
+    if not trained:
+        raise ConfigError("`freeze` leaves no parameter to be trained", wanted="an `end`, or fewer modules")
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     matrices -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # a head may be tied to one
     groups: dict[Treatment, dict[str, Any]] = {}
@@ -56,6 +59,24 @@ def parameter_groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any
         groups[treatment]["params"].append(parameter)
         groups[treatment]["parts"][name] = getattr(parameter, "parts", 1)  # matrices in one, for Muon
     return list(groups.values())
+
+
+def let_rest(model: nn.Module, config: LoopConfig) -> dict[str, nn.Parameter]:
+    """What no step trains (`freeze` from step 0 without an end) asks for no gradient from now on: nothing is computed for
+    it, and no optimizer keeps anything. Returns these parameters by name."""
+    resting = {name: p for name, p in model.named_parameters() if p.requires_grad and _rests(name, config)}
+    for parameter in resting.values():
+        parameter.requires_grad_(False)
+    return resting
+
+
+def frozen_share(model: nn.Module) -> float:
+    """How much of the matrices of linear maps has no gradient."""
+    sizes = [
+        (m.weight.requires_grad, getattr(m.weight, "ds_numel", None) or m.weight.numel())  # ZeRO 3 empties them
+        for m in model.modules() if isinstance(m, nn.Linear)
+    ]  # fmt: skip
+    return sum(n for learns, n in sizes if not learns) / max(1, sum(n for _, n in sizes))
 
 
 def frozen(spans: tuple[Span, ...], step: int) -> bool:
@@ -87,6 +108,10 @@ def _rate(parameter: nn.Parameter, rule: str) -> float:
 
 def _spans(name: str, freezes: list[FreezeConfig]) -> tuple[Span, ...]:
     return tuple((f.start, f.end) for f in freezes if any(fits(pattern, name) for pattern in f.modules))
+
+
+def _rests(name: str, config: LoopConfig) -> bool:
+    return (0, None) in _spans(name, config.freeze)
 
 
 def _check(names: list[str], config: LoopConfig) -> None:

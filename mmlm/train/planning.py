@@ -1,6 +1,7 @@
 """What a training will take, before it starts: parameters, memory of each rank, seconds of each step.
 
-Memory is a sum of named parts. N ranks, P parameters, b bytes of the working precision (2, or 4 for fp32):
+Memory is a sum of named parts. N ranks, P parameters (below `weights`: that are trained), b bytes of the working precision (2,
+or 4 for fp32):
 
 | part | stage 0 | 1 | 2 | 3 |
 |---|---|---|---|---|
@@ -21,17 +22,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mmlm.features.spec import FeatureSpec
+from mmlm.model import adapters
 from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.model.flops import Shape, forward_flops, training_flops
 from mmlm.train import weights
 from mmlm.train.activations import activation_bytes, low_bytes
 from mmlm.train.config import LoopConfig
 from mmlm.train.devices import NODE_LINK, Device
+from mmlm.train.groups import frozen_share, let_rest
 
 BUCKET = 50_000_000
 """Elements of DeepSpeed's reduction and gathering buffers, as in train/engine.py."""
@@ -179,15 +182,40 @@ class Measured:
     notes: list[str] = field(default_factory=list)
 
 
+class Count(NamedTuple):
+    """Parameters of a model, its adapters among them."""
+
+    parameters: int
+    trained: int
+    """Those with a gradient."""
+    tensors: int
+    """How many tensors have one."""
+    frozen: float
+    """The share of the weights of linear maps that has none."""
+
+
 def count(config: AnyModelConfig, spec: FeatureSpec) -> int:
     """Parameters of the model, which is built without memory."""
     with torch.device("meta"):
         return sum(p.numel() for p in weights.build(config, spec).parameters())
 
 
-def _tensors(config: AnyModelConfig, spec: FeatureSpec) -> int:
+def counted(config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec) -> Count:
+    """What a training of the model trains, and what it leaves alone."""
     with torch.device("meta"):
-        return len(list(weights.build(config, spec).parameters()))
+        net = learner(config, model, spec)
+    trained = [p.numel() for p in net.parameters() if p.requires_grad]
+    return Count(sum(p.numel() for p in net.parameters()), sum(trained), len(trained), frozen_share(net))
+
+
+def learner(config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec) -> Any:
+    """The model of a training, with weights of no meaning: with its adapters, and what rests at rest."""
+    net = weights.build(model, spec)
+    if lora := getattr(config, "lora", None):
+        adapters.add(net, lora)
+        adapters.freeze_base(net, lora)
+    let_rest(net, config)
+    return net
 
 
 def forecast(
@@ -196,14 +224,14 @@ def forecast(
 ) -> Forecast:  # fmt: skip
     """The forecast of one choice; the stage, offloading and precision are those of `config`. With a `teacher`, of
     distillation."""
-    P = count(model, spec)
+    whole = counted(config, model, spec)
     mine = work.share(ranks * config.accumulate)
-    memory, host = memory_of(config, model, spec, mine, device, ranks, P)
+    memory, host = memory_of(config, model, spec, mine, device, ranks, whole)
     if teacher:
         memory |= teaching(config, teacher, spec, mine, device)
     if device.is_cpu:
         host = {"ranks": min(ranks, device.per_node) * sum(memory.values())}
-    seconds = seconds_of(config, model, spec, mine, device, ranks, P, measured)
+    seconds = seconds_of(config, model, spec, mine, device, ranks, whole, measured)
     if teacher and not measured:
         peak = device.peak / (1 if low_bytes(config) == 2 else 2) * device.efficiency / (ranks if device.is_cpu else 1)
         seconds["teacher"] = forward_flops(teacher, spec, mine.shape) / peak * config.accumulate
@@ -211,9 +239,9 @@ def forecast(
     held = sum(memory.values()) - memory.get("mapped", 0.0)  # pages of files give way
     fits = held * (on_node if device.is_cpu else 1) <= device.memory * 0.95
     return Forecast(
-        device=device.name, ranks=ranks, stage=config.zero.stage, parameters=P, memory=memory, host=host,
-        seconds=seconds, tokens=work.shape.tokens, flops=training_flops(model, spec, work.shape), peak=device.peak,
-        fits=fits, steps=config.steps,
+        device=device.name, ranks=ranks, stage=config.zero.stage, parameters=whole.parameters, memory=memory, host=host,
+        seconds=seconds, tokens=work.shape.tokens, flops=training_flops(model, spec, work.shape, frozen=whole.frozen),
+        peak=device.peak, fits=fits, steps=config.steps,
     )  # fmt: skip
 
 
@@ -223,24 +251,26 @@ def moments(config: LoopConfig) -> int:
 
 
 def memory_of(
-    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, mine: Workload, device: Device, ranks: int, P: int
-) -> tuple[dict[str, float], dict[str, float]]:
+    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, mine: Workload, device: Device, ranks: int,
+    whole: Count,
+) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
     """(bytes of one rank's device, bytes of the host for the ranks of one node), by part."""
     stage, b, on_node = config.zero.stage, low_bytes(config), min(ranks, device.per_node)
-    part = P / ranks if stage >= 1 else P
+    P, trained = whole.parameters, whole.trained
+    part = trained / ranks if stage >= 1 else trained
     state = (4 + moments(config)) * part
     offloaded = config.zero.offload_optimizer
     offloaded_weights = config.zero.offload_parameters
     memory = {
         "weights": b * P if stage < 3 else (0 if offloaded_weights else b * P / ranks) + b * min(P, LIVE),
-        "gradients": b * P if stage < 2 else b * P / ranks,
-        "buffers": b * min(P, BUCKET) * (0, 1, 1, 3)[stage],  # of what is sent; stage 3 fetches ahead as well
+        "gradients": b * trained if stage < 2 else b * trained / ranks,
+        "buffers": b * min(trained, BUCKET) * (0, 1, 1, 3)[stage],  # of what is sent; stage 3 fetches ahead as well
         "optimizer": 0.0 if offloaded else state + 4 * part,
         "average": 4 * part if config.ema else 0.0,
         "activations": activation_bytes(config, model, spec, mine.shape, on_cpu=device.is_cpu),
     }
     # every rank takes part in gathering a checkpoint, and holds it in the host's memory
-    saved = (4 + moments(config)) * P
+    saved = (4 + moments(config)) * trained
     host = {"offloaded": (state + 4 * part if offloaded else 0.0) + (b * P / ranks if offloaded_weights else 0.0)}
     if device.is_cpu:
         now = memory["gradients"] + memory["buffers"] + memory["activations"]
@@ -270,47 +300,50 @@ def teaching(
 
 
 def seconds_of(
-    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, mine: Workload, device: Device, ranks: int, P: int,
+    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, mine: Workload, device: Device, ranks: int, whole: Count,
     measured: Measured | None,
 ) -> dict[str, float]:  # fmt: skip
     """Seconds of one step by part."""
     b, pieces = low_bytes(config), config.accumulate
-    part = P / ranks if config.zero.stage >= 1 else P
+    part = whole.trained / ranks if config.zero.stage >= 1 else whole.trained
     if measured:
         anew = mine.corpus.read_anew(config.steps, ranks) if mine.corpus else 1.0
         return {
             "forward_backward": measured.forward_backward * pieces,
             "update": measured.update,
             "data": (measured.cached + (measured.data - measured.cached) * anew) * pieces,
-            "engine": ENGINE * _tensors(model, spec) * pieces,
-            "between_ranks": between_ranks(config, device, ranks, P),
+            "engine": ENGINE * whole.tensors * pieces,
+            "between_ranks": between_ranks(config, device, ranks, whole),
         }
     peak = device.peak / (1 if b == 2 else 2) * device.efficiency
     bandwidth = device.bandwidth
     if device.is_cpu:  # the ranks share the machine
         peak, bandwidth = peak / ranks, bandwidth / ranks
-    flops, again = (training_flops(model, spec, mine.shape, recomputed=yes) for yes in (False, True))
+    flops, again = (
+        training_flops(model, spec, mine.shape, recomputed=yes, frozen=whole.frozen) for yes in (False, True)
+    )
     arithmetic = (flops + ((again - flops) / config.recompute if config.recompute else 0)) / peak
     # what is kept is written once and read once, and gradients of it are written and read as well
     moved = 4 * activation_bytes(config, model, spec, mine.shape, on_cpu=device.is_cpu) / bandwidth
     depth = len(model.channels) if model.kind == "cnn" else model.layers
     started = KERNELS * (depth + 5) * device.launch
-    update = (4 * (4 + moments(config)) * part / 2 + 2 * b * P) / bandwidth
+    update = (4 * (4 + moments(config)) * part / 2 + 2 * b * whole.trained) / bandwidth
     return {
         "forward_backward": max(arithmetic + moved, started) * pieces,
         "update": update,
         "data": 0.0,  # made beside the step
-        "between_ranks": between_ranks(config, device, ranks, P),
+        "between_ranks": between_ranks(config, device, ranks, whole),
     }
 
 
-def between_ranks(config: LoopConfig, device: Device, ranks: int, P: int) -> float:
+def between_ranks(config: LoopConfig, device: Device, ranks: int, whole: Count) -> float:
     """Seconds that gradients and weights are on their way, by rings of N ranks (Rajbhandari et al. 2020, section 7)."""
     if ranks == 1:
         return 0.0
     link = device.link if ranks <= device.per_node else min(device.link, NODE_LINK)
-    whole = low_bytes(config) * P * (ranks - 1) / ranks
-    pieces = config.accumulate
-    # 0 and 1 reduce once a step, 2 with every micro-batch, 3 gathers the weights twice for each as well
-    times = {0: 2, 1: 2, 2: 1 + pieces, 3: 3 * pieces}[config.zero.stage]
-    return times * whole / link
+    pieces, trained = config.accumulate, whole.trained
+    # 0 and 1 reduce once a step, 2 with every micro-batch, 3 gathers all weights twice for each as well
+    sent = {
+        0: 2 * trained, 1: 2 * trained, 2: (1 + pieces) * trained, 3: pieces * (trained + 2 * whole.parameters),
+    }[config.zero.stage]  # fmt: skip
+    return low_bytes(config) * sent * (ranks - 1) / ranks / link

@@ -21,7 +21,8 @@ from mmlm.model.streams import SLOTS
 from mmlm.train import weights
 from mmlm.train.config import LoopConfig
 from mmlm.train.objectives import Answering, Distilling, Objective, loss_of
-from mmlm.train.planning import Corpus, Measured, Workload, count
+from mmlm.train.planning import Corpus, Measured, Workload, counted, learner
+from mmlm.train.planning import count as size_of
 from mmlm.world import World, cores
 
 LARGEST = 300_000_000
@@ -74,21 +75,21 @@ def measure(
 
     None when the model is too large to be tried out.
     """
-    P = count(model, spec)
-    if max(P, count(teacher.model, spec) if teacher else 0) > LARGEST:
+    whole = counted(config, model, spec)
+    if max(whole.parameters, size_of(teacher.model, spec) if teacher else 0) > LARGEST:
         return None
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, cores() // ranks))
     state = torch.random.get_rng_state()
     try:
-        return _measure(config, model, spec, shards, ranks, P, repeat, teacher)
+        return _measure(config, model, spec, shards, ranks, whole.trained, repeat, teacher)
     finally:
         torch.random.set_rng_state(state)
         torch.set_num_threads(before)
 
 
 def _measure(
-    config: LoopConfig, sizes: AnyModelConfig, spec: FeatureSpec, shards: Path, ranks: int, P: int, repeat: int,
+    config: LoopConfig, sizes: AnyModelConfig, spec: FeatureSpec, shards: Path, ranks: int, trained: int, repeat: int,
     teacher: Teaching | None,
 ) -> Measured:  # fmt: skip
     notes = []
@@ -112,7 +113,7 @@ def _measure(
         factor = whole / training_flops(sizes, spec, Shape.of(batch))
         made = {step: loader.batch(step) for step in range(repeat + 1)}
         notes.append(f"a micro-batch was tried out at 1/{factor:.0f} of its size")
-    model = weights.build(sizes, spec)
+    model = learner(config, sizes, spec)
     model.set_up(recompute=config.recompute)
     if config.precision == "bf16":
         model = model.bfloat16()
@@ -122,7 +123,7 @@ def _measure(
         loss_of(objective(model, made[step]), objective.counts(made[step])).backward()  # each has shapes of its own
 
     forward_backward = _slowest(_seconds(learn, repeat), ranks) * factor
-    return Measured(forward_backward, _update(config, ranks, P, repeat), data, cached, notes)
+    return Measured(forward_backward, _update(config, ranks, trained, repeat), data, cached, notes)
 
 
 def _objective(config: LoopConfig, sizes: AnyModelConfig, spec: FeatureSpec, teacher: Teaching | None) -> Objective:
@@ -134,9 +135,9 @@ def _objective(config: LoopConfig, sizes: AnyModelConfig, spec: FeatureSpec, tea
     return Distilling(config.loss, spec, leader, teacher.temperature, teacher.task, fusion)
 
 
-def _update(config: LoopConfig, ranks: int, P: int, repeat: int) -> float:
+def _update(config: LoopConfig, ranks: int, trained: int, repeat: int) -> float:
     """Seconds to update one rank's part, as DeepSpeed does it: float32, in one piece, with the norm and the way back."""
-    part = torch.zeros(P // ranks if config.zero.stage else P, requires_grad=True)
+    part = torch.zeros(trained // ranks if config.zero.stage else trained, requires_grad=True)
     part.grad = torch.zeros_like(part)
     optimizer = torch.optim.AdamW([part], foreach=True)
     low = torch.zeros(part.shape, dtype=torch.bfloat16)

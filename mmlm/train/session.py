@@ -16,6 +16,7 @@ from mmlm.progress import Progress, tell
 from mmlm.train import adapted, engine
 from mmlm.train.config import LoopConfig
 from mmlm.train.control import Stop, Where
+from mmlm.train.groups import frozen_share
 from mmlm.train.guard import Guard
 from mmlm.train.keeper import Keeper, on_main
 from mmlm.train.ledger import Ledger
@@ -41,7 +42,7 @@ class Session:
         self.ledger = Ledger(out, world.rank, where.ledger)
         model: Any = trainer.module
         self.telemetry = Telemetry(out, world, device, config.precision, model.config, loader.reader.spec)
-        self.telemetry.frozen = bool(getattr(config, "lora", None))
+        self.telemetry.frozen = frozen_share(trainer.module)
         self._attempts = 0
         self._seen: dict[str, float] = {}
         """The last row of validation, for the next row of the log."""

@@ -58,8 +58,8 @@ class Clock:
 class Telemetry:
     """Figures of a training. Every rank counts and calls `row`; rank 0 writes."""
 
-    frozen = False
-    """Whether only adapters are trained."""
+    frozen = 0.0
+    """How much of the weights has no gradient."""
 
     def __init__(
         self, out: Path, world: World, device: torch.device, precision: str, model: AnyModelConfig, spec: FeatureSpec

@@ -62,6 +62,7 @@ def shares(optimizer: Any, rules: Optimizer, names: dict[int, str], world: World
 def refresh(optimizer: Any) -> None:
     """Let the weights that the forward pass reads follow the float32 ones that were just set."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer.empty_partition_cache()  # a pass without a backward one leaves weights gathered, for the next to read
         for number, full in enumerate(optimizer.fp32_partitioned_groups_flat):
             optimizer.fp16_partitioned_groups_flat[number].data.copy_(full.data)
             optimizer._unflatten_partitioned_parameters(number)

@@ -23,10 +23,10 @@ from mmlm.launch.local import ranks
 from mmlm.model.flops import Shape
 from mmlm.train import devices, weights
 from mmlm.train.activations import activation_bytes
-from mmlm.train.config import TrainConfig
+from mmlm.train.config import FreezeConfig, TrainConfig
 from mmlm.train.devices import DEVICES, Device
 from mmlm.train.objectives import Answering, loss_of
-from mmlm.train.planning import Corpus, Workload, between_ranks, count, forecast
+from mmlm.train.planning import Corpus, Count, Workload, between_ranks, count, counted, forecast
 from tests.small import SPEC, sample
 
 CPU = Device("cpu", 1e11, 16e9, 1e10, 1e9, per_node=2)
@@ -127,16 +127,32 @@ def test_stages_spread_what_they_say() -> None:
     assert away.memory["optimizer"] == 0 and away.host["offloaded"] == pytest.approx(16 * P)
 
 
+LARGE = Count(10**9, 10**9, 100, 0.0)
+
+
 def test_what_is_sent_between_ranks() -> None:
     h100 = DEVICES["h100"]
     times = {}
     for stage in (1, 2, 3):
         config = config_of(**{**BIG, "data": {"batch": 64}}, zero={"stage": stage}, accumulate=4)
-        times[stage] = between_ranks(config, h100, 8, 10**9)
+        times[stage] = between_ranks(config, h100, 8, LARGE)
     assert times[1] == pytest.approx(2 * 2e9 * 7 / 8 / h100.link)
     assert times[1] < times[2] < times[3]
-    assert between_ranks(config, h100, 1, 10**9) == 0
-    assert between_ranks(config, h100, 16, 10**9) > 5 * times[3]  # over the network
+    assert between_ranks(config, h100, 1, LARGE) == 0
+    assert between_ranks(config, h100, 16, LARGE) > 5 * times[3]  # over the network
+
+
+def test_what_is_not_trained_takes_no_gradient_and_no_state() -> None:
+    work = workload_of(collate([sample(i) for i in range(32)], SPEC), 8)
+    config = config_of(**BIG, zero={"stage": 2})
+    whole = forecast(config, config.model, SPEC, work, DEVICES["h100"], 8)
+    rests = config.model_copy(update={"freeze": [FreezeConfig(modules=["blocks"])]})
+    part = forecast(rests, config.model, SPEC, work, DEVICES["h100"], 8)
+    trained = counted(rests, config.model, SPEC).trained
+    assert part.parameters == whole.parameters and 0 < trained < 0.5 * whole.parameters
+    assert part.memory["optimizer"] == pytest.approx(16 * trained / 8) and part.memory["weights"] == 2 * part.parameters
+    assert part.memory["gradients"] == pytest.approx(2 * trained / 8)
+    assert 0.66 * whole.flops < part.flops < whole.flops and part.step < whole.step
 
 
 def test_a_share_is_a_part_of_the_whole() -> None:

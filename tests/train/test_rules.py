@@ -16,7 +16,7 @@ from mmlm.features.sample import Sample
 from mmlm.features.spec import FIELDS
 from mmlm.train import engine, weights
 from mmlm.train.config import TrainConfig, WsdConfig
-from mmlm.train.groups import frozen, parameter_groups
+from mmlm.train.groups import frozen, frozen_share, let_rest, parameter_groups
 from mmlm.train.muon import orthogonal
 from mmlm.train.objectives import Answering, loss_of
 from mmlm.train.schedule import learning_rate
@@ -90,6 +90,23 @@ def test_a_pattern_that_fits_nothing_is_refused():
     for changes in ({"lr_factors": {"imag": 0.1}}, {"freeze": [{"modules": ["imag"]}]}):
         with pytest.raises(ConfigError, match=r"'imag', which fits no parameter.*such as `image`"):
             parameter_groups(model(), config(**changes))
+
+
+def test_what_no_step_trains_is_in_no_group():
+    net = model()
+    freeze = [{"modules": ["blocks", "tokens"]}, {"modules": ["image"], "end": 9}, {"modules": ["audio"], "start": 1}]
+    settings = config(freeze=freeze)
+    resting = let_rest(net, settings)
+    assert set(resting) == {n for n, _ in net.named_parameters() if n.startswith(("blocks.", "tokens."))}
+    grouped = {id(p) for group in parameter_groups(net, settings) for p in group["params"]}
+    assert grouped == {id(p) for n, p in net.named_parameters() if n not in resting}
+    matrices = {n: m.weight.numel() for n, m in net.named_modules() if isinstance(m, torch.nn.Linear)}
+    share = sum(size for n, size in matrices.items() if n.startswith("blocks.")) / sum(matrices.values())
+    assert frozen_share(net) == pytest.approx(share) and frozen_share(model()) == 0
+    everything = config(freeze=[{"modules": ["*"]}])
+    let_rest(net, everything)
+    with pytest.raises(ConfigError, match="leaves no parameter to be trained"):
+        parameter_groups(net, everything)
 
 
 # config

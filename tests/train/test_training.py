@@ -81,6 +81,48 @@ def test_two_steps_and_two_more_after_a_stop_equal_four(two_ranks: Artifact, key
     assert resumed.digest == two_ranks.digest
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_what_no_step_trains_costs_nothing_and_stays_in_the_model(keypad_shards: Artifact, tmp_path: Path, stage: int):
+    """Frozen without an end: as frozen up to the last step, but without gradients and optimizer state; also resumed."""
+    rules = {"zero": {"stage": stage}, "ema": {"decay": 0.5, "use": True}}
+    modules = ["image", "blocks.0.feed_forward", "tokens"]
+    held = run(keypad_shards, tmp_path / "held", 2, freeze=[{"modules": modules, "end": 4}], **rules)
+    rests = run(keypad_shards, tmp_path / "rests", 2, freeze=[{"modules": modules}], **rules)
+    assert losses(rests.path) == pytest.approx(losses(held.path), rel=2**-8)
+    torch.manual_seed(0)
+    first = weights.build(parse(TrainConfig, SMALL, "test").model, feature_spec.load(keypad_shards.path)).state_dict()
+    saved = {path.stem: load_file(path) for path in (rests.path / "checkpoints/step-00000004").glob("*.safetensors")}
+    made = load_file(rests.path / "model.safetensors")
+    resting = {name for name in first if name.startswith(tuple(f"{module}." for module in modules))}
+    assert made.keys() == saved["weight"].keys() == saved["ema"].keys() == first.keys()
+    assert saved["exp_avg"].keys() == first.keys() - resting
+    for name in first:
+        assert (
+            torch.equal(made[name], first[name]) == torch.equal(saved["weight"][name], first[name]) == (name in resting)
+        )
+
+    out = tmp_path / "model"
+    shutil.copytree(rests.path, out)
+    (out / "artifact.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "step-00000004")
+    earlier = out / "checkpoints" / "step-00000002"
+    (out / artifacts.WORK).write_text(json.dumps({"fingerprint": rests.fingerprint}))
+    assert load_file(earlier / "weight.safetensors").keys() == first.keys()
+    resumed = run(keypad_shards, out, 2, freeze=[{"modules": modules}], **rules)
+    assert losses(out) == losses(rests.path) and resumed.digest == rests.digest
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_computing_with_averaged_weights_leaves_the_training_alone(
+    keypad_shards: Artifact, tmp_path: Path, precision: str
+):
+    """At ZeRO 3 a pass without a backward one keeps weights gathered; the step after it must not read them."""
+    rules = {"zero": {"stage": 3}, "precision": precision, "ema": {"decay": 0.5, "use": True}}
+    often = run(keypad_shards, tmp_path / "often", 2, save_every=1, **rules)
+    seldom = run(keypad_shards, tmp_path / "seldom", 2, save_every=100, **rules)
+    assert losses(often.path) == losses(seldom.path) and often.digest == seldom.digest
+
+
 def test_what_is_frozen_averaged_and_made_orthogonal_goes_on_after_a_stop(keypad_shards: Artifact, tmp_path: Path):
     rules = {
         "optimizer": {"kind": "muon"},
