@@ -35,13 +35,23 @@ from mmlm.train.activations import activation_bytes, low_bytes
 from mmlm.train.config import LoopConfig
 from mmlm.train.devices import NODE_LINK, Device
 from mmlm.train.groups import frozen_share, let_rest
+from mmlm.train.memory import SLACK, SLACK_SHARE
 
 BUCKET = 50_000_000
 """Elements of DeepSpeed's reduction and gathering buffers, as in train/engine.py."""
 LIVE = 1_000_000_000
 """Parameters that stage 3 keeps gathered before it lets go of the first (DeepSpeed's default)."""
-BASE = 560 << 20
-"""Resident bytes of a rank on a CPU with torch, deepspeed and pyarrow imported; measured, torch 2.13."""
+BASE = 628 << 20
+"""Resident bytes of a rank on a CPU: torch 2.13, deepspeed and pyarrow (207 MB of files, 280 of its own) and 128 compiled
+kernels."""
+HOLES = 100 << 20
+"""Bytes of pages that a step on a CPU touches beyond its activations at most, since these lie elsewhere in every step;
+activations of up to 2/3 of that take as much and half again. `almanac`, 60 MB at once, holds 170 MB more after a step than
+after the trim before it."""
+MEETING = 12e-3
+"""Seconds that ranks on one CPU spend a step in the eight collectives of it, beyond what is sent: 1 ms to 3 ms each."""
+AROUND = 64 << 10
+"""Bytes that Linux maps with every page of a file that is read."""
 CONTEXT = 1.2e9
 """Bytes of a GPU that its runtime, nccl and the allocator's holes take; an assumption."""
 ENGINE = 0.25e-3
@@ -68,6 +78,11 @@ class Corpus:
     def seen(self, steps: int, ranks: int) -> float:
         """Share of the samples that a rank meets in so many steps: each of its steps takes some at random."""
         return 1 - math.exp(-steps * self.a_step / ranks / max(self.samples, 1))
+
+    def touched(self, steps: int, ranks: int) -> float:
+        """Bytes of mapped shards that a rank holds in the end: with a sample comes what lies around it."""
+        size = self.mapped / max(self.samples, 1)
+        return self.mapped * (1 - math.exp(-steps * self.a_step / ranks * (size + AROUND) / max(self.mapped, 1.0)))
 
     def cached(self, steps: int, ranks: int) -> float:
         """Bytes of decoded samples that a rank keeps in the end."""
@@ -277,8 +292,10 @@ def memory_of(
         memory["checkpoint"] = max(0.0, saved - now)
         memory["process"] = float(BASE)
         if mine.corpus:
-            seen = mine.corpus.seen(config.steps, ranks)
-            memory |= {"cache": mine.corpus.cached(config.steps, ranks), "mapped": mine.corpus.mapped * seen}
+            memory["cache"] = mine.corpus.cached(config.steps, ranks)
+        memory["kept"] = min(1.5 * memory["activations"], HOLES) + max(SLACK, SLACK_SHARE * sum(memory.values()))
+        if mine.corpus:
+            memory["mapped"] = mine.corpus.touched(config.steps, ranks)
         return memory, {}
     host |= {"checkpoint": float(saved), "process": 3.0e9}  # a rank with CUDA's libraries loaded; an assumption
     memory["runtime"] = CONTEXT
@@ -346,4 +363,4 @@ def between_ranks(config: LoopConfig, device: Device, ranks: int, whole: Count) 
     sent = {
         0: 2 * trained, 1: 2 * trained, 2: (1 + pieces) * trained, 3: pieces * (trained + 2 * whole.parameters),
     }[config.zero.stage]  # fmt: skip
-    return low_bytes(config) * sent * (ranks - 1) / ranks / link
+    return low_bytes(config) * sent * (ranks - 1) / ranks / link + (MEETING if device.is_cpu else 0.0)

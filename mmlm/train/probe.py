@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,12 +26,21 @@ from mmlm.train.planning import Corpus, Measured, Workload, counted, learner
 from mmlm.train.planning import count as size_of
 from mmlm.world import World, cores
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 LARGEST = 300_000_000
 """Parameters of the largest model that is tried out."""
 LOOKED_AT = 64
 """Samples whose decoded size is looked at."""
 LONGEST = 5e10
 """FLOPs of the largest micro-batch that is tried out; a larger one is cut, and its time multiplied."""
+REPEATS = 24
+"""Micro-batches that are tried out at most, and"""
+FEWEST = 6
+"""at least. They differ: of 30 passes of `almanac` the slowest took twice as long as the fastest."""
+ENOUGH = 3.0
+"""Seconds after which FEWEST are enough."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ def workload(loader: Loader, config: LoopConfig, sequences: int = 512) -> Worklo
 
 
 def measure(
-    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, shards: Path, ranks: int, repeat: int = 6,
+    config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, shards: Path, ranks: int, repeat: int = REPEATS,
     teacher: Teaching | None = None,
 ) -> Measured | None:  # fmt: skip
     """Seconds of a micro-batch, of its making and of the update on one of `ranks` ranks of this machine.
@@ -95,35 +105,40 @@ def _measure(
     notes = []
     here = World(ranks - 1, ranks)
     loader = Loader(shards, config.data, config.seed, here, config.steps, quiet=True)
-    made: dict[int, Batch] = {}
 
-    def make(step: int) -> None:
-        made[step] = loader.batches(step, config.accumulate)[0]
+    def make(step: int) -> Batch:
+        return loader.batches(step, config.accumulate)[0]
 
-    data, cached = (_median(make, repeat) / config.accumulate for _ in range(2))
-    batch, flops = made[0], training_flops(sizes, spec, Shape.of(made[0]))
-    flops += forward_flops(teacher.model, spec, Shape.of(batch)) if teacher else 0
-    factor = max(1.0, flops / LONGEST)
+    tried, whole = make, Shape.of(make(0))
+    flops = training_flops(sizes, spec, whole)
+    factor = max(1.0, (flops + (forward_flops(teacher.model, spec, whole) if teacher else 0)) / LONGEST)
     if factor > 1:
         smaller = config.data.model_copy(
             update={"batch": max(ranks, int(config.data.batch / config.accumulate / factor))}
         )
-        loader = Loader(shards, smaller, config.seed, here, config.steps, quiet=True)
-        whole, batch = training_flops(sizes, spec, Shape.of(batch)), loader.batch(0)
-        factor = whole / training_flops(sizes, spec, Shape.of(batch))
-        made = {step: loader.batch(step) for step in range(repeat + 1)}
+        tried = Loader(shards, smaller, config.seed, here, config.steps, quiet=True).batch
+        factor = flops / training_flops(sizes, spec, Shape.of(tried(0)))
         notes.append(f"a micro-batch was tried out at 1/{factor:.0f} of its size")
     model = learner(config, sizes, spec)
     model.set_up(recompute=config.recompute)
     if config.precision == "bf16":
         model = model.bfloat16()
     objective = _objective(config, sizes, spec, teacher)
-
-    def learn(step: int) -> None:
-        loss_of(objective(model, made[step]), objective.counts(made[step])).backward()  # each has shapes of its own
-
-    forward_backward = _slowest(_seconds(learn, repeat), ranks) * factor
-    return Measured(forward_backward, _update(config, ranks, trained, repeat), data, cached, notes)
+    making: list[float] = []
+    learning: list[float] = []
+    for step in range(repeat + 1):  # each has shapes of its own
+        seconds, batch = _timed(make, step)
+        making.append(seconds)
+        batch = batch if tried is make else tried(step)
+        seconds, _ = _timed(lambda batch: loss_of(objective(model, batch), objective.counts(batch)).backward(), batch)
+        learning.append(seconds)
+        if step >= FEWEST and sum(making) + sum(learning) > ENOUGH:
+            break
+    again = [_timed(make, step)[0] for step in range(len(making))]  # from the cache of decoded samples
+    return Measured(
+        _slowest(learning[1:], ranks) * factor, _update(config, ranks, trained),
+        statistics.median(making[1:]) / config.accumulate, statistics.median(again[1:]) / config.accumulate, notes,
+    )  # fmt: skip
 
 
 def _objective(config: LoopConfig, sizes: AnyModelConfig, spec: FeatureSpec, teacher: Teaching | None) -> Objective:
@@ -135,7 +150,7 @@ def _objective(config: LoopConfig, sizes: AnyModelConfig, spec: FeatureSpec, tea
     return Distilling(config.loss, spec, leader, teacher.temperature, teacher.task, fusion)
 
 
-def _update(config: LoopConfig, ranks: int, trained: int, repeat: int) -> float:
+def _update(config: LoopConfig, ranks: int, trained: int) -> float:
     """Seconds to update one rank's part, as DeepSpeed does it: float32, in one piece, with the norm and the way back."""
     part = torch.zeros(trained // ranks if config.zero.stage else trained, requires_grad=True)
     part.grad = torch.zeros_like(part)
@@ -150,11 +165,7 @@ def _update(config: LoopConfig, ranks: int, trained: int, repeat: int) -> float:
         optimizer.step()
         low.copy_(part.detach())
 
-    return _median(update, repeat)
-
-
-def _median(call: Callable[[int], None], repeat: int) -> float:
-    return statistics.median(_seconds(call, repeat))
+    return statistics.median([_timed(update, number)[0] for number in range(FEWEST + 1)][1:])
 
 
 def _slowest(seconds: list[float], ranks: int) -> float:
@@ -163,11 +174,7 @@ def _slowest(seconds: list[float], ranks: int) -> float:
     return sum(s * (((n + 1) / m) ** ranks - (n / m) ** ranks) for n, s in enumerate(ordered))
 
 
-def _seconds(call: Callable[[int], None], repeat: int) -> list[float]:
-    """Of each call, the first left out."""
-    seconds = []
-    for number in range(repeat + 1):
-        start = time.perf_counter()
-        call(number)
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+def _timed(call: Callable[[T], R], of: T) -> tuple[float, R]:
+    start = time.perf_counter()
+    made = call(of)
+    return time.perf_counter() - start, made
