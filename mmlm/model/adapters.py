@@ -16,7 +16,7 @@ from torch import nn
 
 from mmlm.errors import ConfigError
 from mmlm.model.config import LoraConfig
-from mmlm.model.cross_entropy import AnswerHead, AnswerLoss
+from mmlm.model.cross_entropy import AnswerHead, AnswerLoss, Lead
 
 DEFAULT = "default"
 """Name of the adapter that a training makes."""
@@ -197,13 +197,13 @@ def _adapted_head() -> type[nn.Module]:
         only while that is called. What A reads is not dropped here."""
 
         def forward(  # type: ignore[override]
-            self, x_AD: torch.Tensor, target_A: torch.Tensor | None = None, z: float = 0.0
+            self, x_AD: torch.Tensor, target_A: torch.Tensor | None = None, z: float = 0.0, lead: Lead | None = None
         ) -> torch.Tensor | AnswerLoss:
             if target_A is None or self.merged or self.disable_adapters:
-                return self.base_layer(x_AD, target_A, z) if target_A is not None else super().forward(x_AD)
+                return self.base_layer(x_AD, target_A, z, lead=lead) if target_A is not None else super().forward(x_AD)
             (name,) = self.active_adapters
             one_DD = torch.eye(x_AD.shape[-1], dtype=x_AD.dtype, device=x_AD.device)
             delta_VD = self.lora_B[name](self.lora_A[name](one_DD)).T * self.scaling[name]
-            return self.base_layer(x_AD, target_A, z, delta_VD)
+            return self.base_layer(x_AD, target_A, z, delta_VD, lead)
 
     return AdaptedHead

@@ -19,7 +19,7 @@ from mmlm.errors import ConfigError
 from mmlm.features.spec import AUDIO, FIELDS, IMAGE, FeatureSpec
 from mmlm.model.attention import Cache
 from mmlm.model.baseline_config import CnnConfig
-from mmlm.model.cross_entropy import AnswerLoss
+from mmlm.model.cross_entropy import AnswerLoss, Lead
 from mmlm.model.embeddings import FieldEmbedding
 from mmlm.model.kernels import RMSNorm
 from mmlm.model.stems import numbered
@@ -33,6 +33,8 @@ BINS = 10
 
 class CnnModel(FusedTransformer):
     """Built as a FusedTransformer. Raises ConfigError for a spec that asks for more than classes by picture or sound."""
+
+    generates = False
 
     def __init__(self, config: CnnConfig, spec: FeatureSpec, field_rows: int = 0) -> None:
         nn.Module.__init__(self)
@@ -53,7 +55,7 @@ class CnnModel(FusedTransformer):
         if recompute or compiled:
             raise ConfigError("recompute or compile for a cnn", wanted="recompute: 0 and compile: false")
 
-    def forward(self, batch: Inputs, z_loss: float | None = None) -> Output:
+    def forward(self, batch: Inputs, z_loss: float | None = None, lead: Lead | None = None) -> Output:
         """There is no head over the vocabulary: the loss of the answers is 0, their logits are all alike."""
         answer_R = (batch.valid_BT.flatten().cumsum(0) - 1)[batch.answer_at_R]
         read_X = torch.zeros(int(batch.valid_BT.sum()), dtype=torch.bool, device=answer_R.device)

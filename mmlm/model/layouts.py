@@ -27,7 +27,7 @@ from mmlm.model.attention import Cache, Filling, Step, Table
 from mmlm.model.block import Block, run
 from mmlm.model.classic import last_norm_of, norm_of
 from mmlm.model.config import ModelConfig
-from mmlm.model.cross_entropy import AnswerLoss
+from mmlm.model.cross_entropy import AnswerLoss, Lead
 from mmlm.model.kernels import rows_of
 from mmlm.model.packed import Arrangement, arrange, arrange_both_ways, numbered
 from mmlm.model.transformer import IGNORE, FusedTransformer, Inputs, Output
@@ -61,7 +61,7 @@ class Encoder(FusedTransformer):
         self.answer = nn.Identity()  # type: ignore[assignment]
         self.vocabulary = spec.vocab_size
 
-    def forward(self, batch: Inputs, z_loss: float | None = None) -> Output:
+    def forward(self, batch: Inputs, z_loss: float | None = None, lead: Lead | None = None) -> Output:
         """The words of an answer count nothing: their loss is 0, their logits are all the same."""
         answer_R = (batch.valid_BT.flatten().cumsum(0) - 1)[batch.answer_at_R]
         read_X = torch.zeros_like(batch.valid_BT[batch.valid_BT]).index_fill(0, answer_R, True)

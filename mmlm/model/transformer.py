@@ -30,7 +30,7 @@ from mmlm.model.attention import Cache, Table, rotary
 from mmlm.model.block import Block
 from mmlm.model.classic import added_positions, last_norm_of
 from mmlm.model.config import ModelConfig
-from mmlm.model.cross_entropy import AnswerHead, AnswerLoss
+from mmlm.model.cross_entropy import AnswerHead, AnswerLoss, Lead
 from mmlm.model.embeddings import FieldEmbedding, audio_embedding, fill, image_embedding
 from mmlm.model.fusion import build_fusion
 from mmlm.model.heads import EmbeddingHead
@@ -121,8 +121,24 @@ class FusedTransformer(nn.Module):
                 if isinstance(module, Block):
                     module.compile()
 
-    def forward(self, batch: Inputs, z_loss: float | None = None) -> Output:
-        """With a `z_loss` (0 for none), the loss of the answers takes the place of their logits."""
+    def forward(self, batch: Inputs, z_loss: float | None = None, lead: Lead | None = None) -> Output:
+        """With a `z_loss` (0 for none), the loss of the answers takes the place of their logits; with a `lead`, it is what
+        a teacher's word on the same batch makes of it."""
+        x_AD, target_A, output = self._answered(batch)
+        if z_loss is None:
+            return output._replace(answer_AV=self.answer(x_AD))
+        return output._replace(answer=self.answer(x_AD, target_A, z_loss, lead=lead))
+
+    def lead(self, batch: Inputs, temperature: float, task: float) -> tuple[Output, Lead | None]:
+        """What a student of this model is led by: what the heads say of the records, without logits of answers, and what
+        makes these piece by piece; None for a model without words."""
+        if not self.generates:
+            return self(batch, z_loss=0.0), None
+        x_AD, _, output = self._answered(batch)
+        return output, Lead(x_AD, self.answer, temperature, task)
+
+    def _answered(self, batch: Inputs) -> tuple[torch.Tensor, torch.Tensor, Output]:
+        """What the head over the vocabulary reads, its targets, and all that the other heads say."""
         target_X = batch.target_BT[batch.valid_BT]
         answer_R = (batch.valid_BT.flatten().cumsum(0) - 1)[batch.answer_at_R]
         read_X = (target_X != IGNORE).index_fill(0, answer_R, True)
@@ -133,10 +149,8 @@ class FusedTransformer(nn.Module):
             answered = (target_U != IGNORE).nonzero()[:, 0]
             x_AD, target_A = rows_of(x_UD, answered), target_U[answered]
         label_RC, embedding_RE = self.classify(x_UD[(read_X.cumsum(0) - 1)[answer_R]])
-        if z_loss is None:
-            return Output(self.answer(x_AD), label_RC, None, embedding_RE, guess)
-        nothing, loss = x_AD.new_empty(0, self.answer.out_features), self.answer(x_AD, target_A, z_loss)
-        return Output(nothing, label_RC, loss, embedding_RE, guess)
+        nothing = x_AD.new_empty(0, self.answer.out_features)
+        return x_AD, target_A, Output(nothing, label_RC, None, embedding_RE, guess)
 
     def classify(self, x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits over the classes of all tasks, and with an embedding head, (R, E) vectors of length 1."""

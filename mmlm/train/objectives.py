@@ -18,7 +18,7 @@ from mmlm.train.terms.contrast import Contrast
 from mmlm.train.terms.many_labels import ManyLabels
 from mmlm.train.terms.modality import Modality
 from mmlm.train.terms.number import Number
-from mmlm.train.terms.one_label import OneLabel, softened_kl
+from mmlm.train.terms.one_label import OneLabel
 from mmlm.train.terms.term import Part, Term
 
 
@@ -107,6 +107,8 @@ class Answering:
         """Summed cross-entropy, that of each token, and the summed squares of log Σexp."""
         if output.answer is not None:
             square = output.answer.log_z_A.square().sum()
+            if output.answer.kl is not None:  # the gradient of all three came with that of the teacher's word
+                return output.answer.each_A.sum(), output.answer.each_A, square
             # the gradient of the z-loss came with that of the cross-entropy; here the two values are told apart
             return output.answer.sum - (self.z_share or 0.0) * square, output.answer.each_A, square
         logits_AV = output.answer_AV.float()
@@ -137,12 +139,21 @@ class Distilling:
         self.answering.prepare(model, batches, device)
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
-        student: Output = model(batch)
+        z = self.answering.z_share
         with torch.no_grad():
-            teacher: Output = self.teacher(batch)
+            teacher, lead = self.teacher.lead(batch, self.temperature, self.task)
+        # the weight of the whole is that of the teacher's word, beside which the task's own terms count less
+        student: Output = model(batch, z_loss=self.task * z if z and lead else z, lead=lead)
         terms = self.answering.terms(student, batch, self.task)
-        answer_kl = softened_kl(student.answer_AV.float(), teacher.answer_AV.float(), self.temperature)
-        terms["answer_kl"] = Term(answer_kl, self.answering.config.answer)
+        terms["answer_kl"] = Term(_divergence(student), self.answering.config.answer)
         for part in self.answering.parts:
             terms[f"{part.name}_kl"] = part.led(student, teacher, batch, self.temperature)
         return terms
+
+
+def _divergence(student: Output) -> torch.Tensor:
+    """Its distance to the teacher's words, with the gradients of the task's own terms, which were made along with it; 0 where
+    one of the two has no words, or they count nothing."""
+    if student.answer is None or student.answer.kl is None:
+        return torch.zeros((), device=student.label_RC.device)
+    return student.answer.kl + (student.answer.sum - student.answer.sum.detach())

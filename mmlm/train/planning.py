@@ -29,6 +29,7 @@ import torch
 from mmlm.features.spec import FeatureSpec
 from mmlm.model import adapters
 from mmlm.model.baseline_config import AnyModelConfig
+from mmlm.model.cross_entropy import LOGITS
 from mmlm.model.flops import Shape, forward_flops, training_flops
 from mmlm.train import weights
 from mmlm.train.activations import activation_bytes, low_bytes
@@ -305,11 +306,11 @@ def memory_of(
 def teaching(
     config: LoopConfig, teacher: AnyModelConfig, spec: FeatureSpec, mine: Workload, device: Device
 ) -> dict[str, float]:
-    """Bytes of the teacher, of its forward pass at most (what one block would keep), and of the logits of both, which are
-    whole and in float32 beside their own precision."""
+    """Bytes of the teacher, of its forward pass at most (what one block would keep), and of the logits of both that exist at a
+    time, in float32 beside their own precision."""
     b = low_bytes(config) if config.precision == "bf16" else 4  # a teacher has no fp16
     once = config.model_copy(update={"recompute": 1})
-    logits = mine.shape.targets * spec.vocab_size * (4 * 4 + 2 * b)
+    logits = min(LOGITS // 4, mine.shape.targets * spec.vocab_size) * (4 * 4 + 2 * b)
     return {
         "teacher": float(b * count(teacher, spec)),
         "taught": activation_bytes(once, teacher, spec, mine.shape, on_cpu=device.is_cpu) + logits,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.profiler import profile
 
 from mmlm.model import cross_entropy
-from mmlm.model.cross_entropy import AnswerHead
+from mmlm.model.cross_entropy import AnswerHead, Lead
 
 
 def plain(head: AnswerHead, x: torch.Tensor, target: torch.Tensor, z: float) -> torch.Tensor:
@@ -35,6 +35,31 @@ def test_values_and_gradients_equal_the_plain_ones(z: float, limit: int, monkeyp
     made = torch.autograd.grad(0.3 * loss.sum, (x, head.weight))
     for a, b in zip(made, torch.autograd.grad(0.3 * wanted, (x, head.weight)), strict=True):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("task", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("z", [0.0, 1e-2])
+@pytest.mark.parametrize("limit", [50, 7 * 100, 1 << 20])
+def test_a_teachers_word_is_followed_piece_by_piece(task: float, z: float, limit: int, monkeypatch: pytest.MonkeyPatch):
+    """Against the formulas on whole logits, with a teacher of another width."""
+    monkeypatch.setattr(cross_entropy, "LOGITS", limit)
+    torch.manual_seed(0)
+    head, leader = AnswerHead(16, 50).double(), AnswerHead(24, 50).double()
+    x = torch.randn(30, 16, dtype=torch.float64, requires_grad=True)
+    states, target, T = 3 * torch.randn(30, 24, dtype=torch.float64), torch.randint(0, 50, (30,)), 2.5
+    loss = head(x, target, z, lead=Lead(states, leader, T, task))
+    logits, led = head(x), leader(states).detach()
+    q = (led / T).softmax(-1)
+    kl = T**2 * (q * (q.log() - (logits / T).softmax(-1).log())).sum()
+    answer = F.cross_entropy(logits, target, reduction="sum")
+    wanted = task * answer + z * logits.logsumexp(-1).square().sum() + kl
+    assert loss.kl.item() == pytest.approx(kl.item(), rel=1e-12)
+    assert loss.each_A.sum().item() == pytest.approx(answer.item(), rel=1e-12)
+    assert loss.sum.item() == pytest.approx(wanted.item(), rel=1e-12)
+    made = torch.autograd.grad(0.3 * loss.sum, (x, head.weight))
+    for a, b in zip(made, torch.autograd.grad(0.3 * wanted, (x, head.weight)), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+    assert leader.weight.grad is None
 
 
 def test_bfloat16_gradients_are_nearly_as_good_as_the_plain_ones(monkeypatch: pytest.MonkeyPatch):
@@ -62,7 +87,7 @@ def test_no_rows_and_no_gradients():
 
 PEAK = """
 import sys, torch
-from mmlm.model.cross_entropy import AnswerHead
+from mmlm.model.cross_entropy import AnswerHead, Lead
 from torch.nn import functional as F
 torch.set_num_threads(1)
 def peak():  # kB; ru_maxrss would be that of the process that started this one
@@ -70,7 +95,11 @@ def peak():  # kB; ru_maxrss would be that of the process that started this one
 head, x = AnswerHead(32, 32_000), torch.randn(2_048, 32, requires_grad=True)
 target = torch.randint(0, 32_000, (2_048,))
 before = peak()
-loss = head(x, target).sum if sys.argv[1] == "pieces" else F.cross_entropy(head(x), target, reduction="sum")
+lead = Lead(torch.randn(2_048, 48), AnswerHead(48, 32_000), 2.0, 0.5)
+if sys.argv[1] == "plain":
+    loss = F.cross_entropy(head(x), target, reduction="sum")
+else:
+    loss = head(x, target, lead=lead if sys.argv[1] == "led" else None).sum
 loss.backward()
 print(peak() - before)
 """
@@ -79,11 +108,11 @@ print(peak() - before)
 def test_the_logits_of_a_large_vocabulary_never_exist_whole():
     """2,048 positions of 32,000 logits are 262 MB in float32, and their gradient as much again."""
     peak = {}
-    for name in ("pieces", "plain"):
+    for name in ("pieces", "led", "plain"):
         done = subprocess.run([sys.executable, "-c", PEAK, name], capture_output=True, text=True, check=True)
         peak[name] = int(done.stdout) / 1e3  # MB
     assert peak["plain"] > 500
-    assert peak["pieces"] < 220
+    assert peak["pieces"] < 220 and peak["led"] < 320
 
 
 def test_a_loss_without_gradients_makes_none():

@@ -8,8 +8,9 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from mmlm.data.collate import Batch, collate, field_rows
+from mmlm.data.collate import IGNORE, Batch, collate, field_rows
 from mmlm.evals.read_head import read_head
 from mmlm.features.sample import Sample
 from mmlm.features.spec import TaskSpec
@@ -91,6 +92,35 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it():
         assert terms[name].sum.item() == pytest.approx(0, abs=1e-5), name
     other = Distilling(LossConfig(), HEADED, net(5), temperature=2.0, task=0.5)(model, batch)
     assert all(other[name].sum.item() > 1e-4 for name in ("answer_kl", "label_kl", "labels_kl", "number_kl"))
+
+
+@pytest.mark.parametrize("config", [LossConfig(), LossConfig(answer=0.5, z=1e-2), LossConfig(answer=0, z=1e-2)])
+def test_distilling_is_the_weighted_sum_of_its_formulas(config: LossConfig):
+    """The loss and its gradient against KL and cross-entropy of whole logits."""
+    model, teacher, batch = net(), net(5), collate(samples(), HEADED)
+    objective = Distilling(config, HEADED, teacher, temperature=2.0, task=0.25)
+    counts = objective.counts(batch)
+    terms = objective(model, batch)
+    loss_of(terms, counts).backward()
+    made = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    output, target = model(batch), batch.target_BT[batch.target_BT != IGNORE]
+    logits, led = output.answer_AV, teacher(batch).answer_AV.detach()
+    kl = F.kl_div((logits / 2).log_softmax(-1), (led / 2).softmax(-1), reduction="sum") * 4
+    answer, square = F.cross_entropy(logits, target, reduction="sum"), logits.logsumexp(-1).square().sum()
+    if config.answer:
+        assert terms["answer_kl"].sum.item() == pytest.approx(kl.item(), rel=1e-5)
+    assert terms["answer"].sum.item() == pytest.approx(answer.item(), rel=1e-5)
+    words = config.answer * (kl + 0.25 * answer) + 0.25 * config.z * square
+    rest = {n: t for n, t in terms.items() if n not in ("answer", "answer_kl", "z")}
+    parts = {n: part.term(output, batch, 0.25) for part in objective.answering.parts for n in (part.name,)}
+    with torch.no_grad():
+        its = teacher(batch)
+    parts |= {f"{p.name}_kl": p.led(output, its, batch, 2.0) for p in objective.answering.parts}
+    assert parts.keys() == rest.keys()
+    (words / counts["answer"] + loss_of(parts, counts)).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(made[name], p.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_what_the_head_says_is_a_set_or_a_number():

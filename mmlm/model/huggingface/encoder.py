@@ -16,7 +16,7 @@ from torch import nn
 from mmlm.errors import ConfigError
 from mmlm.features.spec import SPECIAL_TOKENS, FeatureSpec
 from mmlm.model.config import ModelConfig
-from mmlm.model.cross_entropy import AnswerLoss
+from mmlm.model.cross_entropy import AnswerLoss, Lead
 from mmlm.model.transformer import IGNORE, FusedTransformer, Inputs, Output
 
 KINDS = ("bert", "roberta", "xlm-roberta")
@@ -26,6 +26,8 @@ MOVED = len(SPECIAL_TOKENS)
 
 class EncoderModel(FusedTransformer):
     """Built as a FusedTransformer from a config whose `pretrained.encoder` is settled."""
+
+    generates = False
 
     def __init__(self, config: ModelConfig, spec: FeatureSpec) -> None:
         nn.Module.__init__(self)
@@ -45,7 +47,7 @@ class EncoderModel(FusedTransformer):
         if recompute or compiled:
             raise ConfigError("recompute or compile for an encoder", wanted="recompute: 0 and compile: false")
 
-    def forward(self, batch: Inputs, z_loss: float | None = None) -> Output:
+    def forward(self, batch: Inputs, z_loss: float | None = None, lead: Lead | None = None) -> Output:
         """There is no head over the vocabulary: the loss of the answers is 0, their logits are all alike."""
         label_RC = self.label(self.records(batch))
         A = int((batch.target_BT != IGNORE).sum())
