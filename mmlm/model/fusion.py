@@ -123,7 +123,7 @@ class Concat(nn.Module):
     ) -> torch.Tensor:  # fmt: skip
         position_B, valid_BS = _seen_so_far(position_B, valid_BS, caches[0])
         table = model._rotary(position_B, x_BD.dtype)
-        steps = Step.of(caches, valid_BS, x_BD.dtype)
+        steps = Step.of(caches, valid_BS)
         return run(blocks, model._placed(x_BD, position_B), table, steps, before=before)
 
 

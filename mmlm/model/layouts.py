@@ -161,9 +161,7 @@ class EncoderDecoder(FusedTransformer):
     ) -> torch.Tensor:
         """`valid_BS` counts what the encoder read; the decoder sees no padding."""
         x_BD = self._placed(self.tokens(token_B), position_B)
-        return self._write(
-            x_BD, position_B, Step.of(caches, None, x_BD.dtype), None, [Remembered(cache) for cache in caches]
-        )
+        return self._write(x_BD, position_B, Step.of(caches, None), None, [Remembered(cache) for cache in caches])
 
     def _write(
         self, x_BD: torch.Tensor, position_B: torch.Tensor, seen: list[Filling] | list[Step],

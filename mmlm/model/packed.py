@@ -108,10 +108,10 @@ class Group:
     """Those of the G * L places that hold nothing."""
     blocks: tuple[Block, ...]
 
-    def take(self, x_NXH: torch.Tensor) -> torch.Tensor:
-        """(N * G, L, H), heads outermost."""
-        taken = x_NXH if self.rows is None else x_NXH.index_select(1, self.rows)
-        return taken.reshape(-1, self.length, x_NXH.shape[-1])
+    def take(self, x_KXF: torch.Tensor) -> torch.Tensor:
+        """(K * G, L, F), heads outermost."""
+        taken = x_KXF if self.rows is None else x_KXF.index_select(1, self.rows)
+        return taken.reshape(-1, self.length, x_KXF.shape[-1])
 
     def work(self) -> float:
         """Multiplications of one of the products of a block, for each value of a position: the mean over blocks."""
@@ -170,9 +170,9 @@ class Grouped:
     def attend(self, q_XNH: torch.Tensor, k_XKH: torch.Tensor, v_XKH: torch.Tensor) -> torch.Tensor:
         return _Attend.apply(q_XNH, k_XKH, v_XKH, self)
 
-    def positions(self, parts_NPH: list[torch.Tensor]) -> torch.Tensor:
-        """What each group gave, (N, G * L, H) → (X, N, H)."""
-        whole = torch.cat(parts_NPH, 1) if len(parts_NPH) > 1 else parts_NPH[0]
+    def positions(self, parts_KPF: list[torch.Tensor]) -> torch.Tensor:
+        """What each group gave, (K, G * L, F) → (X, K, F)."""
+        whole = torch.cat(parts_KPF, 1) if len(parts_KPF) > 1 else parts_KPF[0]
         return (whole if self.back is None else whole.index_select(1, self.back)).transpose(0, 1)
 
 
@@ -215,68 +215,71 @@ def _blocks(length: int, prompt_GL: np.ndarray | None, dtype: torch.dtype, devic
     return tuple(blocks)
 
 
-def probabilities(q_YLH: torch.Tensor, k_YSH: torch.Tensor, block: Block) -> torch.Tensor:
-    """(Y, queries, reach) of one block; Y is heads times records."""
+def probabilities(q_YLF: torch.Tensor, k_YSH: torch.Tensor, block: Block) -> torch.Tensor:
+    """(Y, queries of all heads, reach) of one block; Y is key-value heads times records."""
     k = k_YSH[:, : block.reach].transpose(1, 2)
-    scores = torch.baddbmm(q_YLH.new_empty(1, 1, 1), q_YLH[:, block.first : block.last], k, beta=0, alpha=_scale(q_YLH))
-    records = len(block.bias)
-    scores.view(-1, records, *scores.shape[1:])[..., block.seen :] += block.bias
+    q = rows_of_heads(q_YLF, block, k_YSH.shape[-1])
+    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k, beta=0, alpha=_scale(k_YSH))
+    records, queries = block.bias.shape[:2]
+    scores.view(-1, records, queries, q.shape[1] // queries, block.reach)[..., block.seen :] += block.bias[:, :, None]
     return scores.softmax(-1)
+
+
+def rows_of_heads(x_YLF: torch.Tensor, block: Block, width: int) -> torch.Tensor:
+    """(Y, queries of all heads, H) of one block: the heads that share keys and values ask side by side, at each position."""
+    return x_YLF[:, block.first : block.last].unflatten(-1, (-1, width)).flatten(1, 2)
 
 
 def _scale(x: torch.Tensor) -> float:
     return float(x.shape[-1] ** -0.5)
 
 
-def repeated(x_KX: torch.Tensor, heads: int) -> torch.Tensor:
-    """Each key-value head as often as query heads read it."""
-    return x_KX if len(x_KX) == heads else x_KX.repeat_interleave(heads // len(x_KX), 0)
-
-
 class _Attend(torch.autograd.Function):
-    """Attention of all groups, and its gradient, block by block."""
+    """Attention of all groups, and its gradient, block by block.
+
+    The R = N/K heads that share keys and values are rows of one product: F = R H values stand at each position.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, q_XNH: torch.Tensor, k_XKH: torch.Tensor, v_XKH: torch.Tensor, grouped: Grouped
     ) -> torch.Tensor:
-        N = q_XNH.shape[1]
+        K, H = k_XKH.shape[1:]
         needed = any(ctx.needs_input_grad)
         parts, saved, precisions = [], [], grouped.precisions(q_XNH)
-        whole = [repeated(x.transpose(0, 1), N).contiguous() for x in (q_XNH, k_XKH, v_XKH)]
+        whole = [x.reshape(len(x), K, -1).transpose(0, 1).contiguous() for x in (q_XNH, k_XKH, v_XKH)]
         for group, dtype in zip(grouped.groups, precisions, strict=True):
-            q, k, v = (group.take(x_NXH) for x_NXH in whole)
+            q, k, v = (group.take(x_KXF) for x_KXF in whole)
             wq, wk, wv = (x.to(dtype) for x in (q, k, v))
             y, kept = torch.empty_like(q), []
             for block in group.blocks:
                 p = probabilities(wq, wk, block)
-                y[:, block.first : block.last] = torch.bmm(p, wv[:, : block.reach])
+                rows_of_heads(y, block, H).copy_(torch.bmm(p, wv[:, : block.reach]))
                 if needed and group.length <= KEPT:
                     kept.append(p)
-            parts.append(y.view(N, -1, y.shape[-1]))
+            parts.append(y.view(K, -1, y.shape[-1]))
             saved += [q, k, v, *kept]
         ctx.save_for_backward(*(saved if needed else ()))
-        ctx.grouped, ctx.precisions, ctx.heads, ctx.kv_heads = grouped, precisions, N, k_XKH.shape[1]
-        return grouped.positions(parts)
+        ctx.grouped, ctx.precisions, ctx.kv_heads = grouped, precisions, K
+        return grouped.positions(parts).reshape(q_XNH.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        g_NXH = gradients[0].transpose(0, 1).contiguous()
+        K, shape = ctx.kv_heads, gradients[0].shape
+        g_KXF = gradients[0].reshape(len(gradients[0]), K, -1).transpose(0, 1).contiguous()
         parts: tuple[list[torch.Tensor], ...] = ([], [], [])
         saved = list(ctx.saved_tensors)
         for group, dtype in zip(ctx.grouped.groups, ctx.precisions, strict=True):
             kept = len(group.blocks) if group.length <= KEPT else 0
             (q, k, v), ps, saved = saved[:3], saved[3 : 3 + kept], saved[3 + kept :]
-            g = group.take(g_NXH)
+            g = group.take(g_KXF)
             if group.padding is not None:
-                g.view(ctx.heads, -1, g.shape[-1]).index_fill_(1, group.padding, 0)
+                g.view(K, -1, g.shape[-1]).index_fill_(1, group.padding, 0)
             q, k, v, wide_g = (x.to(dtype) for x in (q, k, v, g))
             for part, made in zip(parts, _backward(q, k, v, wide_g, ps, group), strict=True):
-                part.append(made.to(g.dtype).view(ctx.heads, -1, made.shape[-1]))
+                part.append(made.to(g.dtype).view(K, -1, made.shape[-1]))
         q, k, v = (ctx.grouped.positions(part) for part in parts)
-        if ctx.kv_heads != ctx.heads:
-            k, v = (x.unflatten(1, (ctx.kv_heads, -1)).sum(2) for x in (k, v))
-        return q, k, v, None
+        return q.reshape(shape), k, v, None
 
 
 def _backward(
@@ -284,15 +287,15 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of one group: with P = softmax(S), dS = P ∘ (dP - rowsum(dP ∘ P))."""
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    nothing = q.new_empty(1, 1, 1)
+    nothing, H = q.new_empty(1, 1, 1), k.shape[-1]
     for n, block in enumerate(group.blocks):
         p = kept[n] if kept else probabilities(q, k, block)
-        here, keys = slice(block.first, block.last), slice(0, block.reach)
-        dv[:, keys] += torch.bmm(p.transpose(1, 2), g[:, here])
-        dp = torch.bmm(g[:, here], v[:, keys].transpose(1, 2))
+        asked, given, keys = rows_of_heads(q, block, H), rows_of_heads(g, block, H), slice(0, block.reach)
+        dv[:, keys] += torch.bmm(p.transpose(1, 2), given)
+        dp = torch.bmm(given, v[:, keys].transpose(1, 2))
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-        dq[:, here] = torch.baddbmm(nothing, ds, k[:, keys], beta=0, alpha=_scale(q))
-        dk[:, keys] += torch.baddbmm(nothing, ds.transpose(1, 2), q[:, here], beta=0, alpha=_scale(q))
+        rows_of_heads(dq, block, H).copy_(torch.baddbmm(nothing, ds, k[:, keys], beta=0, alpha=_scale(k)))
+        dk[:, keys] += torch.baddbmm(nothing, ds.transpose(1, 2), asked, beta=0, alpha=_scale(k))
     return dq, dk, dv
 
 

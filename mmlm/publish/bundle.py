@@ -93,10 +93,11 @@ def requirements(extra: Collection[str] = ()) -> list[str]:
     return pinned
 
 
-def signature(adapters: bool = False) -> Any:
-    """Optional columns. Media are of any type: MLflow's `binary` refuses empty cells, ordinary input here."""
+def signature(adapters: bool = False, embedding: bool = False) -> Any:
+    """Optional columns. Media are of any type: MLflow's `binary` refuses empty cells, ordinary input here. With an
+    `embedding` head, the parameter `embed` asks for vectors instead of answers."""
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import AnyType, Array, Map
 
     inputs: list[Any] = [
@@ -107,14 +108,16 @@ def signature(adapters: bool = False) -> Any:
         *([ColSpec(DataType.string, "adapter", required=False)] if adapters else []),
     ]
     outputs: list[Any] = [
-        ColSpec(DataType.string, "answer"),
+        ColSpec(DataType.string, "answer", required=not embedding),
         ColSpec(DataType.double, "score", required=False),
-        ColSpec(Map(DataType.double), "label_scores"),
+        ColSpec(Map(DataType.double), "label_scores", required=not embedding),
         ColSpec(Array(DataType.string), "labels", required=False),
         ColSpec(DataType.double, "number", required=False),
+        *([ColSpec(Array(DataType.double), "embedding", required=False)] if embedding else []),
         ColSpec(DataType.string, "error", required=False),
     ]
-    return ModelSignature(Schema(inputs), Schema(outputs))
+    params = ParamSchema([ParamSpec("embed", DataType.boolean, False)]) if embedding else None
+    return ModelSignature(Schema(inputs), Schema(outputs), params)
 
 
 def log(mlflow: Any, checkpoint: Path, code: Path, *, example: Any, metadata: Mapping[str, Any]) -> Any:
@@ -125,7 +128,8 @@ def log(mlflow: Any, checkpoint: Path, code: Path, *, example: Any, metadata: Ma
     folder = code / CHECKPOINT
     folder.mkdir()
     extra = adapted.files(checkpoint)
-    pretrained = getattr(load_config(checkpoint), "pretrained", None)
+    config = load_config(checkpoint)
+    pretrained = getattr(config, "pretrained", None)
     packages = {"peft", "transformers"} if extra else {"transformers"} if pretrained and pretrained.encoder else set()
     for name in (*FILES, *extra):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +143,7 @@ def log(mlflow: Any, checkpoint: Path, code: Path, *, example: Any, metadata: Ma
                 artifacts={CHECKPOINT: str(folder)},
                 code_paths=[str(copy_code(code))],
                 pip_requirements=requirements(packages),
-                signature=signature(bool(extra)),
+                signature=signature(bool(extra), bool(getattr(config, "embedding", None))),
                 input_example=example,
                 metadata=dict(metadata),
             )

@@ -37,7 +37,7 @@ def unshadow() -> None:
 
 class MmlmModel(PythonModel):
     """Answers rows; `answer`, `score`, `label_scores`, and where some row has them `labels`, `number`, and `error` for a
-    row that could not be answered."""
+    row that could not be answered. Asked to `embed`, a model with an embedding head gives `embedding`, a list of numbers."""
 
     def load_context(self, context: Any) -> None:
         """Loads the checkpoint of the bundle on the CPU, or on the GPU that MMLM_DEVICE names."""
@@ -48,9 +48,10 @@ class MmlmModel(PythonModel):
         table = pd.DataFrame(model_input)
         columns = [table[key].tolist() if key in table else [None] * len(table) for key in KEYS]
         rows = [dict(zip(KEYS, values, strict=True)) for values in zip(*columns, strict=True)]
-        answers = self.responder.answer(rows, paths=not serving())
+        embed = bool((params or {}).get("embed"))
+        answers = (self.responder.embed if embed else self.responder.answer)(rows, paths=not serving())
         extra = [name for name in ("labels", "number", "error") if any(name in a for a in answers)]
-        names = ["answer", "score", "label_scores", *extra]
+        names = [*(["embedding"] if embed else ["answer", "score", "label_scores"]), *extra]
         return pd.DataFrame({name: pd.Series([a.get(name) for a in answers], dtype=object) for name in names})
 
 

@@ -67,7 +67,8 @@ def _attention(model: ModelConfig, stack: Stack, b: int, on_cpu: bool) -> float:
     if not on_cpu:
         return float(tokens * 8 * D * b + (tokens * 2 * D * b if model.qk_norm else 0))
     seen = sum(length**2 for length in stack.lengths if length <= KEPT)
-    return float(tokens * (6 + 2 * model.qk_norm) * D * b + seen * model.heads * b)
+    once = 4 + 2 * model.key_value_heads / model.heads + 2 * model.qk_norm
+    return float(tokens * once * D * b + seen * model.heads * b)
 
 
 def _across(model: ModelConfig, stack: Stack, b: int) -> float:

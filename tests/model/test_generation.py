@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,26 @@ def test_every_token_is_that_of_the_full_pass(settings: dict[str, Any], changes:
     assert found.log_score_R.tolist() == pytest.approx([total for _, total in wanted], abs=1e-3)
     lengths = [len(ids) for ids in found.ids]
     assert min(lengths) < max(lengths), "some answers must leave before others"
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_what_is_kept_in_another_type_is_as_good_as_the_full_pass_in_bf16(kv_heads: int) -> None:
+    """Both against the same weights in float32: the cache must not be the coarser of the two."""
+    net, samples = model(kv_heads=kv_heads).bfloat16(), asked()
+    found = generate(net, prompts(samples), LIMIT)
+    errors = []
+    for one in (net, copy.deepcopy(net).float()):
+        totals = []
+        for asker, ids in zip(samples, found.ids, strict=True):
+            whole = [*asker.tokens[: asker.answer_at + 1].tolist(), *ids, EOS]
+            fields = {**{f: getattr(asker, f) for f in Sample.__slots__}, "tokens": np.array(whole)}
+            with torch.no_grad():
+                log_AV = words_only(one(collate([Sample(**fields)], SPEC)).answer_AV.float()).log_softmax(-1)
+            told = [*ids, EOS][: LIMIT if len(ids) == LIMIT else len(ids) + 1]
+            totals.append(sum(float(log_AV[n, token]) for n, token in enumerate(told)))
+        errors.append(totals)
+    low, exact = (torch.tensor(totals) for totals in errors)
+    assert (found.log_score_R - exact).abs().max() <= max(2 * float((low - exact).abs().max()), 0.05)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -17,7 +18,9 @@ from mmlm.data.collate import collate
 from mmlm.data.modalities import alone
 from mmlm.features import spec as feature_spec
 from mmlm.model.config import ModelConfig
+from mmlm.publish import bundle
 from mmlm.publish.answering import Responder
+from mmlm.publish.locate import fluent
 from mmlm.publish.serve import application
 from mmlm.train import weights
 
@@ -87,3 +90,18 @@ def test_a_model_without_such_a_head_says_so(world: World, capsys: pytest.Captur
     assert reply.status_code == 422 and "train with model.embedding" in reply.json()["error"]
     assert main(["embed", "--model", str(model), "--text", "4"]) == 2
     assert "makes no embeddings" in capsys.readouterr().err
+
+
+def test_the_registered_model_gives_the_same_vectors(world: World, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    table = pd.DataFrame([{"image": str(world.data / "4.png")}, {"text": "vier"}, {"image": "/gone.png"}])
+    with fluent(f"sqlite:///{tmp_path}/mlflow.db") as mlflow:
+        experiment = mlflow.create_experiment("e", artifact_location=(tmp_path / "artifacts").as_uri())
+        with mlflow.start_run(experiment_id=experiment):
+            info = bundle.log(mlflow, folder, tmp_path / "code", example=table[["text"]][1:2], metadata={})
+        model = mlflow.pyfunc.load_model(info.model_uri)
+    made = model.predict(table, params={"embed": True})
+    assert list(made.columns) == ["embedding", "error"]
+    assert np.allclose(made["embedding"][0], directly(folder, {"image": table["image"][0]}), atol=1e-5)
+    assert len(made["embedding"][1]) == 6 and made["embedding"][2] is None and "gone.png" in made["error"][2]
+    assert "embedding" not in model.predict(table) and isinstance(model.predict(table)["answer"][1], str)
