@@ -21,6 +21,11 @@ from mmlm.storage import is_remote, split_fragment
 if TYPE_CHECKING:  # a worker that makes shards needs no config of a scan, which takes a third of its start
     from mmlm.corpus.config import PiecesConfig
 
+_UTF8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
+_WESTERN = frozenset(
+    "àâäáãåæçéèêëíìîïñóòôöõœøúùûüýÿßÀÂÄÁÃÅÆÇÉÈÊËÍÌÎÏÑÓÒÔÖÕŒØÚÙÛÜÝŸ€£§°ªº«»‹›“”„‘’‚–—…·•¿¡©®™½¼¾²³µ×\xa0"
+)
+
 SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test", "eval": "test",
@@ -70,7 +75,8 @@ class RefuseError(Exception):
 
 
 def decode_text(data: bytes) -> str:
-    """A text file's content: UTF-8, UTF-16 with its mark, or Chinese text in GB18030 (which includes GBK).
+    """A text file's content: UTF-8, UTF-16 with its mark, Chinese text in GB18030 (which includes GBK), or Western European
+    text in Windows-1252.
 
     Raises RefuseError (bad_encoding) when it is none of them.
     """
@@ -82,35 +88,74 @@ def decode_text(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if looks_gb18030(data.splitlines()):
+        if (other := other_encoding(data.splitlines())) is not None:
             with contextlib.suppress(UnicodeDecodeError):  # a line may end within a character
-                return data.decode("gb18030")
+                return data.decode(other)
         raise RefuseError("bad_encoding", f"not UTF-8 at byte {error.start}") from None
 
 
-def looks_gb18030(lines: Iterable[bytes]) -> bool:
-    """Whether lines that are not all UTF-8 are Chinese text in GB18030.
+def other_encoding(lines: Iterable[bytes]) -> str | None:
+    """`gb18030` or `cp1252` (which includes Latin-1), when lines that are not all UTF-8 look so; None when they do not.
 
-    That they decode is not enough, since so does much Latin-1 and broken UTF-8: hardly a line with other than ASCII
-    may be UTF-8, and most characters must be common ones (GB 2312).
+    That they decode is not enough, since so does much that is neither. Hardly a line with other than ASCII may be UTF-8. Of
+    Chinese text most characters must be common ones (GB 2312). Of Western European text letters with accents must be few
+    among plain ones (in Cyrillic or Greek text they are nearly all), other signs those of a typewriter or a printer, and
+    nothing may look like UTF-8.
     """
-    utf8 = other = characters = common = 0
+    utf8 = other = 0
+    tries: list[_Chinese | _Western] = [_Chinese(), _Western()]
     for line in lines:
         if line.isascii():
             continue
         try:
             line.decode()
             utf8 += 1
-            continue
         except UnicodeDecodeError:
             other += 1
+            tries = [one for one in tries if one.takes(line)]
+            if not tries:
+                return None
+    return next((one.name for one in tries if other > 10 * utf8 and one.likely), None)
+
+
+class _Chinese:
+    name = "gb18030"
+
+    def __init__(self) -> None:
+        self.characters = self.common = 0
+
+    def takes(self, line: bytes) -> bool:
         try:
-            beyond = [c for c in line.decode("gb18030") if not c.isascii()]
+            beyond = [c for c in line.decode(self.name) if not c.isascii()]
         except UnicodeDecodeError:
             return False
-        characters += len(beyond)
-        common += len("".join(beyond).encode("gb2312", "ignore")) // 2
-    return other > 10 * utf8 and common >= 0.8 * characters
+        self.characters += len(beyond)
+        self.common += len("".join(beyond).encode("gb2312", "ignore")) // 2
+        return True
+
+    @property
+    def likely(self) -> bool:
+        return self.common >= 0.8 * self.characters
+
+
+class _Western:
+    name = "cp1252"
+
+    def __init__(self) -> None:
+        self.letters = self.accented = 0
+
+    def takes(self, line: bytes) -> bool:
+        try:
+            text = line.decode(self.name)
+        except UnicodeDecodeError:
+            return False
+        self.letters += sum(c.isalpha() for c in text)
+        self.accented += sum(c.isalpha() and not c.isascii() for c in text)
+        return not _UTF8.search(line) and all(c.isascii() or c in _WESTERN for c in text)
+
+    @property
+    def likely(self) -> bool:
+        return 0 < self.accented <= 0.3 * self.letters
 
 
 def as_text(value: Any) -> str | None:

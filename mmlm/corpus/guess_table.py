@@ -34,7 +34,7 @@ def look_at_tables(data: Path, names: list[str]) -> Guess:
     if not any(rows.values()):
         raise _no_row(data, [name for name, _ in groups], shown)
     every = [r for found in rows.values() for r in found]
-    says = [f"{n} is not UTF-8; it is read as GB18030 (GBK)." for n in rows if _is_gb(data / n)]
+    says = [f"{n} is not UTF-8; it is read as {read_as}." for n in rows if (read_as := _other_encoding(data / n))]
     if sum("messages" in r or "conversations" in r for r in every) > len(every) / 2:
         return _chat(data, groups, every, sum(totals.values()), says)
     likely = _only_in_training(groups, rows)
@@ -56,7 +56,7 @@ def _no_row(data: Path, names: list[str], shown: str) -> DataError:
         for row in read_rows(filled(data / name), name):
             if isinstance(row, Refusal):
                 cure = (
-                    "save it as UTF-8 (a spreadsheet offers `CSV UTF-8`), or `iconv -f cp1252 -t utf-8`"
+                    "save it as UTF-8 (a spreadsheet offers `CSV UTF-8`), or `iconv -f cp1251 -t utf-8`"
                     if row.reason == "bad_encoding"
                     else "check the file"
                 )
@@ -64,8 +64,10 @@ def _no_row(data: Path, names: list[str], shown: str) -> DataError:
     return DataError(f"{shown} has no rows", wanted="rows with named columns", cure="check the file")
 
 
-def _is_gb(path: Path) -> bool:
-    return path.suffix.lower() in (".csv", ".tsv") and csv_encoding(path) == "gb18030"
+def _other_encoding(path: Path) -> str | None:
+    """What a table that is not UTF-8 is read as, for people."""
+    names = {"gb18030": "GB18030 (GBK)", "cp1252": "Windows-1252 (Western European)"}
+    return names.get(csv_encoding(path)) if path.suffix.lower() in (".csv", ".tsv") else None
 
 
 def _only_in_training(groups: list[tuple[str, str]], rows: dict[str, list[dict[str, Any]]]) -> str:

@@ -62,18 +62,31 @@ def test_short_chinese_reviews_in_any_encoding(tmp_path: Path, scanned: Scan, en
 def test_what_is_not_chinese_is_not_read_as_such(tmp_path: Path, scanned: Scan) -> None:
     latin = tmp_path / "latin.csv"
     latin.write_bytes("text,label\nBétise et naïveté,a\nla forêt,b\n".encode("latin-1"))
+    russian = tmp_path / "russian.csv"
+    russian.write_bytes("text,label\nочень хорошо,a\nплохо,b\n".encode("cp1251"))
+    mixed = tmp_path / "mixed.csv"
+    mixed.write_bytes("text,label\nBétise,a\n".encode() + "la forêt,b\n".encode("latin-1"))
     broken = tmp_path / "broken.csv"
     lines = ["text,label", *(f"{REVIEWS[i % 4]}{i},{'ab'[i % 2]}" for i in range(40))]
     broken.write_bytes("\n".join(lines).encode() + b"\n\xb2\xbb\xcf\xb2,a\n")
-    assert csv_encoding(latin) == csv_encoding(broken) == "utf-8-sig"
+    assert csv_encoding(latin) == "cp1252"
+    assert {csv_encoding(one) for one in (broken, russian, mixed)} == {"utf-8-sig"}
     source = {"kind": "table", "files": "broken.csv", "ask": [{"task": "t", "text": "text", "label": "label"}]}
     made = scanned(tmp_path, source)
     assert (made.counts["kept"], list(made.reasons.values())) == (40, ["bad_encoding"])
 
 
+def test_a_western_table_of_a_spreadsheet(tmp_path: Path, scanned: Scan) -> None:
+    rows = [{"Text": f"Grüße aus „Köln“ – {i} €", "Klasse": ["grün", "weiß"][i % 2]} for i in range(20)]
+    guess = look(table(tmp_path / "liste.csv", rows, "cp1252"))
+    assert any("read as Windows-1252" in s for s in guess.says) and guess.tasks == {"klasse": ["grün", "weiß"]}
+    made = scanned(guess.data, *guess.scan["sources"])
+    assert any(p.text == "Grüße aus „Köln“ – 3 €" for r in made.records.values() for p in r.parts)
+
+
 def test_a_table_in_another_encoding_is_told_why(tmp_path: Path) -> None:
-    (tmp_path / "liste.csv").write_bytes("Text;Klasse\nschön;grün\nGrüße;weiß\n".encode("cp1252"))
-    with pytest.raises(DataError, match=r"liste\.csv:2: not UTF-8; save it as UTF-8"):
+    (tmp_path / "list.csv").write_bytes("Текст;Класс\nочень хорошо;да\nплохо;нет\n".encode("cp1251"))
+    with pytest.raises(DataError, match=r"list\.csv:2: not UTF-8; save it as UTF-8"):
         look(tmp_path)
 
 

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmlm.corpus.drafts import Refusal, looks_gb18030
+from mmlm.corpus.drafts import Refusal, other_encoding
 from mmlm.errors import DataError
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -291,9 +291,10 @@ def _csv(path: Path, shown: str) -> Iterator[Row | Refusal]:
 
 
 def csv_encoding(path: Path) -> str:
-    """`gb18030` (which includes GBK) when the file is Chinese text in it, else `utf-8-sig`. Raises OSError."""
+    """`gb18030` (which includes GBK) when the file is Chinese text in it, `cp1252` when it is Western European text in that,
+    else `utf-8-sig`. Raises OSError."""
     with path.open("rb") as f:
-        return "gb18030" if looks_gb18030(iter(lambda: f.readline(MAX_LINE), b"")) else "utf-8-sig"
+        return other_encoding(iter(lambda: f.readline(MAX_LINE), b"")) or "utf-8-sig"
 
 
 def _encodable(text: str) -> bool:
