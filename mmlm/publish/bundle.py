@@ -116,7 +116,7 @@ def signature(adapters: bool = False, embedding: bool = False) -> Any:
         *([ColSpec(Array(DataType.double), "embedding", required=False)] if embedding else []),
         ColSpec(DataType.string, "error", required=False),
     ]
-    params = ParamSchema([ParamSpec("embed", DataType.boolean, False)]) if embedding else None
+    params: Any = ParamSchema([ParamSpec("embed", DataType.boolean, False)]) if embedding else None
     return ModelSignature(Schema(inputs), Schema(outputs), params)
 
 
