@@ -65,7 +65,7 @@ STEPS = """
 import resource
 import torch
 from mmlm.heap import ALL, keep_freed_memory
-from mmlm.train.memory import Trimmer, resident_bytes
+from mmlm.train.memory import EVERY, Trimmer, resident_bytes
 keep_freed_memory(ALL)
 trimmer = Trimmer()
 
@@ -83,11 +83,18 @@ held, _ = step(1200, 100)  # holes that no later step fills
 step(400, 0)
 step(400, 0)
 print(resident_bytes()[1])
+del held
+step(600, 0)  # one large step, and then small ones for a long time
+step(600, 0)
+for _ in range(EVERY + 5):
+    step(10, 0)
+print(resident_bytes()[1])
 """
 
 
 def test_pages_that_every_step_needs_stay_and_others_are_given_back():
     done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
-    faults, held = map(float, done.stdout.split())
+    faults, held, late = map(float, done.stdout.split())
     assert faults < 20_000  # of 5 steps of 400 MB, which are 100,000 pages each
     assert held < 1.0e9  # of 1,200 MB at most, and the interpreter with torch
+    assert late < held - 0.3e9
