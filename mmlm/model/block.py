@@ -46,9 +46,10 @@ class Block(nn.Module):
 
     def add(self, x_XD: torch.Tensor, norm: nn.Module, inner: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """What a sub-layer makes of the residual stream, added to it."""
-        if self.after:
-            return norm(x_XD + self.dropout(inner(x_XD)))
-        return x_XD + self.dropout(inner(norm(x_XD)))
+        made_XD = inner(x_XD if self.after else norm(x_XD))
+        if self.training:
+            made_XD = self.dropout(made_XD)
+        return norm(x_XD + made_XD) if self.after else x_XD + made_XD
 
 
 def feed_forward_of(config: ModelConfig) -> FeedForward | Perceptron:

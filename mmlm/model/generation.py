@@ -59,7 +59,7 @@ class Run:
             allowed_BV = torch.stack([row.follower.allowed() for row in self.open if row.follower is not None])
             logits_BV = logits_BV.masked_fill(~allowed_BV.to(logits_BV.device), -torch.inf)
         if not self.config.temperature:
-            return logits_BV.max(-1).indices  # a third of the time that argmax takes
+            return largest(logits_BV)
         return drawn(logits_BV, self.config, [row.random.random() for row in self.open])
 
     def extend(self, token_B: torch.Tensor, going: list[int]) -> None:
@@ -76,6 +76,12 @@ class Run:
             self.valid_BS = F.pad(self.valid_BS, (0, 1), value=True)
         self.hidden_BD = self.model.extend(token_B, self.position_B, self.valid_BS, self.caches)
         self.position_B = self.position_B + 1
+
+
+def largest(x_XV: torch.Tensor) -> torch.Tensor:
+    """(X,) int64: where each row is largest; the first place of several. On a CPU by NumPy, which takes a tenth of the time: 8
+    rows of 16,393 on one core 6 µs, `max` 67 µs, `argmax` 80 µs."""
+    return torch.from_numpy(x_XV.numpy().argmax(-1)) if x_XV.device.type == "cpu" else x_XV.argmax(-1)
 
 
 def closed_up(going: list[int]) -> list[int]:
