@@ -8,6 +8,8 @@ It does the work twice: on the few things in `warm`, so that imports, JIT and ca
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import sys
@@ -109,6 +111,9 @@ class Memory:
     def __init__(self, device: str) -> None:
         self.device = device
         if device == "cpu":
+            gc.collect()
+            with contextlib.suppress(AttributeError, OSError):
+                ctypes.CDLL(None).malloc_trim(0)  # freed pages, as of weights before they were made bf16, are no room ahead
             Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
             self.before = _status("VmRSS")
         else:
