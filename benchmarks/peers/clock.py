@@ -113,7 +113,9 @@ class Memory:
         if device == "cpu":
             gc.collect()
             with contextlib.suppress(AttributeError, OSError):
-                ctypes.CDLL(None).malloc_trim(0)  # freed pages, as of weights before they were made bf16, are no room ahead
+                ctypes.CDLL(None).malloc_trim(
+                    0
+                )  # freed pages, as of weights before they were made bf16, are no room ahead
             Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
             self.before = _status("VmRSS")
         else:
