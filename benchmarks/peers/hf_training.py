@@ -62,7 +62,6 @@ def work(source: Path, out: Path, options: dict[str, Any], watch: Watch) -> dict
     import torch
     from torch.utils.data import DataLoader
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.trainer_pt_utils import LengthGroupedSampler
 
     torch.set_num_threads(options["threads"])
     warm, steps = (1, 1) if out.name == "warm" else (options["warm"], options["steps"])
@@ -80,7 +79,8 @@ def work(source: Path, out: Path, options: dict[str, Any], watch: Watch) -> dict
         model = model.bfloat16()
     parameters = sum(p.numel() for p in model.parameters())
     runner = accelerator(options)
-    sampler = LengthGroupedSampler(options["batch"], lengths=[row["length"] for row in rows])
+    # as LengthGroupedSampler has the texts of a mega-batch, which of so few would be a single batch
+    sampler = sorted(range(len(rows)), key=lambda n: -rows[n]["length"])
     loader: Any = DataLoader(rows, batch_size=options["batch"], sampler=sampler, collate_fn=collate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     model, optimizer, loader = runner.prepare(model, optimizer, loader)
