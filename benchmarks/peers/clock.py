@@ -112,10 +112,9 @@ class Memory:
         self.device = device
         if device == "cpu":
             gc.collect()
+            # freed pages, as of weights before they were made bf16, are no room ahead
             with contextlib.suppress(AttributeError, OSError):
-                ctypes.CDLL(None).malloc_trim(
-                    0
-                )  # freed pages, as of weights before they were made bf16, are no room ahead
+                ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
             self.before = _status("VmRSS")
         else:

@@ -112,10 +112,17 @@ def other_encoding(lines: Iterable[bytes]) -> str | None:
             utf8 += 1
         except UnicodeDecodeError:
             other += 1
-            tries = [one for one in tries if one.takes(line)]
+            tries = [one for one in tries if (text := _decoded(line, one.name)) is not None and one.takes(text)]
             if not tries:
                 return None
     return next((one.name for one in tries if other > 10 * utf8 and one.likely), None)
+
+
+def _decoded(line: bytes, encoding: str) -> str | None:
+    try:
+        return line.decode(encoding)
+    except UnicodeDecodeError:
+        return None
 
 
 class _Chinese:
@@ -124,11 +131,9 @@ class _Chinese:
     def __init__(self) -> None:
         self.characters = self.common = 0
 
-    def takes(self, line: bytes) -> bool:
-        try:
-            beyond = [c for c in line.decode(self.name) if not c.isascii()]
-        except UnicodeDecodeError:
-            return False
+    def takes(self, text: str) -> bool:
+        """Whether one more line may be such text; counts what tells."""
+        beyond = [c for c in text if not c.isascii()]
         self.characters += len(beyond)
         self.common += len("".join(beyond).encode("gb2312", "ignore")) // 2
         return True
@@ -144,14 +149,10 @@ class _Western:
     def __init__(self) -> None:
         self.letters = self.accented = 0
 
-    def takes(self, line: bytes) -> bool:
-        try:
-            text = line.decode(self.name)
-        except UnicodeDecodeError:
-            return False
+    def takes(self, text: str) -> bool:
         self.letters += sum(c.isalpha() for c in text)
         self.accented += sum(c.isalpha() and not c.isascii() for c in text)
-        return not _UTF8.search(line) and all(c.isascii() or c in _WESTERN for c in text)
+        return not _UTF8.search(text.encode(self.name)) and all(c.isascii() or c in _WESTERN for c in text)
 
     @property
     def likely(self) -> bool:
