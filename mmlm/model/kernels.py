@@ -49,9 +49,9 @@ class _Norm(torch.autograd.Function):
         """dx = r (g w - x r² mean(g w x)) and dw = Σ g x r, with r the inverse root mean square."""
         x, weight, inverse = ctx.saved_tensors
         g = gradients[0]
-        gx = (g * x).flatten(0, -2)
-        along = (gx @ weight).view(inverse.shape).to(inverse.dtype) * inverse**3 / -x.shape[-1]
-        dw = gx.T.mv(inverse.flatten().to(x.dtype))
+        gx = (g * x).flatten(0, -2).to(inverse.dtype)  # float32: a product with a vector compiles nothing (see `rung`)
+        along = (gx @ weight.to(gx.dtype)).view(inverse.shape) * inverse**3 / -x.shape[-1]
+        dw = gx.T.mv(inverse.flatten()).to(weight.dtype)
         dx = torch.mul(g, weight)
         dx = torch.mul(dx, inverse, out=dx).addcmul_(x, along.to(x.dtype))
         return dx, dw, None
@@ -111,17 +111,20 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, way: int) -> to
 
 
 def rung(x: torch.Tensor, count: int) -> int:
-    """`count` rows of `x` rounded up to one of 16 numbers an octave, where products of that many rows have to be compiled.
+    """`count` rows of `x` rounded up to one of 8 numbers an octave, where products of that many rows have to be compiled.
 
     For low precision on a CPU, oneDNN compiles a kernel for each shape that it meets: 0.4 to 4 ms, as long as the product
     of a small model itself takes, and the numbers of positions, answers and patches are others in every step. With this, and
     small groups attended in float32 (packed.py), the forward and backward pass of the demo's teacher take 66 ms of one core
-    instead of 105, those of `almanac` 338 instead of 556.
+    instead of 105, those of `almanac` 338 instead of 556 (with 16 an octave; with 8 there are 204 shapes in 110 steps of
+    `almanac` and not 292, which saves as much time as the further rows take, and memory: mmlm/train/memory.py).
     """
-    if x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
-        return count
-    coarse = count * x.shape[-1] ** 2 < LONG
-    step = max(32, (1 << max(count - 1, 1).bit_length()) // 32 if coarse else 0)
+    return count if x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) else rung_of(count, x.shape[-1])
+
+
+def rung_of(count: int, width: int) -> int:
+    """That number, for rows of `width` values."""
+    step = max(32, (1 << max(count - 1, 1).bit_length()) // 16 if count * width**2 < LONG else 0)
     return -(-count // step) * step
 
 

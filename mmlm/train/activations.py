@@ -8,6 +8,7 @@ from mmlm.model.baseline_flops import kept_values
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import LOGITS
 from mmlm.model.flops import Shape, Stack, stacks_of
+from mmlm.model.kernels import rung_of
 from mmlm.model.packed import KEPT
 from mmlm.train.config import LoopConfig
 
@@ -30,6 +31,8 @@ def activation_bytes(
         ends = (spec.vocab_size * D * (4 + b)) if rows else 0
         return kept_values(model, spec, shape) * b + ends + min(LOGITS, rows * spec.vocab_size) * (b + 8)
     stacks = stacks_of(model, spec, shape)
+    if on_cpu and b < 4:
+        stacks = [_rounded(stack, D) for stack in stacks]
     kept, largest = 0.0, 0.0
     for stack in stacks:
         block, last = _block(model, stack, b, on_cpu)
@@ -44,6 +47,15 @@ def activation_bytes(
     tokens = sum(sum(stack.lengths) for stack in stacks)
     ends = ((0 if every else tokens) + 4 * read) * D * b + words * D * (4 + b)
     return kept + largest + ends + min(LOGITS, shape.targets * words) * (b + 8)
+
+
+def _rounded(stack: Stack, width: int) -> Stack:
+    """With the positions of nobody, a record of their own, and those that are read for nothing (model/streams.py)."""
+    tokens = sum(stack.lengths)
+    more = rung_of(tokens, width) - tokens
+    asked = None if stack.asked is None else [*stack.asked, 0]
+    read = min(rung_of(stack.read, width), tokens + more)
+    return stack._replace(lengths=[*stack.lengths, more], asked=asked, read=read)
 
 
 def _block(model: ModelConfig, stack: Stack, b: int, on_cpu: bool) -> tuple[float, float]:

@@ -32,14 +32,14 @@ print(resident_bytes()[1] - before)
 def test_new_shapes_take_no_new_memory():
     environment = {name: value for name, value in os.environ.items() if name not in CACHES}
     grown = subprocess.run([sys.executable, "-c", SHAPES], env=environment, capture_output=True, text=True, check=True)
-    assert float(grown.stdout) < 20e6  # 1,200 shapes; without bounds 0.1 MB or more each
+    assert float(grown.stdout) < 40e6  # 1,200 shapes; without bounds 0.1 MB or more each
 
 
 def test_rows_are_rounded_to_few_numbers_where_kernels_are_compiled():
     low, single = torch.zeros(1, 128, dtype=torch.bfloat16), torch.zeros(1, 128)
     for count in (0, 1, 31, 32, 33, 500, 2049, 4000):
-        assert rung(single, count) == count <= rung(low, count) <= max(count + 31, count * 1.0625 + 1)
-    assert len({rung(low, count) for count in range(2049, 4097)}) == 16
+        assert rung(single, count) == count <= rung(low, count) <= max(count + 31, count * 1.125 + 1)
+    assert len({rung(low, count) for count in range(2049, 4097)}) == 8
     wide = torch.zeros(1, 1024, dtype=torch.bfloat16)
     assert rung(wide, 4001) == 4032  # a large product is not worth more than a full tile
 
