@@ -19,6 +19,9 @@ class CnnConfig(Config):
     """Of each stage: two convolutions of 3 x 3, the second with a stride of 2."""
     width: int = Field(128, ge=8)
     """Values that stand for a record before its classes are told apart."""
+    embedding: int | None = Field(None, ge=2)
+    """Size of the vector that a record becomes, for finding what means the same (`train.loss.contrastive`); none: no such
+    head."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of them that is dropped while training."""
 
@@ -30,6 +33,9 @@ class RecurrentConfig(Config):
     width: int = Field(128, ge=8)
     """Size of the residual stream and of the state of a layer."""
     layers: int = Field(2, ge=1)
+    embedding: int | None = Field(None, ge=2)
+    """Size of the vector that a record becomes, for finding what means the same (`train.loss.contrastive`); none: no such
+    head."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the residual updates that is dropped while training."""
 

@@ -40,7 +40,8 @@ def cnn_forward(config: CnnConfig, spec: FeatureSpec, shape: Shape) -> tuple[int
         whole += one + sounds * 2 * last * min(BINS, _halved(spec.audio.n_mels, times)) * D
         first += its_first
     records = len(shape.lengths)
-    return whole + records * 8 * D * D + shape.answers * 2 * D * spec.head_rows, first
+    heads = shape.answers * 2 * D * (spec.head_rows + (config.embedding or 0))
+    return whole + records * 8 * D * D + heads, first
 
 
 def _sounds(spec: FeatureSpec, shape: Shape) -> int:

@@ -21,6 +21,7 @@ from mmlm.model.attention import Cache
 from mmlm.model.baseline_config import CnnConfig
 from mmlm.model.cross_entropy import AnswerLoss, Lead
 from mmlm.model.embeddings import FieldEmbedding
+from mmlm.model.heads import EmbeddingHead
 from mmlm.model.kernels import RMSNorm
 from mmlm.model.stems import numbered
 from mmlm.model.transformer import IGNORE, FusedTransformer, Inputs, Output
@@ -48,7 +49,7 @@ class CnnModel(FusedTransformer):
         self.norm = RMSNorm(D)
         self.dropout = nn.Dropout(config.dropout)
         self.label = nn.Linear(D, spec.head_rows)
-        self.embedding = None
+        self.embedding = EmbeddingHead(D, config.embedding) if config.embedding else None
         _initialise(self)
 
     def set_up(self, *, recompute: int = 0, compiled: bool = False) -> None:
@@ -59,12 +60,13 @@ class CnnModel(FusedTransformer):
         """There is no head over the vocabulary: the loss of the answers is 0, their logits are all alike."""
         answer_R = (batch.valid_BT.flatten().cumsum(0) - 1)[batch.answer_at_R]
         read_X = torch.zeros(int(batch.valid_BT.sum()), dtype=torch.bool, device=answer_R.device)
-        label_RC = self.label(self.trunk(batch, read_X.index_fill(0, answer_R, True)))
+        label_RC, embedding_RE = self.classify(self.trunk(batch, read_X.index_fill(0, answer_R, True)))
         A = int((batch.target_BT != IGNORE).sum())
         if z_loss is None:
-            return Output(label_RC.new_zeros(A, self.vocabulary), label_RC)
+            return Output(label_RC.new_zeros(A, self.vocabulary), label_RC, None, embedding_RE)
         none_A = label_RC.new_zeros(A, dtype=torch.float32)
-        return Output(label_RC.new_empty(0, self.vocabulary), label_RC, AnswerLoss(none_A.sum(), none_A, none_A))
+        none = AnswerLoss(none_A.sum(), none_A, none_A)
+        return Output(label_RC.new_empty(0, self.vocabulary), label_RC, none, embedding_RE)
 
     def trunk(self, batch: Inputs, read_X: torch.Tensor | None = None) -> torch.Tensor:
         """(U, D): what stands for the record, at each of its positions that `read_X` marks."""

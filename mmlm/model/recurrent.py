@@ -20,6 +20,7 @@ from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import AnswerHead
 from mmlm.model.embeddings import FieldEmbedding, audio_embedding, image_embedding
 from mmlm.model.fusion import Concat
+from mmlm.model.heads import EmbeddingHead
 from mmlm.model.initialise import start
 from mmlm.model.kernels import RMSNorm, rows_of
 from mmlm.model.packed import records_of, similar
@@ -49,7 +50,7 @@ class RecurrentModel(FusedTransformer):
         self.norm = RMSNorm(D)
         self.answer = AnswerHead(D, spec.vocab_size)
         self.label = nn.Linear(D, spec.head_rows)
-        self.embedding = None
+        self.embedding = EmbeddingHead(D, config.embedding) if config.embedding else None
         _initialise(self)
 
 
@@ -166,5 +167,6 @@ def _initialise(model: RecurrentModel) -> None:
                         nn.init.orthogonal_(gate)
                 else:
                     nn.init.normal_(parameter, std=module.input_size**-0.5)
-    for head in (model.answer, model.label):
-        nn.init.normal_(head.weight, std=0.02)
+    for head in (model.answer, model.label, model.embedding):
+        if head is not None:
+            nn.init.normal_(head.weight, std=0.02)

@@ -312,4 +312,12 @@ class TrainConfig(LoopConfig):
     def _embeds(self) -> Self:
         if self.loss.contrastive and not getattr(self.model, "embedding", None):
             raise ValueError("loss.contrastive needs model.embedding, the size of the vectors, such as 64")
+        if (
+            self.loss.contrastive
+            and self.model.kind == "cnn"
+            and any("context" in p for p in self.loss.contrastive.between)
+        ):
+            raise ValueError(
+                "a cnn reads no text: loss.contrastive.between without `context`, such as [[image, audio]]"
+            )
         return self

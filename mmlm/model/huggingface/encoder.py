@@ -32,6 +32,11 @@ class EncoderModel(FusedTransformer):
     def __init__(self, config: ModelConfig, spec: FeatureSpec) -> None:
         nn.Module.__init__(self)
         require_classes(spec)
+        if config.embedding:
+            raise ConfigError(
+                "model.embedding on an encoder of texts", wanted="a model that reads what is to be brought together",
+                cure="leave model.embedding away, or train a transformer, lstm, gru or cnn",
+            )  # fmt: skip
         assert config.pretrained is not None and config.pretrained.encoder is not None
         settings = config.pretrained.encoder
         self.config, self.vocabulary = config, spec.vocab_size
