@@ -46,7 +46,7 @@ class Recipe(NamedTuple):
     lr: float = 3e-3
     decay: float = 0.1
     dropout: float = 0.1
-    modality_dropout: float = 0.5
+    modality_dropout: float = 0.7
     renderings: int = 8
     """Of each training digit, each with noise of its own."""
     picture_noise: float = 8.0

@@ -59,23 +59,23 @@ class Trimmer:
 
     def __init__(self) -> None:
         self.needed = 0.0
-        self._steps = 0
+        self._since = 0
         self._trimmed = False
         self._trim: Any = None
         with contextlib.suppress(AttributeError, OSError):  # another C library than glibc has none
             self._trim = ctypes.CDLL(None).malloc_trim
 
-    def look(self) -> None:
-        """After each step."""
+    def look(self, steps: int = 1) -> None:
+        """After `steps` further steps."""
         if not self._trim:
             return
         held = resident_bytes()[1]
         if self._trimmed:
             self.needed = max(self.needed, held)
-        self._steps += 1
-        again = self._steps % EVERY == 0
+        self._since += steps
+        again = self._since >= EVERY
         if again:
-            self.needed = 0.0
+            self.needed, self._since = 0.0, 0
         self._trimmed = again or held > self.needed + max(SLACK, SLACK_SHARE * self.needed)
         if self._trimmed:
             self._trim(0)

@@ -118,7 +118,7 @@ class Telemetry:
         """Write the figures since the last row beside `values`. Returns all of them."""
         seconds, spent = self.clock.reset()
         cpu, self._cpu = time.process_time() - self._cpu, time.process_time()
-        self._trimmer.look()
+        self._trimmer.look(self._steps)
         memory = [*resident_bytes(), self._cuda_bytes()]
         mine = [self._tokens, self._positions, self._records, self._flops, cpu, *memory]
         tokens, positions, records, flops, cpu, rss, own, cuda, *given = engine.total(

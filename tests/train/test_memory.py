@@ -28,6 +28,30 @@ for rows in range(300, 1800):
 print(resident_bytes()[1] - before)
 """
 
+FREED = """
+from mmlm.heap import ALL, keep_freed_memory
+from mmlm.train.memory import EVERY, SLACK, Trimmer, resident_bytes
+keep_freed_memory(ALL)
+trimmer = Trimmer()
+trimmer.look(1)  # gives back what imports have freed,
+trimmer.look(1)  # and learns what a step needs
+freed = [bytearray(b"x") * (1 << 20) for _ in range(SLACK >> 21)]
+del freed
+held = [resident_bytes()[1]]
+for steps in (EVERY - 100, 97, 1):
+    trimmer.look(steps)
+    held.append(resident_bytes()[1])
+print(*(h / SLACK for h in held))
+"""
+
+
+def test_freed_pages_are_given_back_after_so_many_steps():
+    """However many steps lie between two looks."""
+    said = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True).stdout
+    freed, early, late, after = map(float, said.split())
+    assert abs(early - freed) < 0.1 and abs(late - freed) < 0.1
+    assert after < freed - 0.4
+
 
 def test_new_shapes_take_no_new_memory():
     environment = {name: value for name, value in os.environ.items() if name not in CACHES}
