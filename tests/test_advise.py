@@ -15,13 +15,14 @@ from mmlm.advise.rules import SIZES, advise
 from mmlm.artifacts import Artifact
 from mmlm.cli import main
 from mmlm.config import parse
-from mmlm.features.spec import AudioSpec, FeatureSpec, ImageSpec, TaskSpec
+from mmlm.features.spec import AudioSpec, EncoderSpec, FeatureSpec, ImageSpec, TaskSpec
 from mmlm.model.config import ModelConfig
 from mmlm.train.config import TrainConfig
 from mmlm.train.planning import count
 
 HERE = Machine(cores=2, memory=24e9)
 IMAGE, AUDIO = ImageSpec(size=32, patch=8, channels=3), AudioSpec()
+READ = EncoderSpec(digest="none", dim=8, tokens=4, read=True)
 CLASSES = TaskSpec(name="kind", labels=["a", "b", "c"])
 WRITTEN = TaskSpec(name="say", has_text=True)
 
@@ -48,6 +49,11 @@ def kind_of(given: Facts) -> str:
         (facts(60_000, 300_000, CLASSES, image=IMAGE), "transformer"),
         (facts(800, 4000, CLASSES, WRITTEN, image=IMAGE), "transformer"),  # a cnn writes nothing
         (facts(800, 80_000, CLASSES, image=IMAGE), "transformer"),  # nor reads
+        (facts(800, 16_000, CLASSES, image=IMAGE), "transformer"),  # captions are no question
+        (
+            facts(800, 4000, CLASSES, image=IMAGE, encoders={"image": READ}),
+            "transformer",
+        ),  # nor reads what an encoder made
         (facts(1500, 30_000, CLASSES), "gru"),
         (facts(1500, 30_000, WRITTEN), "lstm"),
         (facts(20_000, 400_000, CLASSES), "transformer"),

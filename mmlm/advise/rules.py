@@ -10,6 +10,8 @@ from mmlm.advise.facts import Facts, Machine
 from mmlm.model.presets import PRESETS
 
 CNN_UP_TO = 10_000
+QUESTION = 16
+"""Tokens of text a record below which it is taken for a question that is always the same."""
 LSTM_UP_TO = 2_000
 LOGISTIC_UP_TO = 1_000
 TOKENS_A_PARAMETER = 20
@@ -71,12 +73,13 @@ def _kind(facts: Facts, reasons: list[Reason]) -> str:
         why = "answers are texts, written token by token" + (" from what is seen or heard" if facts.media else "")
         reasons.append(Reason("kind: transformer", why, "cnn answers classes only; lstm and gru lag on long records"))
         return "transformer"
-    if facts.media and n <= CNN_UP_TO and facts.tokens < 40 * max(n, 1):
-        reasons.append(
-            Reason(
-                "kind: cnn", f"{n:,} records with {' and '.join(facts.media)}, answered by a class or number alone", VIT
-            )
+    stored = any(encoder.read for encoder in facts.spec.encoders.values())
+    if facts.media and n <= CNN_UP_TO and facts.tokens < QUESTION * max(n, 1) and not stored:
+        why = (
+            f"{n:,} records with {' and '.join(facts.media)}, answered by a class or number alone; their text, fewer than "
+            f"{QUESTION} tokens a record, is taken for the question and not read"
         )
+        reasons.append(Reason("kind: cnn", why, VIT))
         return "cnn"
     if not facts.media and n <= LSTM_UP_TO and facts.tokens:
         reasons.append(Reason("kind: gru", f"{n:,} texts are few for attention to learn an order from", EZEN))

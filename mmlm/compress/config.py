@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from mmlm.config import Config
 from mmlm.model.baseline_config import AnyModelConfig
@@ -33,3 +35,12 @@ class DistillConfig(LoopConfig):
     """Weight of the task loss beside the divergence from the teacher, whose weight is 1."""
     scratch: bool = False
     """Also train a `student-scratch`: same steps, no teacher."""
+
+    @model_validator(mode="after")
+    def _no_vectors(self) -> Self:
+        if self.loss.contrastive or getattr(self.model, "embedding", None):
+            raise ValueError(
+                "vectors are not distilled: leave loss.contrastive and model.embedding out; "
+                "the model that was trained makes them (`mmlm embed --model RUN/model`)"
+            )
+        return self

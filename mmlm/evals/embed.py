@@ -26,7 +26,7 @@ def embed(
     if not size:
         raise ConfigError(
             f"{answerer.folder} makes no embeddings", wanted="a model with an embedding head",
-            cure="train with model.embedding and loss.contrastive",
+            cure="train with model.embedding and loss.contrastive; of a run with a student, give RUN/model, the teacher",
         )  # fmt: skip
     rows = [alone(s, frozenset(s.modalities) if given is None else given) for s in samples]
     found = np.zeros((len(rows), size), np.float32)

@@ -165,6 +165,11 @@ def explain(
         raise DataError("a piece of a long text has no answer to explain", wanted="a question")
     of, answer = _wanted(answerer, sample, label, text)
     score = _LogProbability(answerer, sample, of, answer)
+    if not score.inputs:
+        raise DataError(
+            f"the model reads nothing of this question that an answer could be put down to ({score.kind})",
+            wanted="a picture, a sound or fields, or a Transformer, lstm or gru, which read text",
+        )
     starts = score.starts(encode)
     found = list(score.inputs)
     values, steps, total = _integrate(score, starts, max(2, steps))
@@ -230,6 +235,7 @@ class _LogProbability:
         own = [*answerer.tokenizer.encode(answer), EOS] if of == "text" else []
         self.sample = dataclasses.replace(sample, tokens=np.array([*prompt, *own], np.int32))
         self._batches: dict[int, Batch] = {}
+        self.kind = type(self.model).__name__
         self.reads = hasattr(self.model, "tokens")
         """Whether the model reads text at all."""
         one = self.batch(1)

@@ -39,12 +39,12 @@ class CrossAttention(nn.Module):
         super().__init__()
         D, H = config.width, config.head_width
         self.heads, self.kv_heads, self.head_width = config.heads, config.key_value_heads, H
-        self.query = nn.Linear(D, config.heads * H, bias=False)
-        self.key_value = nn.Linear(D, 2 * self.kv_heads * H, bias=False)
+        self.query = nn.Linear(D, config.heads * H, bias=config.attention_bias != "none")
+        self.key_value = nn.Linear(D, 2 * self.kv_heads * H, bias=config.attention_bias != "none")
         self.key_value.weight.parts = 2  # type: ignore[attr-defined]  # as in Attention
         self.query_norm = RMSNorm(H, config.norm_epsilon) if config.qk_norm else None
         self.key_norm = RMSNorm(H, config.norm_epsilon) if config.qk_norm else None
-        self.out = nn.Linear(config.heads * H, D, bias=False)
+        self.out = nn.Linear(config.heads * H, D, bias=config.attention_bias == "all")
         self.sharpness = sharpness_of(config)
 
     def forward(self, x_YD: torch.Tensor, source_SD: torch.Tensor | None, crossing: Crossing) -> torch.Tensor:

@@ -22,14 +22,15 @@ DEFAULT = "default"
 """Name of the adapter that a training makes."""
 PARTS = "adapter_parts"
 """Attribute of a model: adapter → tensors of what was trained along with it, by name."""
-TRUNK = ("tokens", "blocks", "norm", "answer")
+TRUNK = ("tokens", "blocks", "norm", "answer", "encoder")
 """What a pretrained trunk brings along."""
 
 
 def add(model: nn.Module, config: LoraConfig, name: str = DEFAULT, targets: Iterable[str] | None = None) -> None:
     """Put an adapter that changes nothing yet on every linear map that `config.targets` names (or on the modules
     `targets`), and make it the active one. Raises ConfigError when no map fits, or peft is not installed."""
-    modules = sorted(targets) if targets is not None else adapted(model, config.targets)
+    patterns = config.targets if len(getattr(model, "blocks", ())) else _encoder_for_blocks(config.targets)
+    modules = sorted(targets) if targets is not None else adapted(model, patterns)
     if any(m.split(".")[0] == "answer" for m in modules) and getattr(model.config, "tied", False):  # type: ignore
         raise ConfigError(
             "lora.targets names `answer`, which is tied to the embedding of the tokens", wanted="maps of their own",
@@ -49,6 +50,11 @@ def add(model: nn.Module, config: LoraConfig, name: str = DEFAULT, targets: Iter
     finally:
         model.config = kept
     switch(model, name)
+
+
+def _encoder_for_blocks(patterns: Iterable[str]) -> tuple[str, ...]:
+    """A BERT-style model's layers lie below `encoder`."""
+    return tuple("encoder" if pattern == "blocks" else pattern for pattern in patterns)
 
 
 def freeze_base(model: nn.Module, config: LoraConfig) -> None:

@@ -193,6 +193,14 @@ class ModelConfig(Config):
             raise ValueError("encoder_layers is a setting of layout encoder_decoder")
         if self.layout != "decoder" and self.fusion.kind != "concat":
             raise ValueError(f"layout {self.layout} joins modalities by fusion concat only, not by {self.fusion.kind}")
+        if self.fusion.kind == "late" and self.tied:
+            raise ValueError(
+                "tied needs heads as wide as the embedding of the tokens; those of fusion late read every expert"
+            )
+        if self.fusion.kind == "late" and self.pretrained:
+            raise ValueError(
+                "fusion late has a trunk for each modality, and model.pretrained brings one: give another fusion"
+            )
         if self.tied and self.initialisation.kind == "mup":
             raise ValueError("tied has one matrix for two ends that learn at different rates under initialisation mup")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):

@@ -11,10 +11,13 @@ from torch.nn import functional as F
 
 
 class EmbeddingHead(nn.Linear):
-    """Hidden states at `<answer>`, which has attended to all of the record → vectors of length 1, in float32."""
+    """Hidden states at `<answer>`, which has attended to all of the record → vectors of any length (`unit`). A linear map
+    and nothing else, so that an adapter beside it adds to it."""
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__(width, size, bias=False)
 
-    def forward(self, x_RD: torch.Tensor) -> torch.Tensor:
-        return F.normalize(super().forward(x_RD).float(), dim=-1)
+
+def unit(x_RE: torch.Tensor) -> torch.Tensor:
+    """Of length 1, in float32."""
+    return F.normalize(x_RE.float(), dim=-1)

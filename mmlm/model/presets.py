@@ -42,7 +42,8 @@ PRESETS = {
         111_757_826, 707_802_628,
     ),
 }  # fmt: skip
-"""The base models of Vaswani et al. 2017 and Devlin et al. 2019 stand last."""
+"""Last stand the shapes of the base models of Vaswani et al. 2017 and Devlin et al. 2019, whose blocks they have; embeddings
+are not scaled by √D, and there are no segments."""
 
 
 def sizes(name: str, given: dict[str, Any]) -> dict[str, Any]:

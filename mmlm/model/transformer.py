@@ -33,7 +33,7 @@ from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import AnswerHead, AnswerLoss, Lead
 from mmlm.model.embeddings import FieldEmbedding, audio_embedding, fill, image_embedding
 from mmlm.model.fusion import build_fusion
-from mmlm.model.heads import EmbeddingHead
+from mmlm.model.heads import EmbeddingHead, unit
 from mmlm.model.initialise import initialise
 from mmlm.model.kernels import rounded, rows_of
 from mmlm.model.packed import Grouped, hide_from_compiler
@@ -157,7 +157,7 @@ class FusedTransformer(nn.Module):
         label_RC = self.label(rounded(x_RD))[: len(x_RD)]
         if self.embedding is None:
             return label_RC, None
-        embedding_RE = self.embedding(x_RD)
+        embedding_RE = unit(self.embedding(x_RD))
         # the head has a gradient also where nothing is learnt from it
         return label_RC + (0 * embedding_RE.sum()).to(label_RC.dtype), embedding_RE
 

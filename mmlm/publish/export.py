@@ -80,7 +80,7 @@ def export(
     adapters.merge(net)
     if form != "safetensors" and type(net) is not FusedTransformer:
         raise ConfigError(
-            f"the model is no Transformer of ours ({type(net).__name__})", wanted="one, for llama or hf",
+            f"--format {form} of a {type(net).__name__}", wanted="a model of kind transformer and layout decoder",
             cure="export it with --format safetensors",
         )  # fmt: skip
     source = Source(folder, spec, Tokenizer.load(folder), net)

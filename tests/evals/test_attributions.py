@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mmlm.config import parse
 from mmlm.data.collate import Batch, collate, field_rows
-from mmlm.errors import ConfigError
+from mmlm.errors import ConfigError, DataError
 from mmlm.evals import explain_page
 from mmlm.evals.answer import Answerer
 from mmlm.evals.explain import FieldPart, PicturePart, SoundPart, TextPart, explain
@@ -30,6 +30,7 @@ from mmlm.features.spec import (
     ImageSpec,
     TaskSpec,
 )
+from mmlm.model.baseline_config import CnnConfig
 from mmlm.model.config import ModelConfig
 from mmlm.model.transformer import FusedTransformer
 from mmlm.train import weights
@@ -282,6 +283,15 @@ def test_every_figure_is_in_the_json_and_every_part_in_the_words(answerer: Any):
     said = explain_page.words(found).plain
     assert "row 4, column 1" in said and "age = " in said
     assert any(isinstance(part, FieldPart) for part in found.parts)
+
+
+def test_a_question_of_which_nothing_is_read_is_refused():
+    """A cnn reads no text."""
+    torch.manual_seed(0)
+    net = weights.build(CnnConfig(channels=(8,), width=16), SPEC).eval()
+    words = Sample("w", "word", np.array([BOS, 9, 10, ANSWER], np.int32), 3, label="w0")
+    with pytest.raises(DataError, match=r"reads nothing of this question.*CnnModel"):
+        explain(answering(net), words, label="w0")
 
 
 def test_what_cannot_be_explained_is_said(answerer: Any, monkeypatch: pytest.MonkeyPatch):

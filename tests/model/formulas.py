@@ -80,21 +80,23 @@ def norm(module: Any, x: Tensor) -> Tensor:
 def attention(module: Any, config: ModelConfig, x: Tensor, of: Tensor, sees: Tensor, rotated: Tensor | None) -> Tensor:
     """Head by head: queries of `x`, keys and values of `of`. `rotated` are the positions, if they are rotary."""
     H, N, K = config.head_width, config.heads, config.key_value_heads
-    if hasattr(module, "qkv"):
-        q_map, k_map, v_map = module.qkv.weight.split([N * H, K * H, K * H])
-    else:
-        q_map, (k_map, v_map) = module.query.weight, module.key_value.weight.split([K * H, K * H])
+    maps = [module.qkv] if hasattr(module, "qkv") else [module.query, module.key_value]
+    q_map, k_map, v_map = torch.cat([m.weight for m in maps]).split([N * H, K * H, K * H])
+    biases = torch.cat([torch.zeros_like(m.weight[:, 0]) if m.bias is None else m.bias for m in maps])
+    q_bias, k_bias, v_bias = biases.split([N * H, K * H, K * H])
     made = []
     for n in range(N):
         shared = n // (N // K)
-        Q = x @ q_map[n * H : (n + 1) * H].T
-        Kn, V = (of @ m[shared * H : (shared + 1) * H].T for m in (k_map, v_map))
+        own, theirs = slice(n * H, (n + 1) * H), slice(shared * H, (shared + 1) * H)
+        Q = x @ q_map[own].T + q_bias[own]
+        Kn, V = (of @ m[theirs].T + b[theirs] for m, b in ((k_map, k_bias), (v_map, v_bias)))
         if config.qk_norm:
             Q, Kn = rms_norm(Q, module.query_norm.weight), rms_norm(Kn, module.key_norm.weight)
         if rotated is not None:
             Q, Kn = rope(Q, rotated, config.rope_theta), rope(Kn, rotated, config.rope_theta)
         made.append(scaled_dot_product(Q, Kn, V, sees) if len(of) else torch.zeros_like(Q))
-    return torch.cat(made, -1) @ module.out.weight.T
+    out = torch.cat(made, -1) @ module.out.weight.T
+    return out if module.out.bias is None else out + module.out.bias
 
 
 def feed_forward(module: Any, config: ModelConfig, x: Tensor) -> Tensor:

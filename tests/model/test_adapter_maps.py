@@ -67,6 +67,21 @@ def test_an_adapter_is_a_sum_and_switched_off_it_is_nothing():
     assert torch.allclose(net(batch()).answer_AV, on.answer_AV, atol=1e-5)
 
 
+def test_vectors_keep_their_length_with_an_adapter_on_their_head():
+    torch.manual_seed(0)
+    net = FusedTransformer(ModelConfig(width=32, layers=1, heads=4, embedding=8), SPEC, len(field_rows(SPEC))).eval()
+    bare = net(batch()).embedding_RE
+    adapters.add(net, LoraConfig(rank=3, targets=("embedding",)))
+    _learn(net, 1)
+    with_it = net(batch()).embedding_RE
+    adapters.merge(net)
+    merged = net(batch()).embedding_RE
+    assert bare is not None and with_it is not None and merged is not None
+    torch.testing.assert_close(with_it, merged, atol=1e-6, rtol=0)
+    torch.testing.assert_close(merged.norm(dim=1), torch.ones(len(merged)))
+    assert not torch.allclose(with_it, bare, atol=1e-2)
+
+
 def test_the_loss_of_an_adapted_head_has_the_gradients_of_its_logits():
     net = model()
     targets = batch().target_BT[batch().target_BT != IGNORE]

@@ -31,6 +31,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "GELU": {"mlp": "gelu"},
     "learned positions": {"positions": "learned"},
     "sinusoidal positions": {"positions": "sinusoidal"},
+    "biases of attention": {"attention_bias": "all"},
+    "wide heads": {"head_size": 12},
     "Vaswani's decoder": {**CLASSIC, "norm_at": "after", "positions": "sinusoidal"},
     "GPT-2's": {**CLASSIC, "mlp": "gelu", "positions": "learned"},
 }
@@ -66,7 +68,7 @@ def test_a_form_is_its_formula(form: str, attention: str):
         assert torch.allclose(formulas.norm(net.norm, x), made, atol=2e-6)
 
 
-@pytest.mark.parametrize("form", ["default", "LayerNorm", "Vaswani's decoder", "GPT-2's"])
+@pytest.mark.parametrize("form", ["default", "LayerNorm", "biases of attention", "Vaswani's decoder", "GPT-2's"])
 @pytest.mark.parametrize("layout", ["encoder", "encoder_decoder"])
 def test_a_layout_is_its_formula(layout: str, form: str):
     """Everything up to `<answer>` sees everything; or everything before it, and the rest asks that and what is behind."""

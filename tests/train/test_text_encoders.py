@@ -17,12 +17,13 @@ from mmlm.data.collate import Batch, pack
 from mmlm.errors import ConfigError
 from mmlm.features import spec as feature_spec
 from mmlm.features.sample import Sample
-from mmlm.features.spec import ANSWER, BOS, EOS, FeatureSpec, TaskSpec
+from mmlm.features.spec import ANSWER, BOS, EOS, FeatureSpec, ImageSpec, TaskSpec
 from mmlm.features.text import Tokenizer
 from mmlm.model.config import ModelConfig
 from mmlm.model.huggingface.encoder import EncoderModel
+from mmlm.model.transformer import FusedTransformer
 from mmlm.publish.export import export
-from mmlm.train import pretrained, weights
+from mmlm.train import adapted, pretrained, weights
 from mmlm.train.config import LossConfig, TrainConfig
 from mmlm.train.objectives import loss_of
 
@@ -95,6 +96,35 @@ def test_an_encoder_reads_the_question_as_transformers_does(tmp_path: Path):
     assert str(folder) not in (out_folder / "config.json").read_text()
     with pytest.raises(ConfigError, match=r"EncoderModel.*--format safetensors"):
         export(str(out_folder), tmp_path / "out", "hf")
+
+
+def test_an_adapter_leaves_the_encoder_as_it_is(tmp_path: Path):
+    pytest.importorskip("peft")
+    folder = folder_of(tmp_path / "bert")
+    spec, shards = shards_of(tmp_path / "shards", (folder / "tokenizer.json").read_text())
+    given = TrainConfig.model_validate({"model": {"pretrained": {"folder": str(folder)}}, "lora": {}})
+    net = adapted.build(pretrained.settled(given, shards), spec, shards)
+    net(batch_of(spec, Tokenizer.load(shards))).label_RC.square().sum().backward()
+    learning = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert {name for name in learning if "lora_" not in name} == {"label.weight", "label.bias"}
+    assert any(name.startswith("encoder.") for name in learning)
+
+
+def test_an_encoder_passes_over_nothing(tmp_path: Path):
+    folder = folder_of(tmp_path / "bert")
+    spec, shards = shards_of(tmp_path / "shards", (folder / "tokenizer.json").read_text())
+
+    def built(spec: FeatureSpec, **changes: object) -> FusedTransformer:
+        given = TrainConfig.model_validate({"model": {"pretrained": {"folder": str(folder)}, **changes}})
+        return weights.build(pretrained.settled(given, shards).model, spec)
+
+    assert built(spec)
+    with pytest.raises(ConfigError, match="records with image"):
+        built(spec.model_copy(update={"image": ImageSpec(size=16, patch=8, channels=1)}))
+    with pytest.raises(ConfigError, match="fusion adversarial on an encoder of texts"):
+        built(spec, fusion="adversarial")
+    with pytest.raises(ConfigError, match=r"model\.embedding on an encoder of texts"):
+        built(spec, embedding=8)
 
 
 def test_what_an_encoder_cannot_do_is_refused(tmp_path: Path):

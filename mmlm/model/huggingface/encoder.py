@@ -32,6 +32,7 @@ class EncoderModel(FusedTransformer):
     def __init__(self, config: ModelConfig, spec: FeatureSpec) -> None:
         nn.Module.__init__(self)
         require_classes(spec)
+        refuse(config, spec)
         if config.embedding:
             raise ConfigError(
                 "model.embedding on an encoder of texts", wanted="a model that reads what is to be brought together",
@@ -86,6 +87,21 @@ class EncoderModel(FusedTransformer):
         ids_RL[:, 0] = self.begin
         ids_RL.scatter_(1, length_R[:, None] + 1, self.end)
         return ids_RL, number_L <= length_R[:, None] + 1
+
+
+def refuse(config: ModelConfig, spec: FeatureSpec) -> None:
+    """Raise ConfigError for what an encoder of texts would pass over."""
+    unread = [name for name in ("image", "audio", "fields") if getattr(spec, name)]
+    if unread:
+        raise ConfigError(
+            f"an encoder of texts for records with {' and '.join(unread)}", wanted="records of text alone",
+            cure="give a causal language model as model.pretrained.folder, or take the media out of shard.yaml",
+        )  # fmt: skip
+    if config.layout != "decoder" or config.fusion.kind != "concat":
+        raise ConfigError(
+            f"layout {config.layout} with fusion {config.fusion.kind} on an encoder of texts",
+            wanted="neither: its form is that of its folder", cure="leave model.layout and model.fusion away",
+        )  # fmt: skip
 
 
 def empty_encoder(settings: dict[str, Any], dropout: float) -> Any:
