@@ -28,6 +28,7 @@ from mmlm.features.spec import BOS, EOS, PAD, SPECIAL_TOKENS, FeatureSpec
 from mmlm.features.text import Tokenizer
 from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.model.config import ModelConfig, PretrainedConfig
+from mmlm.model.fusion import Add
 from mmlm.model.huggingface.encoder import EncoderModel
 from mmlm.model.huggingface.settings import from_settings
 from mmlm.model.huggingface.tensors import from_llama
@@ -187,6 +188,9 @@ def _match(model: FusedTransformer, size: float) -> None:
             for part in (*last, *(m for m in module.modules() if isinstance(m, nn.Embedding))):
                 for parameter in part.parameters():
                     parameter.data.mul_(size / 0.5)
+    if isinstance(model.fusion, Add):  # whose encoders end in a norm, and are added to the text as they are
+        for encoder in model.fusion.encoders.values():
+            encoder.norm.weight.data.mul_(size)  # type: ignore[union-attr, operator]
 
 
 def _rows(theirs_VD: torch.Tensor, size: int, moved: int, known: Mapping[int, int], folder: Path) -> torch.Tensor:

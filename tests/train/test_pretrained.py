@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mmlm.data.collate import collate
 from mmlm.errors import ConfigError
 from mmlm.features import spec as feature_spec
 from mmlm.features.spec import ANSWER, BOS, EOS, FeatureSpec, ImageSpec, TaskSpec
@@ -20,6 +21,7 @@ from mmlm.publish.export import export
 from mmlm.train import pretrained, weights
 from mmlm.train.config import TrainConfig
 from tests.model.texts import logits_of, texts
+from tests.small import sample
 
 transformers = pytest.importorskip("transformers")
 TEXTS = ["red green blue", "one two three four", "a cat, a dog and a bird"]
@@ -119,6 +121,21 @@ def test_the_trunk_says_what_the_model_said(tmp_path: Path, kind: str):
     third = pretrained.build(pretrained.settled(given(tmp_path / "again"), shards).model, spec, shards)
     assert torch.equal(third.tokens.weight, net.tokens.weight)
     assert torch.equal(third.answer.weight, net.answer.weight)
+
+
+def test_what_fusion_adds_is_as_large_as_text(tmp_path: Path):
+    folder = folder_of(tmp_path / "hf")
+    spec, shards = shards_of(tmp_path / "shards", (folder / "tokenizer.json").read_text())
+    config = pretrained.settled(given(folder, fusion="add"), shards)
+    net = pretrained.build(config.model, spec, shards).eval()
+    said: list[torch.Tensor] = []
+    for encoder in net.fusion.encoders.values():  # type: ignore[union-attr, operator]
+        encoder.register_forward_hook(lambda module, given, made: said.append(made))
+    with torch.no_grad():
+        net(collate([sample(0, ("image",))], spec))
+        size = net.tokens.weight.std()
+        large = [float(made.square().mean().sqrt() / size) for made in said if len(made)]
+    assert large and all(0.5 < rms < 2 for rms in large)
 
 
 def test_identity_is_the_content_and_not_the_place(tmp_path: Path):
