@@ -13,6 +13,7 @@ import torch
 
 from mmlm.data.collate import collate
 from mmlm.data.modalities import keep_modalities
+from mmlm.errors import ConfigError
 from mmlm.evals.read_head import read_head
 from mmlm.features import spec as feature_spec
 from mmlm.features.sample import Sample
@@ -69,7 +70,8 @@ class Answerer:
         answer, tokens; by default what `generation` says, else what the longest sequence of the shards leaves room for.
 
         A task with classes or a number, and without answer texts of its own, is answered by the head unless `generation`
-        has choices or a JSON schema, every other by generation. Raises ConfigError for a schema that cannot be followed.
+        has choices or a JSON schema, every other by generation. Raises ConfigError for a schema that cannot be followed, and
+        for either of a model that generates nothing.
         """
         rows = [s if given is None else keep_modalities(s, given) for s in samples]
         order = np.argsort([prompt_length(s, self.spec) for s in rows], kind="stable")
@@ -123,6 +125,12 @@ class Answerer:
     def _limit(self, samples: Sequence[Sample], generation: GenerationConfig, limit: int | None) -> int:
         """Tokens of the longest answer. No tokens need generating where the head gives every answer; choices need as many
         as they have bytes, at most."""
+        if generation.constrained and not self.model.generates:
+            raise ConfigError(
+                f"choices or a JSON schema for a model that writes nothing ({type(self.model).__name__})",
+                wanted="a model with words: transformer (not layout encoder, nor a BERT-style one), lstm or gru",
+                cure="ask without them: its head answers with one of the task's classes",
+            )  # fmt: skip
         headed = {t.name for t in self.spec.tasks if (t.labels or t.number) and not self._in_words(t.name, generation)}
         if not self.model.generates or all(s.task in headed for s in samples):
             return 0

@@ -171,7 +171,14 @@ def _predict(
     """(model, one prediction or None per sample), for the models, then the baselines."""
     for name, model in bench.models.items():
         answers = model.answer(samples, batch_size=config.batch_size, given=chosen.kept, generation=config.generation)
-        yield name, [Prediction(a.label, a.label_scores, a.answer, a.score, a.labels, a.number) for a in answers]
+        said = ["" if getattr(a, "error", None) else a.answer for a in answers]  # half a JSON document is no answer
+        yield (
+            name,
+            [
+                Prediction(a.label, a.label_scores, words, a.score, a.labels, a.number)
+                for a, words in zip(answers, said, strict=True)
+            ],
+        )
     for name in baselines.names:
         predictions: list[Prediction | None] = [None] * len(samples)
         for task in sorted({f.task for f in part}):

@@ -32,6 +32,7 @@ from mmlm.features.spec import (
 )
 from mmlm.model.baseline_config import CnnConfig
 from mmlm.model.config import ModelConfig
+from mmlm.model.generation_config import GenerationConfig
 from mmlm.model.transformer import FusedTransformer
 from mmlm.train import weights
 from mmlm.train.terms.one_label import class_masks, own_classes
@@ -292,6 +293,12 @@ def test_a_question_of_which_nothing_is_read_is_refused():
     words = Sample("w", "word", np.array([BOS, 9, 10, ANSWER], np.int32), 3, label="w0")
     with pytest.raises(DataError, match=r"reads nothing of this question.*CnnModel"):
         explain(answering(net), words, label="w0")
+
+
+def test_a_model_without_words_is_given_no_choices():
+    net = weights.build(CnnConfig(channels=(8,), width=16), SPEC)
+    with pytest.raises(ConfigError, match=r"writes nothing \(CnnModel\)"):
+        answering(net).answer([crafted("corner", 0, 1)], generation=GenerationConfig(choices=("nw", "se")))
 
 
 def test_what_cannot_be_explained_is_said(answerer: Any, monkeypatch: pytest.MonkeyPatch):
