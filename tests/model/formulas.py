@@ -126,6 +126,14 @@ def block(
     return x
 
 
+def gated(module: Any, config: ModelConfig, x: Tensor, memory: Tensor) -> Tensor:
+    """Alayrac et al. 2022, figure 4: what a text asks of the media, and a feed-forward, each through its own gate."""
+    everything = torch.ones(len(x), len(memory), dtype=torch.bool)
+    a, b = (math.tanh(gate) for gate in module.gates.tolist())
+    y = x + a * attention(module.attention, config, norm(module.attention_norm, x), memory, everything, None)
+    return y + b * feed_forward(module.feed_forward, config, norm(module.feed_forward_norm, y))
+
+
 def place(net: Any, x: Tensor, positions: Tensor) -> Tensor:
     """Positions added to the embeddings, where they are not rotary."""
     if net.config.positions == "sinusoidal":

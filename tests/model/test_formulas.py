@@ -189,6 +189,18 @@ def test_attention_without_positions_is_that_of_torch():
     assert torch.allclose(ours(x_BTD.flatten(0, 1), None, seen).view(3, 7, 32), wanted, atol=1e-12)
 
 
+@pytest.mark.parametrize("form", ["default", "LayerNorm", "ReLU", "biases of attention"])
+def test_a_gated_layer_is_its_formula(form: str):
+    """Three records side by side; the second has nothing to ask."""
+    net = build(FORMS[form], fusion="cross_attention")
+    layer, config, asking, asked = net.fusion.layers[0], net.config, [3, 2, 4], [5, 0, 2]  # type: ignore[union-attr, index]
+    x_YD, memory_MD = (torch.randn(sum(count), config.width, dtype=torch.float64) for count in (asking, asked))
+    made = layer(x_YD, memory_MD, cross(torch.tensor(asking), torch.tensor(asked), torch.float64))  # type: ignore[operator]
+    parts = zip(x_YD.split(asking), memory_MD.split(asked), strict=True)
+    wanted = torch.cat([formulas.gated(layer, config, x, memory) for x, memory in parts])
+    assert torch.allclose(made, wanted, atol=1e-10)
+
+
 def test_norms_are_those_of_torch():
     x = torch.randn(9, 32, dtype=torch.float64)
     for kind, theirs in (("layer", nn.LayerNorm(32, 1e-6)), ("rms", nn.RMSNorm(32, 1e-6))):
