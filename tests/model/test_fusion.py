@@ -19,6 +19,7 @@ from mmlm.model.adversary import reversal
 from mmlm.model.config import ModelConfig
 from mmlm.model.generation import generate, words_only
 from mmlm.model.transformer import FusedTransformer
+from mmlm.train import weights
 from mmlm.train.config import LossConfig
 from mmlm.train.objectives import Answering
 from tests.model.test_packing import GIVEN, piece
@@ -303,6 +304,24 @@ def test_a_gated_layer_whose_gates_are_shut_changes_nothing():
         layer.gates.data.fill_(0.5)
     assert not torch.allclose(net(collate([one], SPEC)).label_RC, shut, atol=1e-4)
     assert net(collate([tags], SPEC)).label_RC.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "form", [*({"fusion": {"kind": f}} for f in FUSIONS), {"layout": "encoder"}, {"layout": "encoder_decoder"}], ids=str
+)
+def test_vectors_are_those_of_records_alone_in_every_form(form: dict[str, Any]):
+    torch.manual_seed(0)
+    spec = SPEC.model_copy(update={"tasks": SPEC.tasks[:1]})
+    net = weights.build(ModelConfig(width=32, layers=2, heads=4, attention="prefix", embedding=8, **form), spec).eval()
+    records = [
+        sample(i, given)
+        for i, given in enumerate([("image", "audio"), ("audio",), (), ("fields", "context"), ("image",)])
+    ]
+    together = net(pack([records[:3], records[3:]], spec)).embedding_RE
+    each = [net(collate([one], spec)).embedding_RE for one in records]
+    assert together is not None and all(one is not None for one in each)
+    torch.testing.assert_close(together, torch.cat([one for one in each if one is not None]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(len(records)))
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

@@ -16,6 +16,7 @@ from mmlm.model.attention import Cache
 from mmlm.model.config import ModelConfig
 from mmlm.model.generation import closed_up, generate
 from mmlm.model.generation_config import GenerationConfig
+from mmlm.model.layouts import build_model
 from mmlm.model.sampling import drawn, penalised, words_only
 from mmlm.model.transformer import FusedTransformer
 from tests.small import SPEC, sample
@@ -28,7 +29,7 @@ def model(attention: str = "prefix", **changes: Any) -> FusedTransformer:
     """One whose next tokens differ in probability, and that ends some answers early."""
     torch.manual_seed(1)
     config = ModelConfig(**{"width": 32, "layers": 2, "heads": 4, "attention": attention, **changes})
-    net = FusedTransformer(config, SPEC, len(field_rows(SPEC))).eval()
+    net = build_model(config, SPEC, len(field_rows(SPEC))).eval()
     net.answer.weight.data *= 12
     net.answer.weight.data[EOS] *= 1.5
     return net
@@ -82,6 +83,37 @@ def test_every_token_is_that_of_the_full_pass(settings: dict[str, Any], changes:
     assert found.log_score_R.tolist() == pytest.approx([total for _, total in wanted], abs=1e-3)
     lengths = [len(ids) for ids in found.ids]
     assert min(lengths) < max(lengths), "some answers must leave before others"
+
+
+FORMS: list[dict[str, Any]] = [
+    {"fusion": {"kind": "add"}},
+    {"fusion": {"kind": "cross_attention"}},
+    {"fusion": {"kind": "adversarial"}},
+    {"fusion": {"kind": "late"}},
+    {"layout": "encoder_decoder"},
+]
+
+
+@pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[-1]], ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_so_it_is_in_every_form(settings: dict[str, Any], form: dict[str, Any]) -> None:
+    net, config, samples = model(**form), GenerationConfig(**settings), asked()
+    seeds = list(range(100, 100 + len(samples)))
+    with torch.no_grad():
+        wanted = [by_full_passes(net, one, config, seed) for one, seed in zip(samples, seeds, strict=True)]
+    found = generate(net, prompts(samples), LIMIT, config, seeds=seeds)
+    assert found.ids == [ids for ids, _ in wanted]
+    assert found.log_score_R.tolist() == pytest.approx([total for _, total in wanted], abs=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_beam_does_not_depend_on_its_neighbours_in_any_form(form: dict[str, Any]) -> None:
+    net, samples, config = model(**form), asked(), GenerationConfig(beams=3)
+    together = generate(net, prompts(samples), LIMIT, config)
+    for n, one in enumerate(samples):
+        alone = generate(net, prompts([one]), LIMIT, config)
+        assert alone.ids[0] == together.ids[n]
+        assert alone.log_score_R.item() == pytest.approx(together.log_score_R[n].item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
