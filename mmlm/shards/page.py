@@ -189,7 +189,7 @@ def _stored(
     tokens: list[int] = []
     frames: list[int] = []
     sizes: list[int] = []
-    frame = spec.audio.n_mels * np.dtype(spec.audio.dtype).itemsize if spec.audio else 1
+    frame = spec.audio.n_mels * np.dtype(spec.audio.stored).itemsize if spec.audio else 1
     for row in _spread(there, 200):
         index = pq.read_table(_index(shards, row["path"]), columns=["ext", "size"]).to_pydict()
         for extension, size in zip(index["ext"], index["size"], strict=True):
