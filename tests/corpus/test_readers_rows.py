@@ -78,6 +78,14 @@ def test_a_csv_file_that_is_one_line_is_never_held_whole(tmp_path: Path) -> None
     assert grown < 450 << 20
 
 
+def test_a_long_line_of_chinese_is_looked_at_in_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"a,b\n1," + "猫狗".encode("gbk") * (6 << 20) + b"\n")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert rows.csv_encoding(tmp_path / "t.csv") == "gb18030"
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < 8 * (tmp_path / "t.csv").stat().st_size
+
+
 def test_a_csv_row_is_bounded_over_all_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "MAX_LINE", 100)
     long, lines = "x" * 101, "\n".join(["x" * 9] * 10)
