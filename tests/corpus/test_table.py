@@ -286,7 +286,8 @@ def test_what_given_splits_leave_in_train_and_test_is_told(
     assert "groups_joined_by_media" not in counts
     told = capsys.readouterr().err
     assert "media_in_two_splits: 2 " in told and "train_copies_of_held_out: 1 " in told
-    for curate in ({"exact": {}}, {"contamination": {}}):
+    for step in ("exact", "contamination"):
+        curate: dict[str, Any] = {step: {}}
         cured = scan(parse(ScanConfig, {"sources": [source], "split": {"val": 0}, "curate": curate}, ""), data=tmp_path,
-                     out=tmp_path / "made" / next(iter(curate)))  # fmt: skip
+                     out=tmp_path / "made" / step)  # fmt: skip
         assert "train_copies_of_held_out" not in cured.counts
