@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -263,9 +264,9 @@ def _looking(commands: Any) -> None:
     verify = _command(commands, "verify", "check every checksum and count of a shard set", _verify)
     verify.add_argument("path", metavar="DIR", help="a folder, s3:// or gs://")
     verify.add_argument(
-        "--rebuild", type=int, default=0, metavar="N", help="also make N random shards again and compare their bytes"
+        "--rebuild", type=int, metavar="N", help="also make N random shards again and compare their bytes"
     )
-    verify.add_argument("--seed", type=int, default=0, help="which N shards (with --rebuild)")
+    verify.add_argument("--seed", type=int, help="which N shards (with --rebuild; default: others each time)")
     verify.add_argument("--manifest", type=Path, metavar="DIR", help="with --rebuild (default: `manifest` beside DIR)")
     verify.add_argument("--data", metavar="DIR", help="with --rebuild: the raw corpora (default: `raw` beside DIR)")
 
@@ -452,23 +453,26 @@ def _verify(arguments: argparse.Namespace) -> int:
     from mmlm.storage import is_remote
     from mmlm.stores import blank
 
-    shown, elsewhere = blank(arguments.path), is_remote(arguments.path)
-    if arguments.rebuild and elsewhere:
+    shown, elsewhere, again = blank(arguments.path), is_remote(arguments.path), arguments.rebuild is not None
+    if again and elsewhere:
         raise ConfigError(f"--rebuild of {shown}", wanted="a folder", cure="rebuild where the set was made")
-    problems = verify_remote(arguments.path) if elsewhere else verify(arguments.path.removeprefix("file://"))
-    if arguments.rebuild and not problems:
-        beside = Path(arguments.path).resolve().parent
-        problems = rebuild(
-            arguments.path, arguments.manifest or beside / "manifest", arguments.data or beside / "raw",
-            arguments.rebuild, arguments.seed,
-        )  # fmt: skip
+    if again and arguments.rebuild < 1:
+        raise ConfigError(f"--rebuild {arguments.rebuild}", wanted="the number of shards to make again, 1 or more")
+    path = arguments.path.removeprefix("file://")
+    problems, told = verify_remote(path) if elsewhere else verify(path), ""
+    if again and not problems:
+        beside = Path(path).resolve().parent
+        seed = random.randrange(1 << 31) if arguments.seed is None else arguments.seed
+        problems, count = rebuild(
+            path, arguments.manifest or beside / "manifest", arguments.data or beside / "raw", arguments.rebuild, seed
+        )
+        told = f", and {count:,} shards made again (--seed {seed})"
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
-        print(f"mmlm: {shown}: {len(problems)} problem(s); make the shards again", file=sys.stderr)
+        print(f"mmlm: {shown}: {len(problems)} problem(s){told}; make the shards again", file=sys.stderr)
         return 2
-    again = f", and {arguments.rebuild} shards made again have the same bytes" if arguments.rebuild else ""
-    print(f"{shown}: every checksum and count holds{again}")
+    print(f"{shown}: every checksum and count holds" + (f"{told} have the same bytes" if told else ""))
     return 0
 
 

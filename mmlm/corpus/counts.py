@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+import numpy as np
 
 from mmlm.corpus.records import Record, from_row
 from mmlm.corpus.sniff import Header
@@ -24,7 +28,10 @@ answered as text."""
 
 
 class Tally:
-    """`add` every kept record in order of id (with its final split); then read `counts`, `tasks`, `fields`."""
+    """`add` every kept record in order of id (with its final split); then read `counts`, `tasks`, `fields`.
+
+    Keeps eight bytes a record, for the copies.
+    """
 
     def __init__(self) -> None:
         self.splits: Counter[str] = Counter()
@@ -40,6 +47,8 @@ class Tally:
         self.questions: dict[str, Counter[str]] = defaultdict(Counter)
         self.numbers: dict[str, Moments] = {}
         self.values: dict[str, Counter[str]] = defaultdict(Counter)
+        self.trained, self.held = array("Q"), array("Q")
+        """Of each record that is for training, and of each other one, a hash of task and content."""
 
     def of(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """`rows` of a manifest as they are, each counted on its way."""
@@ -49,6 +58,8 @@ class Tally:
 
     def add(self, record: Record) -> None:
         self.splits[record.split] += 1
+        same = hashlib.blake2b(f"{record.task}\0{record.content_hash}".encode("utf-8", "surrogatepass"), digest_size=8)
+        (self.trained if record.split == "train" else self.held).append(int.from_bytes(same.digest(), "big"))
         self.by_task[record.task] += 1
         self.langs[record.lang] += 1
         self.modalities.update(record.modalities())
@@ -114,6 +125,10 @@ class Tally:
         if task in self.targets and not labels and not self.has_text[task]:
             found["number"] = [self.targets[task].mean, self.targets[task].deviation]
         return found
+
+    def copies(self) -> int:
+        """Training records that are a val or test record once more: the same task, parts and target."""
+        return int(np.isin(np.array(self.trained, np.uint64), np.array(self.held, np.uint64)).sum())
 
     def unseen_labels(self) -> dict[str, list[str]]:
         """Classes that only validation or test records have: no model can have learnt them."""

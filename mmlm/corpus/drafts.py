@@ -21,6 +21,7 @@ from mmlm.storage import is_remote, split_fragment
 if TYPE_CHECKING:  # a worker that makes shards needs no config of a scan, which takes a third of its start
     from mmlm.corpus.config import PiecesConfig
 
+_ASCII = re.compile("[\x00-\x7f]+")
 _UTF8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 _WESTERN = frozenset(
     "àâäáãåæçéèêëíìîïñóòôöõœøúùûüýÿßÀÂÄÁÃÅÆÇÉÈÊËÍÌÎÏÑÓÒÔÖÕŒØÚÙÛÜÝŸ€£§°ªº«»‹›“”„‘’‚–—…·•¿¡©®™½¼¾²³µ×\xa0"
@@ -133,9 +134,9 @@ class _Chinese:
 
     def takes(self, text: str) -> bool:
         """Whether one more line may be such text; counts what tells."""
-        beyond = [c for c in text if not c.isascii()]
+        beyond = _ASCII.sub("", text)  # a list of its characters would take 40 times as much
         self.characters += len(beyond)
-        self.common += len("".join(beyond).encode("gb2312", "ignore")) // 2
+        self.common += len(beyond.encode("gb2312", "ignore")) // 2
         return True
 
     @property

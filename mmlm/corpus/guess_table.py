@@ -66,7 +66,7 @@ def _no_row(data: Path, names: list[str], shown: str) -> DataError:
 
 def _other_encoding(path: Path) -> str | None:
     """What a table that is not UTF-8 is read as, for people."""
-    names = {"gb18030": "GB18030 (GBK)", "cp1252": "Windows-1252 (Western European)"}
+    names = {"utf-16": "UTF-16", "gb18030": "GB18030 (GBK)", "cp1252": "Windows-1252 (Western European)"}
     return names.get(csv_encoding(path)) if path.suffix.lower() in (".csv", ".tsv") else None
 
 

@@ -8,7 +8,7 @@ they can be; `content_hash` covers the text and the bytes of the media, so the s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -183,15 +183,26 @@ WITHOUT_MEDIA = [
 """Columns of all but the media that lie in the table itself."""
 
 
-def read_rows(manifest: Path, *, columns: list[str] | None = None, batch: int = 4096) -> Iterator[dict[str, Any]]:
-    """Rows of all `records-*.parquet` in a manifest folder, in order of id; a row group at a time is in memory."""
+def read_rows(
+    manifest: Path, *, columns: list[str] | None = None, batch: int = 4096, keep: Callable[[str], bool] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Rows of all `records-*.parquet` in a manifest folder, in order of id; a row group at a time is in memory.
+
+    With `keep` only rows whose ids it answers with true, which `columns` must have.
+    """
     for path in sorted(manifest.glob("records-*.parquet")):
         with pq.ParquetFile(path) as f:
             for number in range(f.num_row_groups):
                 for chunk in f.read_row_group(number, columns=columns).to_batches(max_chunksize=batch):
+                    if keep:
+                        kept = [keep(name) for name in chunk.column("id").to_pylist()]
+                        chunk = chunk.filter(pa.array(kept, pa.bool_()))
                     yield from chunk.to_pylist()
 
 
-def read_records(manifest: Path, *, media: bool = True, batch: int = 4096) -> Iterator[Record]:
-    """The records of a manifest folder; without `media`, what lies inline in the table is left out."""
-    return (from_row(row) for row in read_rows(manifest, columns=None if media else WITHOUT_MEDIA, batch=batch))
+def read_records(
+    manifest: Path, *, media: bool = True, batch: int = 4096, keep: Callable[[str], bool] | None = None
+) -> Iterator[Record]:
+    """The records of a manifest folder; without `media`, what lies inline in the table is left out. `keep`: see `read_rows`."""
+    columns = None if media else WITHOUT_MEDIA
+    return (from_row(row) for row in read_rows(manifest, columns=columns, batch=batch, keep=keep))

@@ -3,8 +3,8 @@
 Everything found is either kept (a row of `records-*.parquet`, sorted by id), refused (a row of `refused.parquet` with
 a typed reason) or dropped by curation (a row of `curation.parquet`): found = kept + refused + dropped, always. The
 manifest does not depend on the order in which files or lines are listed. Memory: sorted runs go to disk; what grows
-with the corpus is one small entry per group (about 200 bytes), 16 bytes per use of a picture, sound or video and, for
-tables without ids, one entry per row.
+with the corpus is one small entry per group (about 200 bytes), 16 bytes per use of a picture, sound or video, 8 bytes per
+record and, for tables without ids, one entry per row.
 
 A corpus that grew is scanned as a whole, and each record that stands in the earlier manifest as it does now keeps its
 generation there; the others are a new generation. So what comes out is what one scan of everything would give, and
@@ -50,7 +50,7 @@ from mmlm.corpus.records import REFUSED, SCHEMA, to_row
 from mmlm.corpus.sorting import Sorter
 from mmlm.corpus.splits import Splitter
 from mmlm.errors import DataError
-from mmlm.progress import Progress
+from mmlm.progress import Progress, tell
 from mmlm.storage import atomic_write, is_remote, resolve, sha256_json, split_fragment
 from mmlm.world import cores
 
@@ -155,7 +155,10 @@ def _make(config: ScanConfig, data: Path | str, work: Work, earlier: Artifact | 
             counts["groups_in_two_splits"] = len(splitter.torn)
         counts |= {"groups_joined_by_media": splitter.joined} if splitter.joined else {}
         counts |= {"groups_not_joined_by_media": splitter.apart} if splitter.apart else {}
+        counts |= {"media_in_two_splits": splitter.across} if splitter.across else {}
+        counts |= {"train_copies_of_held_out": copies} if (copies := tally.copies()) else {}
         _require_useful(config, counts, work.path)
+        _warn(config, counts)
     finally:
         for sorter in (spool, refused, dropped, curation.told):
             sorter.close()
@@ -275,6 +278,20 @@ def _require_useful(config: ScanConfig, counts: dict[str, Any], folder: Path) ->
             f"none of the {counts['kept']:,} records is in the training split",
             cure="check the split column, or `split` in scan.yaml",
         )
+
+
+def _warn(config: ScanConfig, counts: dict[str, Any]) -> None:
+    """Tell what of the val and test records is in the training split too: what is measured on them would be too good."""
+    given = "since a split that the data give wins"
+    known = "scan.curate.contamination drops training records that know"
+    told = {
+        "groups_in_two_splits": f"groups are in two splits, {given}; {known} a held-out one",
+        "media_in_two_splits": f"pictures, sounds or videos are in two splits, {given}; {known} a held-out one",
+        "train_copies_of_held_out": "training records are a val or test record once more; scan.curate.exact drops them",
+    }
+    for name, what in told.items():
+        if counts.get(name) and (name == "train_copies_of_held_out" or not config.curate.contamination):
+            tell(f"scan: {name}: {counts[name]:,} {what}")
 
 
 def _listing(config: ScanConfig, data: Path | str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -38,9 +38,9 @@ class Splitter:
         self.named: set[str] = set()
         """Splits that the data give, be it only to some records of a torn group."""
         self.chosen: dict[str, str] = {}
-        self.joined = self.apart = 0
-        """Groups that share media with others and share their split; and those that do not, since nothing would be left
-        to test on."""
+        self.joined = self.apart = self.across = 0
+        """Groups that share media with others and share their split; those that do not, since nothing would be left to test
+        on; and the pictures, sounds and videos that lie in two splits, which the data give or because of the former."""
         self.files, self.owners = array("Q"), array("Q")
 
     def note(self, group: str, split: str, media: Iterable[str] = ()) -> None:
@@ -61,7 +61,8 @@ class Splitter:
         config = self.config
         shares = {"val": config.val, "test": config.test}
         free = {g for g, s in self.given.items() if not s}
-        clumps = self._clumps()
+        shared = self._shared()
+        clumps = self._clumps(shared)
         follow = self._following(clumps, free)
         if config.fill and "train" in self.named and not free - follow.keys():
             shares = {s: share for s, share in shares.items() if s not in self.named}
@@ -75,6 +76,7 @@ class Splitter:
         taken = {s for g, s in (self.given | follow).items() if s and g not in placed}
         chosen = self._placed(units, shares, taken)
         self.chosen = follow | {g: split for unit, split in chosen.items() for g in units[unit]}
+        self._count(shared, clumps)
 
     def _placed(self, units: dict[str, list[str]], shares: dict[str, float], taken: set[str]) -> dict[str, str]:
         """unit → split, where `taken` splits have something already."""
@@ -105,13 +107,24 @@ class Splitter:
                 found |= dict.fromkeys(free.intersection(clump), min(splits, key=SPLITS.index))
         return found
 
-    def _clumps(self) -> list[list[str]]:
-        """The sets of groups that media join, each in order of name."""
+    def _count(self, shared: _Shared, clumps: list[list[str]]) -> None:
+        """How far media that are shared lie in one split. Of a torn group its first split counts."""
+        users = set(shared.groups.tolist())
+        splits = {n: self.split_of(g, self.given[g]) for g in self.given if (n := _number(g)) in users} if users else {}
+        self.across = sum(len({splits[n] for n in one}) > 1 for one in shared)
+        alike = [clump for clump in clumps if len({self.split_of(g, self.given[g]) for g in clump}) == 1]
+        self.joined = sum(map(len, alike))
+
+    def _shared(self) -> _Shared:
         files, owners = np.array(self.files, np.uint64), np.array(self.owners, np.uint64)
         uses = np.unique(np.stack([files, owners], 1), axis=0) if len(files) else np.zeros((0, 2), np.uint64)
         begins = np.flatnonzero(np.append(True, uses[1:, 0] != uses[:-1, 0])) if len(uses) else np.zeros(0, int)
         sizes = np.diff(np.append(begins, len(uses)))
         joins = (sizes > 1) & (sizes <= (self.config.shared_media or 0))
+        return _Shared(uses[np.repeat(joins, sizes), 1], sizes[joins])
+
+    def _clumps(self, shared: _Shared) -> list[list[str]]:
+        """The sets of groups that `shared` media join, each in order of name."""
         parent: dict[int, int] = {}
 
         def root(node: int) -> int:
@@ -120,8 +133,7 @@ class Splitter:
                 node = parent[node]
             return node
 
-        for begin, size in zip(begins[joins].tolist(), sizes[joins].tolist(), strict=True):
-            first, *others = uses[begin : begin + size, 1].tolist()
+        for first, *others in shared:
             for other in others:
                 parent[root(other)] = root(first)
         clumps: dict[int, list[str]] = {}
@@ -133,7 +145,6 @@ class Splitter:
         if len(found) + single < min(3, len(self.given)):
             self.apart = sum(map(len, found))
             return []
-        self.joined = sum(map(len, found))
         return found
 
     @staticmethod
@@ -144,6 +155,19 @@ class Splitter:
     def split_of(self, group: str, given: str) -> str:
         """The split of a record: the group's; in a group that the data themselves tear apart, what they give."""
         return self.chosen.get(group) or (given if group in self.torn else "") or self.given[group]
+
+
+class _Shared:
+    """For each picture, sound and video that more than one group has: the numbers of these groups."""
+
+    def __init__(self, groups: np.ndarray, sizes: np.ndarray) -> None:
+        self.groups, self.sizes = groups, sizes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        at = 0
+        for size in self.sizes.tolist():
+            yield self.groups[at : at + size].tolist()
+            at += size
 
 
 def _units(clumps: list[list[str]], free: set[str]) -> dict[str, list[str]]:

@@ -20,7 +20,8 @@ class TokenizerConfig(Config):
     keep: bool = True
     """Whether the tokenizer of this story's last shard set is kept when data were added, so that only they are sharded."""
     max_bytes: int = 64 << 20
-    """Text read for training, bytes; the first of it in order of id."""
+    """Text read for training, bytes. Where the training split has more, records are drawn by a hash of their ids, evenly
+    over all of it."""
 
 
 class EncoderConfig(Config):

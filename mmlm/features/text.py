@@ -197,11 +197,15 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     return Tokenizer(inner.to_str())
 
 
+def text_bytes(text: str) -> int:
+    return len(text.encode(errors="replace"))
+
+
 def _batches(texts: Iterable[str], max_bytes: int) -> Iterator[list[str]]:
     batch: list[str] = []
     seen = 0
     for text in texts:
-        seen += len(text.encode(errors="replace"))
+        seen += text_bytes(text)
         if seen > max_bytes:
             break
         batch.append(_whole(text))

@@ -7,7 +7,6 @@ import contextlib
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mmlm.progress import Progress
 from mmlm.shards import page
 from mmlm.shards.commit import JOURNAL, MANIFEST, QUARANTINE, Committer, read_published, reopen
 from mmlm.shards.config import ShardConfig
+from mmlm.shards.draw import drawn_for_report
 from mmlm.shards.encoders import digests
 from mmlm.shards.fanout import write_on_ray
 from mmlm.shards.plan import RECIPE, Boundaries, Slot, borders, codec_versions, plan, read_units
@@ -30,8 +30,8 @@ from mmlm.shards.write import TEMPORARY, UnitWriter, absolute
 
 PAGE = "corpus.html"
 """The report for people; no part of the digest."""
-REPORTED, AMONG = 500, 20_000
-"""Records whose tokens are counted for the report of tokens per word, evenly among so many of the first."""
+REPORTED, OF_EACH_LANG = 500, 50
+"""Records whose tokens are counted for the report of tokens per word, drawn over all; at least so many of each language."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,9 @@ def _make(config: ShardConfig, manifest: Artifact, work: Work, places: Places) -
     feature_spec.save(spec, work.path)
     writer = UnitWriter(spec, tokenizer, config, absolute(places.data), work.path)
     counts, extra = _make_shards(config, manifest.path, writer, work.path, places)
-    step = max(1, min(counts["records"], AMONG) // REPORTED)
-    extra["tokens"] = token_report(islice(read_records(manifest.path, media=False), 0, AMONG, step), tokenizer)
+    drawn = drawn_for_report(manifest.path, REPORTED, OF_EACH_LANG)
+    sample = read_records(manifest.path, media=False, keep=drawn.__contains__)
+    extra["tokens"] = token_report(sample, tokenizer, limit=len(drawn))
     made = work.finish(counts=counts, digest_of=[MANIFEST, feature_spec.FILE, TOKENIZER], extra=extra)
     Committer(work.path).clear()
     page.write_page(work.path, manifest.path, work.path / PAGE)

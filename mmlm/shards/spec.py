@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 from mmlm.artifacts import Artifact
@@ -13,7 +14,8 @@ from mmlm.features.chat import find_template
 from mmlm.features.config import FeaturesConfig
 from mmlm.features.encode import answer_text
 from mmlm.features.spec import FeatureSpec, FieldsSpec, TaskSpec
-from mmlm.features.text import FILE, Tokenizer, given_tokenizer, train_tokenizer
+from mmlm.features.text import FILE, Tokenizer, given_tokenizer, text_bytes, train_tokenizer
+from mmlm.shards.draw import drawn_for_training
 from mmlm.shards.encoders import describe
 
 
@@ -29,17 +31,30 @@ def find_tokenizer(manifest: Artifact, config: FeaturesConfig, out: Path, earlie
         before = earlier.config.get("features", {}).get("tokenizer")
         if before == resolved(config.tokenizer):
             return Tokenizer.load(earlier.path)
-    return train_tokenizer(training_texts(manifest.path), config.tokenizer)
+    return train_tokenizer(training_texts(manifest.path, config.tokenizer.max_bytes), config.tokenizer)
 
 
-def training_texts(manifest: Path) -> Iterator[str]:
-    """Questions, context and answers of the training split, in order of id."""
-    for record in read_records(manifest, media=False):
+def training_texts(manifest: Path, most: int) -> Iterator[str]:
+    """Questions, context and answers of the training split, in order of id; of more than `most` bytes, those of records
+    that are drawn evenly over the split."""
+    keep = drawn_for_training(manifest, most)
+    if keep and _at_most(_texts(manifest), most):
+        keep = None
+    return _texts(manifest, keep)
+
+
+def _texts(manifest: Path, keep: Callable[[str], bool] | None = None) -> Iterator[str]:
+    for record in read_records(manifest, media=False, keep=keep):
         if (record.split or "train") != "train":
             continue
         yield from (part.text for part in record.parts if part.kind == "text" and part.text)
         if answer := answer_text(record.target):
             yield answer
+
+
+def _at_most(texts: Iterator[str], most: int) -> bool:
+    """Whether `texts` have no more than `most` bytes; read up to there."""
+    return not any(total > most for total in accumulate(map(text_bytes, texts)))
 
 
 def make_spec(manifest: Artifact, config: FeaturesConfig, tokenizer: Tokenizer) -> FeatureSpec:

@@ -72,8 +72,12 @@ def verify_tables(path: Path) -> tuple[list[str], list[dict[str, Any]] | None]:
     return problems, rows
 
 
-def rebuild(path: Path | str, manifest: Path | str, data: Path | str, count: int, seed: int = 0) -> list[str]:
-    """Make `count` shards of the set in `path` again, chosen at random, and compare their bytes; a line per problem.
+def rebuild(
+    path: Path | str, manifest: Path | str, data: Path | str, count: int, seed: int = 0
+) -> tuple[list[str], int]:
+    """Make `count` shards of the set in `path` again, chosen at random, or all if it has fewer, and compare their bytes.
+
+    Returns a line per problem, and how many shards were looked at.
 
     `manifest` is the folder of the Manifest that the set was made of, `data` the folder of the raw corpora. Raises
     ArtifactError when the manifest is another one, or when the libraries here are not those that made the set.
@@ -118,7 +122,7 @@ def rebuild(path: Path | str, manifest: Path | str, data: Path | str, count: int
             for file in (Path(folder) / TEMPORARY).iterdir():
                 file.unlink()
             progress.add(1)
-    return problems
+    return problems, len(chosen)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

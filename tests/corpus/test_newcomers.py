@@ -48,7 +48,7 @@ def test_a_path_with_dots_is_no_attack(tmp_path: Path, monkeypatch: pytest.Monke
     assert look(Path("../pictures")).sizes["image_side"]["median"] == 40
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gbk", "gb18030"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gbk", "gb18030"])
 def test_short_chinese_reviews_in_any_encoding(tmp_path: Path, scanned: Scan, encoding: str) -> None:
     rows = [{"评论": f"{REVIEWS[i % 4]}{i}", "情感": "负正"[i % 2]} for i in range(40)]
     guess = look(table(tmp_path / "t.csv", rows, encoding))

@@ -69,6 +69,45 @@ def test_a_large_list_is_never_held_whole(tmp_path: Path) -> None:
     assert grown < (tmp_path / "t.json").stat().st_size / 4
 
 
+def test_a_csv_file_that_is_one_line_is_never_held_whole(tmp_path: Path) -> None:
+    with (tmp_path / "t.csv").open("wb") as f:
+        f.truncate(600 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert read(tmp_path / "t.csv") == ["too_large"]
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < 450 << 20
+
+
+def test_a_long_line_of_chinese_is_looked_at_in_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"a,b\n1," + "猫狗".encode("gbk") * (6 << 20) + b"\n")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert rows.csv_encoding(tmp_path / "t.csv") == "gb18030"
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < 8 * (tmp_path / "t.csv").stat().st_size
+
+
+def test_a_csv_row_is_bounded_over_all_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MAX_LINE", 100)
+    long, lines = "x" * 101, "\n".join(["x" * 9] * 10)
+    (tmp_path / "t.csv").write_text(f'a,b\n1,{long}\n2,y\n3,"{lines}"\n4,"{"x" * 90}\n"\n', newline="")
+    refused = [r for r in read_rows(tmp_path / "t.csv", "t.csv") if isinstance(r, Refusal)]
+    assert [(r.source, r.reason) for r in refused] == [("t.csv:2", "too_large"), ("t.csv:13", "too_large")]
+    assert [r["a"] for r in read(tmp_path / "t.csv") if isinstance(r, dict)] == ["2", "4"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_unicode_text_of_a_spreadsheet(tmp_path: Path, encoding: str) -> None:
+    text = "\ufeffid\t名\r\n1\t猫 🐸\r\n"
+    expected = [{"id": "1", "名": "猫 🐸"}]
+    for name in ("t.csv", "t.tsv"):
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        assert read(tmp_path / name) == expected
+    (tmp_path / "t.csv").write_bytes((text + "2\t\ud800\r\n").encode(encoding, "surrogatepass"))
+    assert read(tmp_path / "t.csv") == [*expected, "bad_encoding"]
+    (tmp_path / "t.csv").write_bytes(text.encode(encoding) + b"x")
+    assert read(tmp_path / "t.csv") == [*expected, "bad_encoding"]
+
+
 def test_rows_nested_deeply_are_refused_alone(tmp_path: Path, scanned: Scan) -> None:
     deep = '{"text": "x", "label": "y", "d": ' + "[" * 600 + "]" * 600 + "}\n"
     write_lines(tmp_path / "t.jsonl", [{"text": "a", "label": "b"}, deep])

@@ -145,6 +145,17 @@ def test_a_shared_picture_follows_a_split_that_is_given() -> None:
     assert filled[60] == filled[0]
 
 
+def test_media_that_given_splits_tear_apart_are_not_counted_as_joined() -> None:
+    alone = [(f"g{i}", "", []) for i in range(30)]
+    torn, splitter = placed([("a", "test", ["x"]), ("b", "train", ["x", "y"]), ("c", "", ["y"]), *alone])
+    assert [torn[i] for i in range(3)] == ["test", "train", "train"]
+    assert (splitter.joined, splitter.apart, splitter.across) == (0, 0, 1)
+    _, splitter = placed([("a", "test", ["x"]), ("b", "", ["x"]), ("c", "train", ["y"]), ("d", "val", ["y"]), *alone])
+    assert (splitter.joined, splitter.apart, splitter.across) == (2, 0, 1)
+    _, splitter = placed([("a", "test", ["x"]), ("b", "train", ["x"])])
+    assert (splitter.joined, splitter.apart, splitter.across) == (0, 2, 1)
+
+
 def test_what_everybody_has_joins_nobody() -> None:
     logo = [(f"g{i}", "", ["logo", f"m{i}"]) for i in range(300)]
     found, splitter = placed(logo)

@@ -15,6 +15,7 @@ import pytest
 from mmlm.config import parse
 from mmlm.corpus.config import ScanConfig
 from mmlm.corpus.records import Target
+from mmlm.corpus.scan import scan
 from mmlm.errors import ConfigError, DataError
 from tests.corpus.samples import Scan, png, wav, write_lines
 
@@ -264,3 +265,29 @@ def test_rows_that_share_a_picture_share_a_split(tmp_path: Path, scanned: Scan) 
     assert set.union(*splits) == {"train", "val", "test"}
     assert made.artifact.counts["groups_joined_by_media"] == 120
     assert {r.group for r in made.records.values()} == {row["id"] for row in rows}
+
+
+def test_what_given_splits_leave_in_train_and_test_is_told(
+    tmp_path: Path, scanned: Scan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"id": str(i), "picture": f"{i}.png", "label": "ab"[i % 2], "split": ("train", "test")[i % 4 == 3]}
+        for i in range(12)
+    ]
+    for i in range(12):
+        (tmp_path / f"{i}.png").write_bytes(png({7: 5, 11: 0}.get(i, i)))  # 7 is 5 again, and 11 has the picture of 0
+    write_lines(tmp_path / "t.jsonl", rows)
+    source = {
+        "kind": "table", "files": "t.jsonl", "map": {"id": "id", "image": "picture", "split": "split"},
+        "ask": [{"task": "x", "label": "label"}],
+    }  # fmt: skip
+    counts = scanned(tmp_path, source, split={"val": 0}).counts
+    assert (counts["media_in_two_splits"], counts["train_copies_of_held_out"]) == (2, 1)
+    assert "groups_joined_by_media" not in counts
+    told = capsys.readouterr().err
+    assert "media_in_two_splits: 2 " in told and "train_copies_of_held_out: 1 " in told
+    for step in ("exact", "contamination"):
+        curate: dict[str, Any] = {step: {}}
+        cured = scan(parse(ScanConfig, {"sources": [source], "split": {"val": 0}, "curate": curate}, ""), data=tmp_path,
+                     out=tmp_path / "made" / step)  # fmt: skip
+        assert "train_copies_of_held_out" not in cured.counts

@@ -166,7 +166,7 @@ def _resampled(wave: np.ndarray, rate: int) -> np.ndarray:
 
 def test_the_set_is_sound_and_the_reader_reads_it(shards: Artifact, corpus) -> None:
     assert verify(shards.path) == []
-    assert rebuild(shards.path, corpus[0].path, corpus[1], 2) == []
+    assert rebuild(shards.path, corpus[0].path, corpus[1], 2)[0] == []
     samples = stored_samples(shards.path)
     for sample in ShardReader(shards.path, ("train", "test")):
         assert sample.features == {}  # training does not ask for them yet

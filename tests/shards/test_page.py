@@ -95,6 +95,11 @@ def test_pictures_and_sounds_are_shown(page: str) -> None:
     assert page.count("<rect") > 20
 
 
+def test_stored_sounds_are_as_long_as_they_are(page: str) -> None:
+    told = page[page.index("Stored sounds, seconds") :]
+    assert "0.48 to 0.48, median 0.48, n 30" in told[: told.index("</div>")]  # 48 whole windows in 0.5 s
+
+
 def test_nothing_from_the_data_acts(page: str) -> None:
     found = Tags()
     found.feed(page)

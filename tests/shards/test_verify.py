@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mmlm.cli import main
 from mmlm.errors import ArtifactError, ConfigError
 from mmlm.shards.shard import shard
 from mmlm.shards.verify import rebuild, verify
@@ -76,12 +77,31 @@ def test_shards_made_again_have_the_same_bytes(tmp_path: Path) -> None:
     data = tmp_path / "data"
     manifest = write_manifest(tmp_path / "manifest", make_records(data))
     made = shard(CONFIG, manifest, data=data, out=tmp_path / "shards")
-    assert rebuild(made.path, manifest.path, data, 99) == []
+    assert rebuild(made.path, manifest.path, data, 99) == ([], len(list(made.path.glob("*.tar"))))
     (data / "0.png").write_bytes((data / "3.png").read_bytes())  # changed since the scan
-    problems = rebuild(made.path, manifest.path, data, 99)
+    problems, _ = rebuild(made.path, manifest.path, data, 99)
     assert len(problems) == 1 and "train-00000" in problems[0]
     with pytest.raises(ConfigError, match="--data"):
         rebuild(made.path, manifest.path, tmp_path / "nowhere", 1)
     other = write_manifest(tmp_path / "other", make_records(data, 12))
     with pytest.raises(ArtifactError, match="give the manifest"):
         rebuild(made.path, other.path, data, 1)
+
+
+def test_the_command_tells_how_many_shards_it_made_again_and_which(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_manifest(tmp_path / "manifest", make_records(tmp_path / "raw", 30))
+    made = shard(CONFIG, manifest, data=tmp_path / "raw", out=tmp_path / "shards")
+    several = f"and {len(list(made.path.glob('*.tar')))} shards made again"
+    told = []
+    for _ in range(2):
+        assert main(["verify", str(made.path), "--rebuild", "99"]) == 0
+        told.append(capsys.readouterr().out)
+        assert several in told[-1]
+    assert told[0] != told[1]  # another seed
+    assert main(["verify", str(made.path), "--rebuild", "1", "--seed", "7"]) == 0
+    assert "and 1 shards made again (--seed 7) have the same bytes" in capsys.readouterr().out
+    for count in ("-1", "0"):
+        assert main(["verify", str(made.path), "--rebuild", count]) == 2
+        assert f"--rebuild {count}; wanted the number of shards" in capsys.readouterr().err
