@@ -32,7 +32,10 @@ VERBS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 our fault, 2 wrong input, 3 failed gate, 4 resumable."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    try:
+        arguments = parser.parse_args(argv)
+    except MmlmError as error:  # a flag whose value is refused
+        return _fail(error, argparse.Namespace())
     if not getattr(arguments, "command", None):
         parser.print_help()
         return 0
@@ -149,7 +152,10 @@ def _command(commands: Any, name: str, text: str, call: Callable[[argparse.Names
 
 def _story_flags(command: Any) -> None:
     command.add_argument("story", metavar="STORY", help="a built-in story (demo, stamps, almanac) or the folder of one")
-    command.add_argument("--out", type=Path, metavar="DIR", help="where everything goes (default: runs/STORY)")
+    folder = functools.partial(
+        model_commands.local_folder, cure="`mmlm shard STORY --mirror URI` publishes the finished shards"
+    )
+    command.add_argument("--out", type=folder, metavar="DIR", help="where everything goes (default: runs/STORY)")
     command.add_argument(
         "--data", metavar="DIR", help="where the raw corpora lie: a folder, s3://… or gs://…; never part of identity"
     )
@@ -205,7 +211,7 @@ def _training_environment(arguments: argparse.Namespace) -> None:
 def _before_training(commands: Any) -> None:
     """Commands that come before a training: they write a story, or say what would suit it."""
     new = _command(commands, "new", "look at somebody's files and write a story for them", _new)
-    new.add_argument("story", type=Path, metavar="DIR", help="the story folder to write")
+    new.add_argument("story", type=model_commands.local_folder, metavar="DIR", help="the story folder to write")
     new.add_argument("--data", required=True, metavar="PATH", help="a folder, CSV, JSON, JSONL or Parquet file")
     new.add_argument("--name", help="the story's name (default: the folder's)")
 
@@ -229,7 +235,10 @@ def _before_training(commands: Any) -> None:
     plan = _command(commands, "plan", "say what a training would take, on one device or many, before it starts", _plan)
     plan.add_argument("story", metavar="STORY|CONFIG", help="a story, or a train.yaml")
     plan.add_argument(
-        "--out", type=Path, metavar="DIR", help="where the story's shards lie, if made (default: runs/STORY)"
+        "--out",
+        type=model_commands.local_folder,
+        metavar="DIR",
+        help="where the story's shards lie, if made (default: runs/STORY)",
     )
     plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.model.width=2048")
     plan.add_argument("--gpus", metavar="N,N", help="numbers of devices (default: 1,2,4,8; on a CPU up to its cores)")
@@ -247,7 +256,12 @@ def _before_training(commands: Any) -> None:
     advise.add_argument(
         "given", metavar="DIR|STORY", help="a manifest, a shard set, a run's folder, or a scanned story"
     )
-    advise.add_argument("--out", type=Path, metavar="DIR", help="where the story's run lies (default: runs/STORY)")
+    advise.add_argument(
+        "--out",
+        type=model_commands.local_folder,
+        metavar="DIR",
+        help="where the story's run lies (default: runs/STORY)",
+    )
     advise.add_argument(
         "--hours", type=float, default=8.0, metavar="N", help="a training may take so long (default: 8)"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmlm.cli import build_parser, main
+from mmlm.cli import VERBS, build_parser, main
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -48,6 +48,27 @@ def test_wrong_input_is_named_in_one_line(
     assert named in said
     assert "Traceback" not in said
     assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cure"),
+    [
+        *((f"{verb} demo --out s3://key:secret@bucket/run", "--mirror") for verb in ("run", *VERBS, "tune")),
+        ("scan demo --out file:///tmp/run", "--mirror"),
+        ("plan demo --out gs://bucket/run", ""),
+        ("advise demo --out gs://bucket/run", ""),
+        ("explain --model m --text x --out s3://bucket/page", ""),
+        ("export m --to s3://bucket/model", ""),
+        ("new s3://bucket/story --data .", ""),
+    ],
+)
+def test_no_folder_is_made_of_an_address(
+    arguments: str, cure: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    code, said = run(capsys, *arguments.split())
+    assert code == 2 and "is an address" in said and cure in said and "secret" not in said
+    assert said.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_all_problems_of_a_config_are_listed_at_once(capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import contextlib
 import importlib.util
 import io
@@ -9,6 +11,7 @@ import re
 import shlex
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import yaml
@@ -16,7 +19,13 @@ import yaml
 from mmlm.cli import build_parser
 from mmlm.config import parse
 from mmlm.corpus.config import ScanConfig
+from mmlm.corpus.curation.config import PiiKind
+from mmlm.corpus.curation.curator import CURATED
+from mmlm.corpus.records import REFUSED, SCHEMA
+from mmlm.features.failures import REASONS
 from mmlm.publish.serve import MAX_BODY
+from mmlm.shards.commit import SHARDS
+from mmlm.shards.write import INDEX, QUARANTINE
 from mmlm.story import VERBS
 from mmlm.train.config import TrainConfig
 
@@ -164,3 +173,80 @@ def test_both_readmes_show_the_same() -> None:
 
 def test_numbers_of_the_server_are_those_of_the_code() -> None:
     assert f"larger than {MAX_BODY >> 20} MB" in (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+
+
+def section(name: str) -> str:
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    return page.split(f"\n## {name}\n")[1].split("\n## ")[0]
+
+
+def test_every_flag_is_in_the_reference() -> None:
+    told = section("Commands")
+    found = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for name, command in found.choices.items():
+        assert f"`mmlm {name}" in told
+        flags = [o for a in command._actions if a.help != argparse.SUPPRESS for o in a.option_strings]
+        missing = [flag for flag in flags if flag.startswith("--") and not re.search(rf"`[^`]*{flag}(?![\w-])", told)]
+        assert not missing, (name, missing)
+
+
+def test_every_variable_is_in_the_reference() -> None:
+    ours = {"MMLM_PARENT", "MMLM_QUIET", "MMLM_PROGRESS_FD", "MMLM_RAY_SESSION", "MMLM_FAULTPOINT"}  # among processes
+    ours |= {"MMLM_DEADLINE", "MMLM_HANG_SECONDS", "MMLM_LEDGER", "MMLM_RESUME", "MMLM_STOP_FILE"}  # what flags become
+    text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "mmlm").rglob("*.py"))
+    assert set(re.findall(r"MMLM_[A-Z_]*[A-Z]", text)) - ours <= set(
+        re.findall(r"MMLM_[A-Z_]*[A-Z]", section("Environment variables"))
+    )
+
+
+def test_every_column_of_the_tables_is_in_the_reference() -> None:
+    told = section("Folders of the nouns")
+    for table, schema in (
+        ("manifest/records-*.parquet", SCHEMA), ("manifest/refused.parquet", REFUSED), ("shards/quarantine.parquet", QUARANTINE),
+        ("manifest/curation.parquet", CURATED), ("shards/manifest.parquet", SHARDS), ("shards/*.index.parquet", INDEX),
+    ):  # fmt: skip
+        (line,) = [line for line in told.splitlines() if line.startswith("| `") and f"`{table}`" in line]
+        assert not [name for name in schema.names if f"`{name}`" not in line], table
+
+
+REASON_AT = {"RefuseError": 0, "Refused": 0, "refuse": 0, "Refusal": 2, "Member": 3, "Event": 2}
+"""Calls that give a reason, and which argument it is."""
+
+
+def words_of(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.IfExp):
+        return words_of(node.body) | words_of(node.orelse)
+    return {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+
+
+def reasons_in(path: Path) -> set[str]:
+    """The reasons that a module of the scan writes out, as text, where it refuses."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=given):
+                if len(given) > REASON_AT.get(name, len(given)):
+                    found |= words_of(given[REASON_AT[name]])
+            case ast.Dict(keys=[ast.Constant(value="reason"), *_], values=[value, *_]):
+                found |= words_of(value)
+            case ast.Assign(targets=[ast.Name(id="reason" | "found")], value=value):
+                for each in value.elts[:1] if isinstance(value, ast.Tuple) else [value]:
+                    found |= words_of(each)
+            case ast.Tuple(elts=[*_, ast.Constant(value=str(word)), ast.Constant() | ast.JoinedStr()]):
+                # (name, problem, detail) of a tar's member, (fault, detail) of a text
+                if path.name in ("tar.py", "quality.py", "record_steps.py"):
+                    found.add(word)
+    return {word for word in found if re.fullmatch(r"[a-z]+(_[a-z]+)*", word)}
+
+
+def test_every_reason_for_which_a_record_is_lost_is_in_the_reference() -> None:
+    told = set(re.findall(r"`([a-z_]+)`", section("Refused and quarantined")))
+    found = {path: reasons_in(path) for path in (ROOT / "mmlm" / "corpus").rglob("*.py")}
+    every = set().union(*found.values()) - {"missing"}  # of a library, which ends the scan
+    assert {"no_partner", "link_member", "truncated_tar", "too_slow", "missing_file", "bad_span", "bullets"} <= every
+    assert not {named(path): sorted(lost) for path, words in found.items() if (lost := words & every - told)}
+    every |= {"unreadable_image", "unreadable_audio", "unreadable_video", *REASONS}
+    assert every <= told
+    assert set(get_args(PiiKind)) <= told
+    for word, ending in (("duplicate", "_of_val"), ("near_image", "_in_test"), ("over_cap", "")):
+        assert word in told and (not ending or ending in told)

@@ -61,6 +61,8 @@ _STEPS = (
     ("dropped.parquet", "parts left out", "broken pictures and sounds of records that were kept without them"),
     ("curation.parquet", "curated", "records that a curation step dropped or changed"),
 )
+_CURATION = ("language", "quality", "pii", "exact", "near_text", "near_images", "contamination", "balance")
+"""Curation steps in their order, which a JSON object at rest does not keep."""
 
 Html = str
 
@@ -82,6 +84,7 @@ def write_page(shards: Path, manifest: Path, out_file: Path) -> None:
         *_media(scanned, spec, shards, rows),
         *_texts(made, scanned),
         *_examples(shards, rows, spec),
+        *_curated(scanned),
         *_dropped(shards, manifest),
         *_stragglers(made),
         *_shards(rows),
@@ -290,6 +293,32 @@ def _runs(ids: Sequence[int]) -> Iterator[list[int]]:
 
 def _short(value: str, length: int = 240) -> str:
     return value if len(value) <= length else value[:length] + " …"
+
+
+def _curated(scanned: Artifact) -> Iterator[Html]:
+    """What each curation step did to the records of each source, from the manifest's own account."""
+    told = scanned.extra.get("curation") or {}
+    steps = [*(step for step in _CURATION if step in told), *sorted(set(told) - set(_CURATION))]
+    found = [(step, source, counts) for step in steps for source, counts in told[step].items()]
+    if not found:
+        return
+    yield (
+        '<h2>Curation</h2><p class="soft">Steps in their order, each with what the ones before it left. kept: let pass; '
+        "changed: so many of these were altered, or their language filled in.</p>"
+    )
+    yield _table(
+        [
+            {
+                "step": step,
+                "source": _short(source, 80) or "none",
+                **{name: counts.get(name, 0) for name in ("kept", "dropped", "changed")},
+                "reasons": ", ".join(f"{reason} {number:,}" for reason, number in counts.get("reasons", {}).items()),
+            }
+            for step, source, counts in found[:500]
+        ]
+    )
+    if len(found) > 500:
+        yield f"<p>The first 500 of {len(found):,}; all are in the manifest's <code>artifact.json</code>.</p>"
 
 
 def _dropped(shards: Path, manifest: Path) -> Iterator[Html]:

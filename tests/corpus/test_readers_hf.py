@@ -181,3 +181,38 @@ def test_features_in_old_and_new_forms() -> None:
         assert read_features({"x": told}).many == {"x"}
     assert not read_features({"x": None, "y": {"_type": "Array2D"}, "z": []})
     assert not read_features(["x"])
+
+
+@pytest.mark.parametrize("ending", ["arrow", "parquet"])
+def test_a_file_that_is_broken_is_told_and_not_the_lack_of_columns(ending: str, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / f"train.{ending}").write_bytes(b"nothing of the kind")
+    if ending == "arrow":
+        (tmp_path / "d" / "state.json").write_text('{"_data_files": [{"filename": "train.arrow"}]}')
+    config = parse(ScanConfig, {"sources": [{**SOURCE, "path": "d"}]}, "scan.yaml")
+    with pytest.raises(DataError, match=r"refused.*bad_table"):
+        scan(config, data=tmp_path, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("ending", ["arrow", "parquet"])
+def test_names_of_columns_that_are_not_utf8_make_a_refusal(ending: str, tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "b"], "label": ["x", "y"], "heading": ["1", "2"]})
+    save(tmp_path / "d", table, {})
+    path = tmp_path / "d" / "data-00000-of-00001.arrow"
+    if ending == "parquet":
+        path.unlink()
+        (tmp_path / "d" / "state.json").unlink()
+        (tmp_path / "d" / "dataset_info.json").unlink()
+        path = tmp_path / "d" / "train.parquet"
+        pq.write_table(table, path)
+    path.write_bytes(path.read_bytes().replace(b"heading", b"h\xe1ading"))
+    config = parse(ScanConfig, {"sources": [{**SOURCE, "path": "d"}]}, "scan.yaml")
+    with pytest.raises(DataError, match=r"refused.*(bad_table|bad_encoding)"):
+        scan(config, data=tmp_path, out=tmp_path / "out")
+
+
+def test_names_of_columns_that_are_no_selectors_are_told(tmp_path: Path) -> None:
+    save(tmp_path / "d", pa.table({"text[": ["a"], "label": ["x"]}), {})
+    config = parse(ScanConfig, {"sources": [{**SOURCE, "path": "d"}]}, "scan.yaml")
+    with pytest.raises(DataError, match="cannot be read as selectors"):
+        scan(config, data=tmp_path, out=tmp_path / "out")

@@ -1,14 +1,20 @@
-"""Small whole files to start from: films, PDFs, pages and WARCs."""
+"""Small whole files to start from: films, PDFs, pages, WARCs, tables, data sets, chats and side-car files."""
 
 from __future__ import annotations
 
+import base64
 import functools
 import gzip
 import io
+import json
 import zlib
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.corpus.samples import png
 
 _FORMS = {
     "mp4": ("mpeg4", "aac"),
@@ -151,3 +157,126 @@ def _record(kind: bytes, form: bytes, content: bytes) -> bytes:
         b"WARC-Target-URI: http://a.example/\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n"
         % (kind, form, len(content), content)
     )  # fmt: skip
+
+
+_FEATURES: dict[str, Any] = {
+    "picture": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["calm", "高兴"]},
+    "text": {"_type": "Value", "dtype": "string"}, "lang": {"_type": "Value", "dtype": "string"},
+}  # fmt: skip
+
+
+@functools.cache
+def _table() -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {
+                "id": f"r{i}",
+                "picture": {"bytes": png(i), "path": None},
+                "label": i % 2,
+                "text": f"{i}: {TEXT}",
+                "lang": "en",
+            }
+            for i in range(4)
+        ]
+    )
+
+
+def _parquet(table: pa.Table, **options: Any) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(table, out, **options)
+    return out.getvalue()
+
+
+def _arrow(table: pa.Table, whole: bool = False, **options: Any) -> bytes:
+    out = io.BytesIO()
+    make = pa.ipc.new_file if whole else pa.ipc.new_stream
+    with make(out, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return out.getvalue()
+
+
+def _odd_table() -> pa.Table:
+    """Columns of kinds that a row seldom has."""
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.table(
+        {
+            "text": pa.array(["a", None]).dictionary_encode(), "label": pa.array([1, 0], pa.int8()),
+            "id": pa.array([10**18, 0], pa.timestamp("ns")), "picture": pa.array([None, {"bytes": png(1)}], picture),
+            "lang": pa.array(["zh", "en"], pa.large_string()), "many": pa.array([[{"a": 1}], []]),
+            "m": pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int8())), "d": pa.array([1, 2], pa.decimal128(5)),
+            "x": pa.array([1.5, float("nan")]),
+        }
+    )  # fmt: skip
+
+
+def parquets() -> list[bytes]:
+    whole = _parquet(_table(), row_group_size=2, compression="none")
+    packed = [_parquet(_table(), compression=name, use_dictionary=False) for name in ("snappy", "gzip", "zstd")]
+    return [whole, *packed, _parquet(_odd_table(), compression="none"), whole[: len(whole) // 2], b"PAR1PAR1", b""]
+
+
+def arrows() -> list[bytes]:
+    whole = _arrow(_table())
+    packed = [_arrow(_table(), compression="zstd"), _arrow(_table(), whole=True)]
+    told = {"huggingface": json.dumps({"info": {"features": _FEATURES}})}
+    told_within = _arrow(_table().replace_schema_metadata(told))
+    return [whole, *packed, told_within, _arrow(_odd_table()), whole[: len(whole) // 2], b"ARROW1", b""]
+
+
+@functools.cache
+def saved() -> dict[str, bytes]:
+    """What `save_to_disk` writes."""
+    state = {"_data_files": [{"filename": "data.arrow"}], "_split": "train"}
+    return {
+        "data.arrow": _arrow(_table()),
+        "state.json": json.dumps(state).encode(),
+        "dataset_info.json": json.dumps({"features": _FEATURES}, ensure_ascii=False).encode(),
+    }
+
+
+@functools.cache
+def repository() -> dict[str, bytes]:
+    readme = """---
+configs:
+- config_name: default
+  data_files: [{split: train, path: "*.parquet"}]
+dataset_info:
+  features:
+  - {name: picture, dtype: image}
+  - {name: text, dtype: string}
+  - {name: label, dtype: {class_label: {names: {'0': calm, '1': 高兴}}}}
+---
+"""
+    return {"README.md": readme.encode(), "train-0.parquet": _parquet(_table(), compression="none")}
+
+
+@functools.cache
+def sidecars() -> dict[str, bytes]:
+    told = {
+        "label": "owl",
+        "question": "哪个？",
+        "fields": {"age": 3, "sex": "f"},
+        "split": "train",
+    }
+    return {"x.png": png(1), "x.txt": TEXT.encode(), "x.json": json.dumps(told, ensure_ascii=False).encode()}
+
+
+def data_sets(files: dict[str, bytes]) -> list[bytes]:
+    """Each file behind the byte that chooses it."""
+    return [bytes([i]) + data for i, (_, data) in enumerate(sorted(files.items()))] + [b""]
+
+
+def chats() -> list[bytes]:
+    inline = "data:image/png;base64," + base64.b64encode(png(2)).decode()
+    lines: list[dict[str, Any]] = [
+        {"id": "a", "messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "Yes."}]},
+        {"conversations": [{"from": "human", "value": "<image>\n谁？"}, {"from": "gpt", "value": "猫"}], "images": [inline]},
+        {"messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image_url", "image_url": {"url": inline}}]},
+            {"role": "tool", "content": "t"}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+        ], "split": "val", "lang": "zh", "group": 7},
+        {"messages": [{"role": "user", "content": [{"type": "fields", "fields": {"age": 50}}]}], "label": "x"},
+    ]  # fmt: skip
+    each = [json.dumps(line, ensure_ascii=False).encode() for line in lines]
+    return [b"\n".join(each), *each, b'{"messages": [{"role": "user", "content": "\\ud800"}], "number": 1}', b"[]", b""]

@@ -19,8 +19,10 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from mmlm.corpus.config import DocumentsSource
+from mmlm.config import parse
+from mmlm.corpus.config import DocumentsSource, ScanConfig, Source
 from mmlm.corpus.drafts import (
     Draft,
     RefuseError,
@@ -31,12 +33,16 @@ from mmlm.corpus.drafts import (
     as_split,
     as_text,
     media_part,
+    refused_row,
 )
+from mmlm.corpus.media import Looked, MediaReader
 from mmlm.corpus.readers.cutting import tidied
 from mmlm.corpus.readers.document_child import answer_to
 from mmlm.corpus.readers.documents import Document, decode_html, pieces_of, read_documents
 from mmlm.corpus.readers.rows import parse_json, read_rows
+from mmlm.corpus.readers.sources import read_source
 from mmlm.corpus.readers.tar import read_members
+from mmlm.corpus.records import REFUSED, SCHEMA, to_row
 from mmlm.corpus.select import check_selector, check_template, fill, find
 from mmlm.corpus.sniff import read_header
 from mmlm.errors import DataError
@@ -50,7 +56,7 @@ from mmlm.features.video import decode_video
 from mmlm.shards.codec import pack, unpack
 from mmlm.shards.tar import members
 from mmlm.storage import resolve, split_fragment
-from tests.fuzz.seeds import films, pages, pdfs, warcs
+from tests.fuzz.seeds import arrows, chats, data_sets, films, pages, parquets, pdfs, repository, saved, sidecars, warcs
 from tests.hostile.corpora import header, member
 from tests.hostile.pictures import encode, picture_cases
 from tests.hostile.sounds import flac, sound, sound_cases, wav
@@ -198,6 +204,40 @@ def _warc(data: bytes) -> None:
         pass
 
 
+@functools.cache
+def _parsed(kind: str) -> Source:
+    ask = {"task": "mood", "text": "text", "question": "好吗？", "label": "label"}
+    columns = {"id": "id", "image": "picture.bytes", "lang": "lang"}
+    sources = {
+        "table": {"kind": "table", "files": "*.parquet", "map": columns, "ask": [ask]},
+        "chat": {"kind": "chat", "files": "*.jsonl"},
+        "hf": {"kind": "hf"},
+        "sidecar": {"kind": "sidecar"},
+    }
+    return parse(ScanConfig, {"sources": [sources[kind]]}, "fuzzed").sources[0]
+
+
+def _corpus(kind: str, files: dict[str, bytes]) -> None:
+    """What a source makes of a folder: records and refusals that their tables take."""
+    folder = Path(_folder()) / f"{os.getpid()}-{kind}"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():  # not written over: the last run may have mapped it into memory
+        old.unlink()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    reader = MediaReader(folder, drop=False, allow_remote=False, threads=1)
+    found = list(islice(reader.look(read_source(_parsed(kind), folder)), 10_000))
+    pa.Table.from_pylist([to_row(one.record) for one in found if isinstance(one, Looked)], schema=SCHEMA)
+    pa.Table.from_pylist([refused_row(one) for one in found if not isinstance(one, Looked)], schema=REFUSED)
+
+
+def _one_of(kind: str, files: Callable[[], dict[str, bytes]], data: bytes) -> None:
+    """The first byte chooses the file that the rest stands for."""
+    whole = files()
+    name = sorted(whole)[data[0] % len(whole)] if data else min(whole)
+    _corpus(kind, {**whole, name: data[1:]})
+
+
 def _svg(data: bytes) -> None:
     assert render_svg(data, 64).shape[2] == 3
 
@@ -268,6 +308,16 @@ TARGETS: dict[str, Target] = {
     "json_list": Target(functools.partial(_rows, ".json"), (DataError,), _texts(*_JSON)),
     "csv": Target(functools.partial(_rows, ".csv"), (DataError,), _texts(*_CSV)),
     "tsv": Target(functools.partial(_rows, ".tsv"), (DataError,), _texts(*_CSV)),
+    "parquet": Target(lambda data: _corpus("table", {"t.parquet": data}), (DataError,), parquets),
+    "arrow": Target(
+        lambda data: _corpus("hf", {"state.json": saved()["state.json"], "data.arrow": data}), (DataError,), arrows
+    ),
+    "hf_folder": Target(functools.partial(_one_of, "hf", saved), (DataError,), lambda: data_sets(saved())),
+    "hf_repository": Target(
+        functools.partial(_one_of, "hf", repository), (DataError,), lambda: data_sets(repository())
+    ),
+    "chat": Target(lambda data: _corpus("chat", {"c.jsonl": data}), (DataError,), chats),
+    "sidecar": Target(functools.partial(_one_of, "sidecar", sidecars), (DataError,), lambda: data_sets(sidecars())),
     "selector": Target(_selector, (), _texts("a.b[1].c", "a[lang=fr].b", "{a.b} and {list[0][*]}", "list[-1]", "a.b[")),
     "header": Target(_header, (), lambda: [*_pictures(), *_sounds()]),
     "image": Target(_image, (SampleError,), _pictures),

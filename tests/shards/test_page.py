@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmlm.config import parse
+from mmlm.corpus.config import ScanConfig
 from mmlm.corpus.records import REFUSED, Part, Record, Target
+from mmlm.corpus.scan import scan
 from mmlm.errors import ArtifactError
 from mmlm.shards.page import text, write_page
 from mmlm.shards.shard import shard
@@ -136,3 +140,37 @@ def test_every_kind_of_numbers_becomes_a_histogram() -> None:
     assert _histogram(np.array([5])).count("<rect") == 1
     assert _histogram(np.array([0, 0, 3])).count("<rect") == 2  # a column a number
     assert "median 0.5" in _histogram(np.linspace(0, 1, 101))
+
+
+def test_what_curation_did_is_told_by_step_source_and_reason(tmp_path: Path) -> None:
+    texts = ["The owl sat in the old oak and saw the moon rise over the lake."] * 2 + [
+        "写信给 li.lei@example.cn 谢谢你。",
+        "no",
+    ]
+    rows = [
+        {"id": f"r{i}", "text": text, "label": "aabb"[i], "split": "train", "from": NASTY if i > 1 else "web"}
+        for i, text in enumerate(texts)
+    ]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "t.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    source = {
+        "kind": "table", "files": "*.jsonl", "map": {"id": "id", "split": "split", "source": "from"},
+        "ask": [{"task": "mood", "text": "text", "label": "label"}],
+    }  # fmt: skip
+    curate = {"language": {}, "quality": {"min_words": 3}, "pii": {"action": "redact"}, "exact": {}}
+    config = parse(ScanConfig, {"sources": [source], "curate": curate, "split": {"fill": False}}, "scan.yaml")
+    manifest = scan(config, data=tmp_path / "data", out=tmp_path / "manifest")
+    made = shard(CONFIG, manifest, data=tmp_path / "data", out=tmp_path / "shards")
+    write_page(made.path, manifest.path, tmp_path / "corpus.html")
+    whole = (tmp_path / "corpus.html").read_text(encoding="utf-8")
+    table = whole[whole.index("<h2>Curation</h2>") : whole.index("<h2>What was dropped")]
+    lines = [re.sub(r"(<[^>]+>)+", "|", line).strip("|") for line in table.split("<tr>")[2:]]
+    assert manifest.extra["curation"]["language"]["web"]["changed"] == 2
+    assert [line.split("|")[0] for line in lines[::2]] == ["language", "quality", "pii", "exact"]
+    assert "language|web|2|0|2|detected 2" in lines
+    assert "exact|web|1|1|0|" in "\n".join(lines)
+    (hostile,) = [line for line in lines if line.startswith("quality|&lt;img src=x")]
+    assert "|1|1|0|" in hostile and "<img src=x" not in table and "\u202e" not in table
+    assert not [
+        row for row in pq.read_table(manifest.path / "curation.parquet").to_pylist() if row["step"] == "language"
+    ]

@@ -11,19 +11,19 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 import yaml
 
 from mmlm.corpus.columns import ANSWER, LABEL, QUESTION
 from mmlm.corpus.config import CAPTION, Ask, HfSource, TableMap, TableSource
 from mmlm.corpus.drafts import SPLIT_NAMES, Outcomes, Refusal
 from mmlm.corpus.readers.folders import list_files, storable
-from mmlm.corpus.readers.rows import Row, parquet_rows, parse_json, rows_at_a_time, rows_of_batch
+from mmlm.corpus.readers.rows import BROKEN_TABLE, Row, parquet_rows, parse_json, rows_at_a_time, rows_of_batch
 from mmlm.corpus.readers.table import read_asked
 from mmlm.corpus.readers.webdataset import split_in_name
 from mmlm.errors import DataError
@@ -90,7 +90,7 @@ def read_hf(source: HfSource, folder: Path, data: str, need: Need = lambda path:
         for row in rows_of(need(folder / name), prefix + name)
     )
     if not source.ask and not features:
-        refused = []
+        refused: list[Refusal] = []
         for one in rows:  # a broken file is told before what is missing
             if not isinstance(one[1], Refusal):
                 raise DataError(
@@ -98,15 +98,16 @@ def read_hf(source: HfSource, folder: Path, data: str, need: Need = lambda path:
                     wanted="features in dataset_info.json, README.md or the files",
                     cure="say in `map` and `ask` which columns hold what",
                 )
-            refused.append(one)
-        rows = chain(refused, rows)
+            refused.append(one[1])
+        yield from refused  # nothing else is there, and no question to be made up
+        return
     yield from read_asked(inferred(source, features), rows, data, by_content=True)
 
 
 def inferred(source: HfSource, features: Features) -> TableSource:
     """The source as a table: what its map and questions leave open is read off `features`.
 
-    Raises DataError when no column is an answer or a label.
+    Raises DataError when no column is an answer or a label, or a name is no selector.
     """
     columns = source.map.model_dump()
     for kind in _KINDS.values():
@@ -114,10 +115,16 @@ def inferred(source: HfSource, features: Features) -> TableSource:
         if named and not columns[kind]:
             columns[kind] = named if len(named) == 1 else [f"_{kind}s"]
             columns["many"] = "all"
-    return TableSource(
-        kind="table", files=[source.path], root="" if source.path == "." else source.path, map=TableMap(**columns),
-        ask=source.ask or _asks(source, features), lang=source.lang, license=source.license, split=source.split,
-    )  # fmt: skip
+    try:
+        return TableSource(
+            kind="table", files=[source.path], root="" if source.path == "." else source.path, map=TableMap(**columns),
+            ask=source.ask or _asks(source, features), lang=source.lang, license=source.license, split=source.split,
+        )  # fmt: skip
+    except pydantic.ValidationError as error:
+        raise DataError(
+            f"the columns of {source.path} have names that cannot be read as selectors ({error.errors()[0]['msg'][:120]})",
+            cure="rename them, or say in `map` and `ask` which columns hold what",
+        ) from None
 
 
 def _asks(source: HfSource, features: Features) -> list[Ask]:
@@ -239,7 +246,10 @@ def features_of(folder: Path, files: list[tuple[str, str]], need: Need = lambda 
             continue
     if told := _readme_features(folder):
         return read_features(told)
-    return _features_of_schema(schemas[0]) if schemas else Features()
+    try:
+        return _features_of_schema(schemas[0]) if schemas else Features()
+    except UnicodeDecodeError:  # a column's name; its rows are refused
+        return Features()
 
 
 def read_features(told: Any) -> Features:
@@ -298,7 +308,7 @@ def _schema(path: Path) -> pa.Schema | None:
             return pq.read_schema(path)
         with pa.memory_map(str(path)) as held:
             return _open(held).schema
-    except (pa.ArrowException, OSError):
+    except BROKEN_TABLE:
         return None
 
 
@@ -318,11 +328,12 @@ def rows_of(path: Path, shown: str) -> Iterator[Row | Refusal]:
     number = 0
     try:
         for batch in _batches(path):
-            at_a_time = rows_at_a_time(batch.nbytes, batch.num_rows)
+            # `nbytes` would follow offsets that nobody has looked at yet
+            at_a_time = rows_at_a_time(batch.get_total_buffer_size(), batch.num_rows)
             for at in range(0, batch.num_rows, at_a_time):
                 yield from rows_of_batch(batch.slice(at, at_a_time), shown, number + at)
             number += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except BROKEN_TABLE as error:
         where = f"{shown}:{number + 1}" if number else shown
         yield Refusal(where, "", "bad_table", f"{str(error)[:120]}; the rest of the file is not read")
 

@@ -27,6 +27,8 @@ _CHUNK = 1 << 20
 _HIVE = re.compile(r"([^/=]+)=([^/]*)/")
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 
+BROKEN_TABLE = (pa.ArrowException, OSError, MemoryError, ValueError, OverflowError)
+"""What pyarrow raises on rubbish; the last two where names of columns are not UTF-8, or numbers beyond all bounds."""
 Row = tuple[str, Any]
 """(`file:line`, the row)."""
 
@@ -369,7 +371,7 @@ def parquet_rows(path: Path, shown: str) -> Iterator[Row | Refusal]:
     partitions = {unquote(k): None if v == _NULL else unquote(v) for k, v in _HIVE.findall(shown)}
     try:
         opened = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+    except BROKEN_TABLE as error:
         yield Refusal(shown, "", "bad_table", f"no Parquet file: {str(error)[:120]}")
         return
     before = 0
@@ -385,7 +387,7 @@ def parquet_rows(path: Path, shown: str) -> Iterator[Row | Refusal]:
                         else:
                             yield outcome[0], {**partitions, **outcome[1]}
                     number += batch.num_rows
-            except (pa.ArrowException, OSError, MemoryError) as error:
+            except BROKEN_TABLE as error:
                 detail = f"{str(error)[:120]}; the rest of its {group.num_rows:,} rows is not read"
                 yield Refusal(f"{shown}:{number + 1}", "", "bad_table", f"row group {at + 1}: {detail}")
             before += group.num_rows
