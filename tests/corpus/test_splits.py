@@ -146,7 +146,7 @@ def test_a_shared_picture_follows_a_split_that_is_given() -> None:
 
 
 def test_media_that_given_splits_tear_apart_are_not_counted_as_joined() -> None:
-    alone = [(f"g{i}", "", []) for i in range(30)]
+    alone: list[tuple[str, str, list[str]]] = [(f"g{i}", "", []) for i in range(30)]
     torn, splitter = placed([("a", "test", ["x"]), ("b", "train", ["x", "y"]), ("c", "", ["y"]), *alone])
     assert [torn[i] for i in range(3)] == ["test", "train", "train"]
     assert (splitter.joined, splitter.apart, splitter.across) == (0, 0, 1)
