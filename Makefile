@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 STORY  ?= demo
+MINUTES ?= 60
 BIN    := .venv/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -10,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DAGSTER_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help venv demo test check faults slow bench ui clean
+.PHONY: help venv demo test check faults slow fuzz bench ui clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -48,6 +49,9 @@ faults: venv ## kill it in every stage, and see it recover (slow)
 
 slow: venv ## the other slow tests: whole runs, every ZeRO stage, ranks killed while they train
 	@$(BIN)/python -m pytest -m slow --ignore=tests/faults
+
+fuzz: venv ## an hour of broken input for every reader and decoder; MINUTES=5 TARGETS="parquet chat" for less
+	@$(BIN)/python -m tests.fuzz.run --minutes $(MINUTES) $(if $(TARGETS),--targets $(TARGETS))
 
 bench: venv ## ours against peers, side by side
 	@found=`ls benchmarks/[a-z]*.py 2>/dev/null`; test -n "$$found" || echo "no benchmarks yet"; mkdir -p runs/bench; \

@@ -17,6 +17,7 @@ from mmlm import story as stories
 from mmlm.artifacts import Artifact
 from mmlm.errors import MmlmError
 from mmlm.launch.local import choose
+from mmlm.model_commands import local_folder
 from mmlm.tracking import Tracker
 from mmlm.world import apply_quiet_environment
 
@@ -49,7 +50,7 @@ class StoryRun(dg.ConfigurableResource):  # type: ignore[type-arg]
         return stories.load(self.story, self.overrides)
 
     def folder(self, story: stories.Story) -> Path:
-        return Path(self.out or Path("runs") / story.name).resolve()
+        return (local_folder(self.out) if self.out else Path("runs") / story.name).resolve()
 
     def noun(self, verb: str) -> Artifact:
         """The noun that `verb` made. Raises ArtifactError when it is not there."""

@@ -91,6 +91,7 @@ def test_refusals(tmp_path: Path, scanned: Scan) -> None:
         {"id": "too many", "messages": turns("<image>", "x"), "images": ["a.png", "a.png"]},
         {"id": "role", "messages": [{"role": "wizard", "content": "x"}]},
         {"id": "part", "messages": turns([{"type": "hologram"}], "x")},
+        {"id": "kind", "messages": turns([{"type": {"of": "image"}}], "x")},
         {"id": "film", "messages": turns([{"type": "video", "video": "a.mp4"}], "x")},
         {"id": "climbs", "messages": turns([{"type": "image", "image": "../a.png"}], "x")},
         {"id": "number", "messages": turns(7, "x")},
@@ -102,8 +103,8 @@ def test_refusals(tmp_path: Path, scanned: Scan) -> None:
     assert {r["id"]: r["reason"] for r in made.refused} == {
         "no target": "no_target", "no messages": "no_messages", "empty": "no_messages", "silent": "no_target",
         "no question": "no_parts", "too few": "media_mismatch", "too many": "media_mismatch", "role": "bad_role",
-        "part": "unsupported_kind", "film": "missing_file", "climbs": "unsafe_path", "number": "bad_row",
-        "twice": "no_messages",
+        "part": "unsupported_kind", "kind": "unsupported_kind", "film": "missing_file", "climbs": "unsafe_path",
+        "number": "bad_row", "twice": "no_messages",
     }  # fmt: skip
 
 

@@ -122,3 +122,11 @@ def test_a_failing_check_stops_registration(
         assert failure is not None
         assert failure.user_failure_data is not None
         assert failure.user_failure_data.description == "the registry was reached"
+
+
+def test_no_folder_is_made_of_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = resources.StoryRun(story="demo", out="s3://bucket/run")
+    with pytest.raises(dg.Failure, match="is an address"):
+        run.perform("scan")
+    assert not list(tmp_path.iterdir())

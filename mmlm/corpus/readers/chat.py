@@ -163,7 +163,8 @@ class _Media:
             for piece in content if isinstance(content, list) else [content]:
                 if isinstance(piece, str) and any(m[1] in self.lists for m in _PLACEHOLDER.finditer(piece)):
                     return True
-                if isinstance(piece, dict) and piece.get("type") in self.lists and not _value(piece, piece["type"]):
+                kind = piece.get("type") if isinstance(piece, dict) else None
+                if isinstance(kind, str) and kind in self.lists and not _value(piece, kind):
                     return True
         return False
 
