@@ -153,7 +153,7 @@ def _command(commands: Any, name: str, text: str, call: Callable[[argparse.Names
 def _story_flags(command: Any) -> None:
     command.add_argument("story", metavar="STORY", help="a built-in story (demo, stamps, almanac) or the folder of one")
     folder = functools.partial(
-        model_commands.local_folder, cure="`mmlm shard STORY --mirror URI` publishes the finished shards"
+        model_commands.folder, cure="`mmlm shard STORY --mirror URI` publishes the finished shards"
     )
     command.add_argument("--out", type=folder, metavar="DIR", help="where everything goes (default: runs/STORY)")
     command.add_argument(
@@ -211,7 +211,7 @@ def _training_environment(arguments: argparse.Namespace) -> None:
 def _before_training(commands: Any) -> None:
     """Commands that come before a training: they write a story, or say what would suit it."""
     new = _command(commands, "new", "look at somebody's files and write a story for them", _new)
-    new.add_argument("story", type=model_commands.local_folder, metavar="DIR", help="the story folder to write")
+    new.add_argument("story", type=model_commands.folder, metavar="DIR", help="the story folder to write")
     new.add_argument("--data", required=True, metavar="PATH", help="a folder, CSV, JSON, JSONL or Parquet file")
     new.add_argument("--name", help="the story's name (default: the folder's)")
 
@@ -236,7 +236,7 @@ def _before_training(commands: Any) -> None:
     plan.add_argument("story", metavar="STORY|CONFIG", help="a story, or a train.yaml")
     plan.add_argument(
         "--out",
-        type=model_commands.local_folder,
+        type=model_commands.folder,
         metavar="DIR",
         help="where the story's shards lie, if made (default: runs/STORY)",
     )
@@ -257,10 +257,7 @@ def _before_training(commands: Any) -> None:
         "given", metavar="DIR|STORY", help="a manifest, a shard set, a run's folder, or a scanned story"
     )
     advise.add_argument(
-        "--out",
-        type=model_commands.local_folder,
-        metavar="DIR",
-        help="where the story's run lies (default: runs/STORY)",
+        "--out", type=model_commands.folder, metavar="DIR", help="where the story's run lies (default: runs/STORY)"
     )
     advise.add_argument(
         "--hours", type=float, default=8.0, metavar="N", help="a training may take so long (default: 8)"

@@ -25,17 +25,11 @@ def add(commands: Any, command: Command) -> None:
     _add_serve(commands, command)
 
 
-def local_folder(text: str, cure: str = "") -> Path:
-    """A folder to write into, as somebody named it. Raises ConfigError for an address: a path would make `s3:` of it."""
-    if "://" not in text:
-        return Path(text)
-    from mmlm.config import blank_credentials
+def folder(text: str, cure: str = "") -> Path:
+    """The type of a flag that names a folder to write into."""
+    from mmlm.storage import local_folder  # with pydantic, which `--help` does without
 
-    raise ConfigError(
-        f"{blank_credentials(text)[:200]} is an address",
-        wanted="a folder of this machine, without `://`",
-        cure=cure,
-    )
+    return local_folder(text, cure)
 
 
 def _add_predict(commands: Any, command: Command) -> None:
@@ -72,7 +66,7 @@ def _add_explain(commands: Any, command: Command) -> None:
     why.add_argument("--answer", metavar="TEXT", help="explain this text instead of what is answered")
     why.add_argument(
         "--out",
-        type=local_folder,
+        type=folder,
         default=Path("explanation"),
         metavar="DIR",
         help="where the page goes (default: explanation)",
@@ -87,7 +81,7 @@ def _add_explain(commands: Any, command: Command) -> None:
 def _add_export(commands: Any, command: Command) -> None:
     export = command(commands, "export", "write a model as a folder that other programs read", _export)
     export.add_argument("model", metavar="MODEL", help="models:/NAME@champion, or a folder")
-    export.add_argument("--to", type=local_folder, required=True, metavar="DIR", help="a new folder")
+    export.add_argument("--to", type=folder, required=True, metavar="DIR", help="a new folder")
     export.add_argument(
         "--format", choices=["llama", "hf", "safetensors"], default="llama",
         help="llama: the trunk, for transformers and what reads its models; hf: the whole, with its own code for "

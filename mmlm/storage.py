@@ -15,13 +15,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mmlm.config import blank_credentials
-from mmlm.errors import DataError, TooLargeError
+from mmlm.errors import ConfigError, DataError, TooLargeError
 
 MAX_FILE_BYTES = 512 << 20
 """A single media file larger than this is refused before it is read."""
 
 _SECONDS = r"[0-9]{1,9}(?:\.[0-9]{0,9})?"
 _FRAGMENT = re.compile(rf"(?:#bytes=([0-9]{{1,18}})\+([0-9]{{1,18}}))?(?:#t=({_SECONDS}),({_SECONDS}))?\Z")
+
+
+def local_folder(text: str, cure: str = "") -> Path:
+    """A folder to write into, as somebody named it. Raises ConfigError for an address: a path would make `s3:` of it."""
+    if "://" in text:
+        raise ConfigError(
+            f"{blank_credentials(text)[:200]} is an address",
+            wanted="a folder of this machine, without `://`",
+            cure=cure,
+        )
+    return Path(text)
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -17,7 +17,7 @@ from mmlm import story as stories
 from mmlm.artifacts import Artifact
 from mmlm.errors import MmlmError
 from mmlm.launch.local import choose
-from mmlm.model_commands import local_folder
+from mmlm.storage import local_folder
 from mmlm.tracking import Tracker
 from mmlm.world import apply_quiet_environment
 

@@ -171,7 +171,7 @@ def _predict(
     """(model, one prediction or None per sample), for the models, then the baselines."""
     for name, model in bench.models.items():
         answers = model.answer(samples, batch_size=config.batch_size, given=chosen.kept, generation=config.generation)
-        said = ["" if getattr(a, "error", None) else a.answer for a in answers]  # half a JSON document is no answer
+        said = ["" if a.error else a.answer for a in answers]  # half a JSON document is no answer
         yield (
             name,
             [

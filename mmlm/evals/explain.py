@@ -167,7 +167,7 @@ def explain(
     score = _LogProbability(answerer, sample, of, answer)
     if not score.inputs:
         raise DataError(
-            f"the model reads nothing of this question that an answer could be put down to ({score.kind})",
+            f"the model reads nothing of this question that an answer could be put down to ({type(answerer.model).__name__})",
             wanted="a picture, a sound or fields, or a Transformer, lstm or gru, which read text",
         )
     starts = score.starts(encode)
@@ -235,7 +235,6 @@ class _LogProbability:
         own = [*answerer.tokenizer.encode(answer), EOS] if of == "text" else []
         self.sample = dataclasses.replace(sample, tokens=np.array([*prompt, *own], np.int32))
         self._batches: dict[int, Batch] = {}
-        self.kind = type(self.model).__name__
         self.reads = hasattr(self.model, "tokens")
         """Whether the model reads text at all."""
         one = self.batch(1)

@@ -61,8 +61,6 @@ _STEPS = (
     ("dropped.parquet", "parts left out", "broken pictures and sounds of records that were kept without them"),
     ("curation.parquet", "curated", "records that a curation step dropped or changed"),
 )
-_CURATION = ("language", "quality", "pii", "exact", "near_text", "near_images", "contamination", "balance")
-"""Curation steps in their order, which a JSON object at rest does not keep."""
 
 Html = str
 
@@ -297,8 +295,11 @@ def _short(value: str, length: int = 240) -> str:
 
 def _curated(scanned: Artifact) -> Iterator[Html]:
     """What each curation step did to the records of each source, from the manifest's own account."""
+    from mmlm.corpus.curation.config import CurateConfig  # whose fields stand in the order in which the steps run
+
     told = scanned.extra.get("curation") or {}
-    steps = [*(step for step in _CURATION if step in told), *sorted(set(told) - set(_CURATION))]
+    known = [step for step in CurateConfig.model_fields if step in told]
+    steps = [*known, *sorted(set(told).difference(known))]
     found = [(step, source, counts) for step in steps for source, counts in told[step].items()]
     if not found:
         return

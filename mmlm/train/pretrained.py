@@ -29,7 +29,7 @@ from mmlm.features.text import Tokenizer
 from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.model.config import ModelConfig, PretrainedConfig
 from mmlm.model.fusion import Add
-from mmlm.model.huggingface.encoder import EncoderModel
+from mmlm.model.huggingface.encoder import EncoderModel, refuse
 from mmlm.model.huggingface.settings import from_settings
 from mmlm.model.huggingface.tensors import from_llama
 from mmlm.model.transformer import FusedTransformer
@@ -58,6 +58,7 @@ def settle(config: ModelConfig, spec: FeatureSpec, shards: Path) -> ModelConfig:
     settings = _read_json(folder / "config.json")
     encoder = None
     if settings.get("model_type") in encoders.KINDS:
+        refuse(config, spec)
         found, encoder = encoders.fields(settings, _read_json(folder / "tokenizer.json"), str(folder), spec)
     else:
         found = from_settings(settings, str(folder), spec.max_len)

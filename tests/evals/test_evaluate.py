@@ -14,10 +14,10 @@ import pytest
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
 from mmlm.errors import DataError
+from mmlm.evals.answer import Answer
 from mmlm.evals.bench import Bench
 from mmlm.evals.config import EvaluateConfig
 from mmlm.evals.evaluate import RECIPE, evaluate_on, metric_name
-from mmlm.evals.predictions import Prediction
 from mmlm.features.sample import Sample
 from mmlm.features.spec import ANSWER, BOS, EOS, FeatureSpec, TaskSpec
 from mmlm.tracking import NullRun
@@ -154,7 +154,7 @@ class Parrot:
             right = int(s.id[1:]) % 3 > 0
             label = None if s.label is None else s.label if right else "好"
             scores = {} if label is None else {k: 0.9 if k == label else 0.1 for k in ("好", "bad")}
-            found.append(Prediction(label, scores, s.answer if right else "", 0.5))
+            found.append(Answer(s.answer if right else "", 0.5, label, scores))
         return found
 
 

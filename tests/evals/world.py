@@ -29,7 +29,7 @@ class Guesser:
         self.skill, self.seed = skill, seed
 
     def answer(self, samples, *, batch_size=64, given=None, generation=None):  # type: ignore[no-untyped-def]
-        from mmlm.evals.predictions import Prediction
+        from mmlm.evals.answer import Answer
 
         found = []
         for s in samples:
@@ -40,7 +40,7 @@ class Guesser:
             sure = float(rng.uniform(0.6, 0.99))
             rest = (1 - sure) / (len(LABELS) - 1)
             scores = {k: sure if k == label else rest for k in LABELS}
-            found.append(Prediction(label, scores, WORDS[s.lang][LABELS.index(label)], sure))
+            found.append(Answer(WORDS[s.lang][LABELS.index(label)], sure, label, scores))
         return found
 
 

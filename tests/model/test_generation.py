@@ -71,17 +71,22 @@ def by_full_passes(net: FusedTransformer, one: Sample, config: GenerationConfig,
     return ids, total
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("changes", [{}, {"attention": "causal", "kv_heads": 2, "qk_norm": True}], ids=str)
-def test_every_token_is_that_of_the_full_pass(settings: dict[str, Any], changes: dict[str, Any]) -> None:
-    net, config, samples = model(**changes), GenerationConfig(**settings), asked()
+def compared(net: FusedTransformer, config: GenerationConfig) -> list[list[int]]:
+    """The answers, which are those of full passes."""
+    samples = asked()
     seeds = list(range(100, 100 + len(samples)))
     with torch.no_grad():
         wanted = [by_full_passes(net, one, config, seed) for one, seed in zip(samples, seeds, strict=True)]
     found = generate(net, prompts(samples), LIMIT, config, seeds=seeds)
     assert found.ids == [ids for ids, _ in wanted]
     assert found.log_score_R.tolist() == pytest.approx([total for _, total in wanted], abs=1e-3)
-    lengths = [len(ids) for ids in found.ids]
+    return found.ids
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("changes", [{}, {"attention": "causal", "kv_heads": 2, "qk_norm": True}], ids=str)
+def test_every_token_is_that_of_the_full_pass(settings: dict[str, Any], changes: dict[str, Any]) -> None:
+    lengths = [len(ids) for ids in compared(model(**changes), GenerationConfig(**settings))]
     assert min(lengths) < max(lengths), "some answers must leave before others"
 
 
@@ -97,13 +102,7 @@ FORMS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[-1]], ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_so_it_is_in_every_form(settings: dict[str, Any], form: dict[str, Any]) -> None:
-    net, config, samples = model(**form), GenerationConfig(**settings), asked()
-    seeds = list(range(100, 100 + len(samples)))
-    with torch.no_grad():
-        wanted = [by_full_passes(net, one, config, seed) for one, seed in zip(samples, seeds, strict=True)]
-    found = generate(net, prompts(samples), LIMIT, config, seeds=seeds)
-    assert found.ids == [ids for ids, _ in wanted]
-    assert found.log_score_R.tolist() == pytest.approx([total for _, total in wanted], abs=1e-3)
+    assert any(compared(model(**form), GenerationConfig(**settings)))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

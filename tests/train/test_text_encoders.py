@@ -21,7 +21,6 @@ from mmlm.features.spec import ANSWER, BOS, EOS, FeatureSpec, ImageSpec, TaskSpe
 from mmlm.features.text import Tokenizer
 from mmlm.model.config import ModelConfig
 from mmlm.model.huggingface.encoder import EncoderModel
-from mmlm.model.transformer import FusedTransformer
 from mmlm.publish.export import export
 from mmlm.train import adapted, pretrained, weights
 from mmlm.train.config import LossConfig, TrainConfig
@@ -114,17 +113,18 @@ def test_an_encoder_passes_over_nothing(tmp_path: Path):
     folder = folder_of(tmp_path / "bert")
     spec, shards = shards_of(tmp_path / "shards", (folder / "tokenizer.json").read_text())
 
-    def built(spec: FeatureSpec, **changes: object) -> FusedTransformer:
+    def settled(**changes: object) -> TrainConfig:
         given = TrainConfig.model_validate({"model": {"pretrained": {"folder": str(folder)}, **changes}})
-        return weights.build(pretrained.settled(given, shards).model, spec)
+        return pretrained.settled(given, shards)
 
-    assert built(spec)
-    with pytest.raises(ConfigError, match="records with image"):
-        built(spec.model_copy(update={"image": ImageSpec(size=16, patch=8, channels=1)}))
+    assert settled()
     with pytest.raises(ConfigError, match="fusion adversarial on an encoder of texts"):
-        built(spec, fusion="adversarial")
+        settled(fusion="adversarial")
     with pytest.raises(ConfigError, match=r"model\.embedding on an encoder of texts"):
-        built(spec, embedding=8)
+        settled(embedding=8)
+    feature_spec.save(spec.model_copy(update={"image": ImageSpec(size=16, patch=8, channels=1)}), shards)
+    with pytest.raises(ConfigError, match="records with image"):
+        settled()
 
 
 def test_what_an_encoder_cannot_do_is_refused(tmp_path: Path):

@@ -32,12 +32,6 @@ class EncoderModel(FusedTransformer):
     def __init__(self, config: ModelConfig, spec: FeatureSpec) -> None:
         nn.Module.__init__(self)
         require_classes(spec)
-        refuse(config, spec)
-        if config.embedding:
-            raise ConfigError(
-                "model.embedding on an encoder of texts", wanted="a model that reads what is to be brought together",
-                cure="leave model.embedding away, or train a transformer, lstm, gru or cnn",
-            )  # fmt: skip
         assert config.pretrained is not None and config.pretrained.encoder is not None
         settings = config.pretrained.encoder
         self.config, self.vocabulary = config, spec.vocab_size
@@ -96,6 +90,11 @@ def refuse(config: ModelConfig, spec: FeatureSpec) -> None:
         raise ConfigError(
             f"an encoder of texts for records with {' and '.join(unread)}", wanted="records of text alone",
             cure="give a causal language model as model.pretrained.folder, or take the media out of shard.yaml",
+        )  # fmt: skip
+    if config.embedding:
+        raise ConfigError(
+            "model.embedding on an encoder of texts", wanted="a model that reads what is to be brought together",
+            cure="leave model.embedding away, or train a transformer, lstm, gru or cnn",
         )  # fmt: skip
     if config.layout != "decoder" or config.fusion.kind != "concat":
         raise ConfigError(
