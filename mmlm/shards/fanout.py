@@ -16,9 +16,9 @@ import socket
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,10 @@ from mmlm.shards import reaper
 from mmlm.shards.encoders import Features, PretrainedEncoder
 from mmlm.shards.plan import Unit
 from mmlm.shards.write import UnitWriter, Written
+
+Item = TypeVar("Item")
+Ticket = TypeVar("Ticket")
+Result = TypeVar("Result")
 
 RETRIES = 3
 """How often a unit is given to another worker when its worker dies."""
@@ -54,20 +58,41 @@ def write_on_ray(
         writer = _with_actors(writer, workers)  # its handles keep the actors alive until the end
         shared = ray.put(writer)
         write = ray.remote(num_cpus=1, max_retries=RETRIES)(_write_unit)
-        waiting: dict[Any, int] = {}
 
-        def next_result() -> Written:
+        def next_of(waiting: Collection[Any]) -> tuple[Any, Written]:
             ready, _ = ray.wait(list(waiting), num_returns=1)
-            del waiting[ready[0]]
-            return _result(ready[0])
+            return ready[0], _result(ready[0])
 
-        for unit in units:
-            size = unit.table.nbytes
-            while waiting and (len(waiting) >= 2 * workers or sum(waiting.values()) + size > WINDOW_BYTES):
-                yield next_result()
-            waiting[write.remote(shared, unit)] = size
-        while waiting:
-            yield next_result()
+        sized = ((unit, unit.table.nbytes) for unit in units)
+        yield from through_window(sized, lambda unit: write.remote(shared, unit), next_of, 2 * workers, WINDOW_BYTES)
+
+
+def through_window(
+    items: Iterable[tuple[Item, int]],
+    begin: Callable[[Item], Ticket],
+    next_of: Callable[[Collection[Ticket]], tuple[Ticket, Result]],
+    most: int,
+    most_bytes: int,
+) -> Iterator[Result]:
+    """The results of `items`, (item, its bytes) each, in the order in which they are done: backpressure by bytes.
+
+    An item is begun only when fewer than `most` are on their way and all together, with it, have at most `most_bytes`;
+    one that is larger goes alone. Until then no further item is taken. `next_of` waits for one of the tickets that
+    `begin` gave.
+    """
+    waiting: dict[Ticket, int] = {}
+
+    def done() -> Result:
+        ticket, result = next_of(waiting)
+        del waiting[ticket]
+        return result
+
+    for item, size in items:
+        while waiting and (len(waiting) >= most or sum(waiting.values()) + size > most_bytes):
+            yield done()
+        waiting[begin(item)] = size
+    while waiting:
+        yield done()
 
 
 def _write_unit(writer: UnitWriter, unit: Unit) -> Written:

@@ -40,7 +40,8 @@ def test_what_is_asked_for_stands_in_the_script() -> None:
 def test_words_with_spaces_and_quotes_arrive_as_they_are(tmp_path: Path) -> None:
     words = ["a b", "it's", '"$HOME"', "x;y"]
     config = SlurmConfig(environment={"WHAT": "two words; $HOME"}, setup=["export LATER=$WHAT"])
-    told = "import os, sys; os.write(1, f\"{sys.argv[1:]} {os.environ['LATER']}\\n\".encode())"  # one write: two tasks share a log
+    # one write each, because the two tasks share a log
+    told = "import os, sys; os.write(1, f\"{sys.argv[1:]} {os.environ['LATER']}\\n\".encode())"
     command = ["python3", "-c", told, *words]
     queue = StandIns(tmp_path)
     queue.submit(slurm.render(config, command, "name"))

@@ -30,7 +30,7 @@ from mmlm.corpus.curation.near_images import Look, Picture, PictureIndex, Place,
 from mmlm.corpus.curation.near_text import TextIndex
 from mmlm.corpus.records import SPLITS
 from mmlm.errors import DataError, TooLargeError
-from mmlm.storage import MAX_FILE_BYTES
+from mmlm.storage import MAX_FILE_BYTES, split_fragment
 
 Rows = Callable[[], Iterator[dict[str, Any]]]
 Read = Callable[[str, int], bytes]
@@ -298,19 +298,26 @@ def text_of(row: dict[str, Any]) -> str:
 
 
 def _beside(row: dict[str, Any]) -> int:
-    """A number for what is not text: media by their place (inline ones by their bytes) and fields. 0: nothing."""
+    """A number for what is not text: media and fields. 0: nothing."""
     held = [
-        (p["kind"], p["uri"] or hashlib.sha256(p["data"] or b"").hexdigest() if p["kind"] in _MEDIA else p["fields"])
-        for p in row["parts"]
-        if p["kind"] != "text"
+        (p["kind"], _medium(p) if p["kind"] in _MEDIA else p["fields"]) for p in row["parts"] if p["kind"] != "text"
     ]
     return _number("b", json.dumps(held)) if held else 0
+
+
+def _medium(part: dict[str, Any]) -> list[Any]:
+    """What tells a medium from others: its bytes and the seconds of them, wherever it lies; its place in a manifest
+    that has no hash of it."""
+    if part["data"] is not None:
+        return [hashlib.sha256(part["data"]).hexdigest(), None]
+    known = part.get("sha256")  # manifests of before have none
+    return [known, split_fragment(part["uri"])[1]] if known else [part["uri"]]
 
 
 def _asked(row: dict[str, Any], wordings: frozenset[str]) -> int:
     """A number for all of a record that is neither picture nor wording: questions, context, sounds, fields, answers."""
     held = [
-        p["text"] if p["kind"] == "text" else p["uri"] or p["fields"] or hashlib.sha256(p["data"] or b"").hexdigest()
+        p["text"] if p["kind"] == "text" else _medium(p) if p["kind"] in _MEDIA else p["fields"]
         for p in row["parts"]
         if p["kind"] != "image" and not (p["kind"] == "text" and p["text"] in wordings)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from mmlm.corpus.curation import columns, minhash
 from mmlm.corpus.curation.minhash import candidate_pairs, signatures
 from mmlm.corpus.curation.shingles import shingles
+from mmlm.corpus.records import Part, Record, to_row
 from tests.corpus.curation.curated import altered, drops, losers_by_brute_force, orders, row, sentences, shingle_set
 
 
@@ -76,6 +78,28 @@ def test_other_tasks_media_and_questions_of_one_group_are_no_duplicates(tmp_path
     ]  # fmt: skip
     assert set(drops(rows, tmp_path, near_text={}).events) == {"e", "f"}
     assert set(drops(rows[1:], tmp_path, near_text={}).events) == set()
+
+
+def test_a_medium_is_known_by_its_bytes_wherever_it_lies(tmp_path: Path) -> None:
+    """The hash that the scan stored tells, and the seconds that are meant; inline bytes are the same medium too."""
+    text = sentences(0, 1, 60)[0]
+
+    def beside(id: str, medium: Part) -> dict[str, Any]:
+        return to_row(Record(id, (medium, Part("text", text=f"{text} {id}")), split="train", group=id))
+
+    same = hashlib.sha256(b"sound").hexdigest()
+    rows = [
+        beside("a", Part("audio", uri="here/1.wav", sha256=same)),
+        beside("b", Part("audio", uri="there/2.wav", sha256=same)),
+        beside("c", Part("audio", uri="here/1.wav#t=0,5", sha256=same)),
+        beside("d", Part("audio", uri="there/2.wav#t=0,5", sha256=same)),
+        beside("e", Part("audio", data=b"sound")),
+        beside("f", Part("audio", uri="here/1.wav", sha256="0" * 64)),
+        beside("g", Part("audio", uri="here/1.wav")),
+        beside("h", Part("image", uri="here/1.wav", sha256=same)),
+    ]
+    found = drops(rows, tmp_path, near_text={})
+    assert {i: e.detail for i, e in found.events.items()} == {"b": "like a", "d": "like c", "e": "like a"}
 
 
 def test_chinese_texts_are_compared_by_characters(tmp_path: Path) -> None:
