@@ -122,6 +122,27 @@ def test_every_parameter_has_a_gradient_whatever_a_batch_lacks(layout: str, give
 
 
 @pytest.mark.parametrize("layout", ["encoder", "encoder_decoder"])
+@pytest.mark.parametrize("away", ["image", "audio", "fields"])
+def test_a_missing_modality_gives_the_gradients_of_a_model_without_it(layout: str, away: str):
+    """The records lack it; the other model has never heard of it, and shares all other weights."""
+    samples = [keep_modalities(sample(i), {"image", "audio", "fields", "context"} - {away}) for i in range(3)]
+    whole, knows = model(layout), net_spec(layout)
+    without = knows.model_copy(update={away: None})
+    part = weights.build(whole.config, without).eval()
+    part.load_state_dict({n: t for n, t in whole.state_dict().items() if n in part.state_dict()})
+    made = []
+    for net, spec in ((whole, knows), (part, without)):
+        objective, batch = Answering(LossConfig(), spec), collate(samples, spec)
+        loss = loss_of(objective(net, batch), objective.counts(batch))
+        loss.backward()
+        made.append((loss.item(), {n: p.grad for n, p in net.named_parameters()}))
+    (one, mine), (other, its) = made
+    assert one == pytest.approx(other, rel=1e-6) and set(its) < set(mine)
+    for name, gradient in mine.items():
+        assert torch.allclose(gradient, its[name], atol=1e-6) if name in its else not gradient.any(), name
+
+
+@pytest.mark.parametrize("layout", ["encoder", "encoder_decoder"])
 def test_recomputing_blocks_changes_nothing(layout: str):
     made = []
     for every in (0, 1):
