@@ -182,8 +182,8 @@ class Session:
     def probe(self) -> float:
         """Loss of the fixed probe batch; every rank computes the same one."""
         with torch.no_grad(), self.trainer.evaluating():
-            batch = self.loader.probe().to(self.device)
-            loss = loss_of(self.objective(self.trainer.model, batch), self.objective.counts(batch))
+            batch, objective = self.loader.probe().to(self.device), self.objective.alone()
+            loss = loss_of(objective(self.trainer.model, batch), objective.counts(batch))
         return float(loss)
 
 
