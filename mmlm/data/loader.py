@@ -143,7 +143,7 @@ class Loader:
 
     def _probe(self, size: int) -> Batch:
         count = min(size, len(self.reader))
-        samples = [self.maker.record(i) for i in range(count)]
+        samples = [self.maker.cut(self.maker.record(i)) for i in range(count)]
         notes, self.maker.notes = self.maker.notes, []
         _log(notes)
         return collate(samples, self.reader.spec)

@@ -12,7 +12,7 @@ import numpy as np
 from mmlm.data.arrays import Empty, assemble
 from mmlm.data.augment import augment
 from mmlm.data.config import BestFitPacking, DataConfig
-from mmlm.data.modalities import drop_modalities, expected_loss
+from mmlm.data.modalities import drop_modalities, expected_loss, keep_modalities
 from mmlm.data.order import Order, key_of, share
 from mmlm.data.plan import WHOLE, Plan
 from mmlm.data.reader import ShardReader
@@ -107,6 +107,15 @@ class Maker:
             self._note(i, found)
         return found or self._give_up(i)
 
+    def cut(self, sample: Sample) -> Sample:
+        """`sample`, or where shards keep what is longer than a sequence, as many of its words as one holds."""
+        from mmlm.features.encode import opened_length  # here, since it brings the decoders of all media
+
+        length = (self.plan.length if self.plan else None) or self.reader.spec.max_len
+        if not self.plan or opened_length(sample, self.reader.spec) <= length:
+            return sample
+        return _part(keep_modalities(sample, {"context"}), 0, length)
+
     def _note(self, i: int, stand_in: Sample | None) -> None:
         if i not in self._noted:
             self._noted.add(i)
@@ -138,10 +147,7 @@ class Maker:
         )
         if sample is None or last == WHOLE:
             return sample
-        return dataclasses.replace(
-            sample, id=f"{sample.id}#{first}-{last}", tokens=sample.tokens[first:last], answer_at=-1, context_spans=[],
-            label=None, labels=None, number=None, answer=None,
-        )  # fmt: skip
+        return _part(sample, first, last)
 
     def _stand_in(self, number: int, bad: int, room: int) -> tuple[Sample | None, int]:
         """A sample of the same stream in the place of row `bad`, about as long as there is room, and its length.
@@ -192,3 +198,11 @@ class Maker:
         raise DataError(
             f"{self.damaged[i]}, and so is what would stand in for it", cure="run `mmlm verify` on the shard set"
         )
+
+
+def _part(sample: Sample, first: int, last: int) -> Sample:
+    """Some tokens of a text, each of which is learnt from."""
+    return dataclasses.replace(
+        sample, id=f"{sample.id}#{first}-{last}", tokens=sample.tokens[first:last], answer_at=-1, context_spans=[],
+        label=None, labels=None, number=None, answer=None,
+    )  # fmt: skip

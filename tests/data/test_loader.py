@@ -24,6 +24,7 @@ from mmlm.data.config import DataConfig
 from mmlm.data.loader import Loader
 from mmlm.data.reader import ShardReader
 from mmlm.errors import ArtifactError, ConfigError, DataError
+from mmlm.features.encode import opened_length
 from mmlm.world import World
 
 PACKED: dict[str, Any] = {
@@ -214,6 +215,18 @@ def test_a_shard_set_of_very_many_shards_is_opened_at_once(tmp_path: Path, mixed
     tracemalloc.stop()
     assert len(reader) > 3_000_000 and len(reader._starts) > 100_000
     assert seconds < 2 and peak < 30_000_000  # a row of the manifest each, and nothing for each sample
+
+
+@pytest.mark.parametrize("config", [PACKED, PLAIN], ids=["packed", "plain"])
+def test_the_probe_holds_no_more_than_sequences(mixed: Artifact, config: dict[str, Any]):
+    """These shards keep records of any length, and every rank works on the whole probe at every save."""
+    one, other = loader(mixed.path, config), loader(mixed.path, config, 1, 3)
+    count, most = len(one.reader), one.reader.spec.max_len
+    long = [i for i in range(count) if opened_length(one.reader[i], one.reader.spec) > most]
+    probe = one.probe(count)
+    assert probe.tokens_BT.shape == (count, most) and len(long) > 10
+    assert [n for n, name in enumerate(probe.ids) if "#" in name] == long
+    assert rows(probe) == rows(other.probe(count))
 
 
 def test_one_thread_reads_though_another_asks_for_the_probe(mixed: Artifact):
