@@ -3,7 +3,8 @@
 A bad step is skipped: its gradients are dropped on every rank (all see the same summed loss, so all agree) and it is
 remembered with its evidence in `evidence/`. After `rollback_after` bad steps within `window` the training goes back to
 the last checkpoint before the first of them and does not see their data again, nor that of as many steps before it
-(the cure of Chowdhery et al. 2022, section 5.1). `evidence/skipped.json` outlives a kill: what was skipped stays so.
+(the cure of Chowdhery et al. 2022, section 5.1). `evidence/skipped.json` outlives a kill: what was skipped stays so, as
+long as there is a checkpoint to go on from.
 """
 
 from __future__ import annotations
@@ -124,6 +125,15 @@ class Guard:
         self.settled = set(kept.get("settled", []))
         self.rollbacks = int(kept.get("rollbacks", 0))
         self.going_back = kept.get("going_back")
+
+    def forget(self) -> int:
+        """Begin anew: what was bad for weights that are gone need not be so for these. The evidence itself stays.
+        Returns how many steps were skipped."""
+        count = len(self.skipped)
+        self.take({})
+        if self.main:
+            (self.folder / SKIPPED).unlink(missing_ok=True)
+        return count
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""

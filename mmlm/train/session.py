@@ -52,7 +52,7 @@ class Session:
     def resume(self) -> int:
         """Go on from the newest intact checkpoint, proved on the probe batch. Returns the step to do next, from 0."""
         self.guard.take(engine.broadcast(self.guard.kept() if self.world.is_main else None))
-        if self.guard.going_back is not None:
+        if self.guard.going_back is not None and self.keeper.steps():
             return self._go_back(self.guard.going_back)
         saved = self.keeper.newest()
         if saved is None and self.where.resume:
@@ -60,6 +60,8 @@ class Session:
                 f"{self.keeper.folder} holds no intact checkpoint", wanted="one to go on from (--resume)",
                 cure="leave --resume away to begin anew",
             )  # fmt: skip
+        if saved is None and (count := self.guard.forget()) and self.world.is_main:
+            tell(f"{self.name}: begun anew, without a checkpoint; the {count} steps that were skipped are tried again")
         if saved:
             self.keeper.restore(saved)
             self._load(saved.state)
