@@ -5,9 +5,9 @@
     ...                                             # write below work.path; what a killed run left is still there
     return work.finish(counts={...}, digest_of=["manifest.parquet"])
 
-Fingerprint = kind + recipe version + config + digests of the parents (+ `extra`, such as the listing of a scan's
-sources). Digest = what the content is; two runs that made the same bytes have the same digest, so what depends
-on them is not made again.
+Fingerprint = kind + recipe version + config (without how it runs) + digests of the parents (+ `extra`, such as the
+listing of a scan's sources). Digest = what the content is; two runs that made the same bytes have the same digest, so
+what depends on them is not made again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mmlm import __version__
-from mmlm.config import Config, resolved
+from mmlm.config import Config, identity, resolved
 from mmlm.errors import ArtifactError
 from mmlm.storage import sha256_file, sha256_json, write_json
 
@@ -104,17 +104,20 @@ def begin(
     parents: Mapping[str, Artifact] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Work:
-    """Start, resume or find the noun `kind` in folder `out`.
+    """Start, resume or find the noun `kind` in folder `out`. It may have been made, or begun, in another way
+    (`Config.how_it_runs`).
 
     Raises ArtifactConflict when another one is there, ArtifactError when another process works on it.
     """
     lineage = {name: parent.digest for name, parent in (parents or {}).items()}
     plain = resolved(config)
-    wanted = sha256_json({"kind": kind, "recipe": recipe, "config": plain, "parents": lineage, "extra": extra or {}})
+    made_of = {"kind": kind, "recipe": recipe, "parents": lineage, "extra": extra or {}}
+    wanted = sha256_json({**made_of, "config": identity(config)})
+    known = (wanted, sha256_json({**made_of, "config": plain}))  # version 0.1 counted in how it runs
     work = Work(Path(out), kind, wanted, recipe, plain, lineage, dict(extra or {}))
     if (out / NAME).exists():
         found = read(out)
-        if found.fingerprint != wanted or found.kind != kind:
+        if found.fingerprint not in known or found.kind != kind:
             raise ArtifactConflict(out, found.fingerprint, wanted)
         work.artifact = found
         return work
@@ -123,7 +126,7 @@ def begin(
             started = json.loads((out / WORK).read_text())
         except ValueError:
             started = {"fingerprint": "unreadable"}
-        if started.get("fingerprint") != wanted:
+        if started.get("fingerprint") not in known:
             raise ArtifactConflict(out, started.get("fingerprint", "unreadable"), wanted)
         work.run_id = started.get("run_id")
     elif out.exists() and any(p.name != ".lock" and not p.name.endswith(".tmp") for p in out.iterdir()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -17,6 +17,9 @@ class Config(pydantic.BaseModel):
     """Base of every config: immutable, unknown keys refused. A field's meaning stands in the string under it."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    how_it_runs: ClassVar[tuple[str, ...]] = ()
+    """Fields that say how the work is done and what is kept on the way; what comes of it they change by rounding at most,
+    so they are no part of what a noun is."""
 
 
 C = TypeVar("C", bound=Config)
@@ -143,7 +146,7 @@ def blank_credentials(text: str) -> str:
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """The config as plain JSON values, credentials blanked: what is stored, logged and fingerprinted."""
+    """The config as plain JSON values, credentials blanked: what is stored and logged."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, str):
@@ -155,3 +158,8 @@ def resolved(config: Config) -> dict[str, Any]:
         return value
 
     return clean(config.model_dump(mode="json"))
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """`resolved(config)` without how it runs: what a noun's fingerprint is made of."""
+    return {key: value for key, value in resolved(config).items() if key not in config.how_it_runs}

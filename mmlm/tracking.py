@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from mmlm import __version__, spool
 from mmlm import tracking_store as store
-from mmlm.config import Config, blank_credentials, resolved
+from mmlm.config import Config, blank_credentials, identity, resolved
 from mmlm.errors import Interrupted, LaunchError, MmlmError
 
 PARENT = "mlflow.parentRunId"
@@ -284,9 +284,8 @@ class Tracker:
         tags = {PARENT: str(self.parent), "stage": name, "fingerprint": work.fingerprint, "recipe": str(work.recipe)}
         tags |= {f"parent.{k}": v for k, v in work.parents.items()}
         tags |= {"story": self.story, "out": str(work.path), "mmlm.code_version": __version__, **_process()}
-        state = self._resume(work, tags) or spool.State(
-            self._key, name, tags, spool.now(), path=work.path / spool.STATE
-        )
+        before = self._resume(work, tags)
+        state = before or spool.State(self._key, name, tags, spool.now(), path=work.path / spool.STATE)
         if state.run_id is None:
             (work.path / spool.ROWS).unlink(missing_ok=True)  # of an attempt that this store does not know
             with contextlib.suppress(Exception):  # an outage in mid-run: the sender creates it later
@@ -295,7 +294,9 @@ class Tracker:
         state.save()
         work.track(state.run_id)
         run, sender = Run(work.path, state), store.Sender(self._client, self._experiment, state)
-        run.params(resolved(config) if isinstance(config, Config) else config)
+        # a parameter cannot be changed, and how it runs may be another than when the run began
+        params = config if not isinstance(config, Config) else identity(config) if before else resolved(config)
+        run.params(params)
         sender.start()
         try:
             yield run

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from mmlm import artifacts
 from mmlm.artifacts import Artifact, ArtifactConflict
-from mmlm.config import Config
+from mmlm.config import Config, resolved
 from mmlm.errors import ArtifactError
+from mmlm.storage import sha256_json
 from mmlm.story import settle
 
 
@@ -31,6 +33,39 @@ def test_the_same_config_is_found_again_untouched(tmp_path: Path):
     stamp = (tmp_path / "n" / "numbers.txt").stat().st_mtime_ns
     assert make(tmp_path / "n", 3).fingerprint == first.fingerprint
     assert (tmp_path / "n" / "numbers.txt").stat().st_mtime_ns == stamp
+
+
+class Sums(Config):
+    how_it_runs: ClassVar[tuple[str, ...]] = ("threads",)
+    count: int = 3
+    threads: int = 1
+
+
+def test_how_it_runs_is_no_part_of_what_it_is(tmp_path: Path):
+    out = tmp_path / "n"
+    begun = artifacts.begin(out, "sums", recipe=1, config=Sums())
+    begun.release()
+    work = artifacts.begin(out, "sums", recipe=1, config=Sums(threads=4))
+    made = work.finish(counts={}, digest_of=[])
+    assert work.fingerprint == begun.fingerprint and made.config["threads"] == 4
+    assert artifacts.begin(out, "sums", recipe=1, config=Sums(threads=2)).artifact == made
+    with pytest.raises(ArtifactConflict):
+        artifacts.begin(out, "sums", recipe=1, config=Sums(count=4))
+
+
+def test_what_was_made_when_how_it_ran_counted_is_found_and_continued_with_the_same_config(tmp_path: Path):
+    old = {"kind": "sums", "recipe": 1, "config": resolved(Sums(threads=4)), "parents": {}, "extra": {}}
+    out = tmp_path / "n"
+    out.mkdir()
+    (out / artifacts.WORK).write_text(json.dumps({"fingerprint": sha256_json(old), "run_id": "r"}))
+    with pytest.raises(ArtifactConflict):
+        artifacts.begin(out, "sums", recipe=1, config=Sums())
+    work = artifacts.begin(out, "sums", recipe=1, config=Sums(threads=4))
+    assert work.run_id == "r"
+    work.finish(counts={}, digest_of=[])
+    row = json.loads((out / artifacts.NAME).read_text())
+    (out / artifacts.NAME).write_text(json.dumps({**row, "fingerprint": sha256_json(old)}))
+    assert artifacts.begin(out, "sums", recipe=1, config=Sums(threads=4)).artifact
 
 
 def test_another_config_is_refused_and_both_are_named(tmp_path: Path):

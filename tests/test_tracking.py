@@ -18,6 +18,7 @@ from mmlm import artifacts, spool, tracking_store
 from mmlm.config import Config
 from mmlm.errors import Interrupted, LaunchError
 from mmlm.tracking import NullTracker, Tracker
+from mmlm.train.config import TrainConfig
 
 
 class Settings(Config):
@@ -243,6 +244,23 @@ def test_curves_written_anew_while_nobody_looked_go_on(
             run.metrics({"loss": 2.25, "more": step}, step)
     seen = [(m.step, m.value) for m in client(store).get_metric_history(run.run_id, "loss")]
     assert sorted(seen) == sorted([(s, 1) for s in range(50)] + [(s, 2.25) for s in range(40, 90)])
+
+
+def test_a_stage_that_goes_on_in_another_way_has_the_parameters_that_it_began_with(store: str, tmp_path: Path) -> None:
+    ids = []
+    for stage in (2, 3):
+        config = TrainConfig.model_validate({"zero": {"stage": stage}})
+        work = artifacts.begin(tmp_path / "model", "checkpoint", recipe=1, config=config)
+        tracker = Tracker.start(store, story="how", out=tmp_path)
+        with tracker, contextlib.suppress(Interrupted), tracker.run("train", config, work) as run:
+            ids.append(run.run_id)
+            raise Interrupted("enough")
+        work.release()
+        state = spool.State.load(tmp_path / "model")
+        assert state and state.dropped == 0
+    assert ids[0] == ids[1]
+    params = client(store).get_run(ids[0]).data.params
+    assert params["zero.stage"] == "2" and params["steps"] == "1500"
 
 
 def test_one_rejected_value_costs_only_itself(store: str, tmp_path: Path) -> None:

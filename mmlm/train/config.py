@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -243,6 +243,11 @@ class ValidationConfig(Config):
 
 class LoopConfig(Config):
     """What every objective shares."""
+
+    how_it_runs: ClassVar[tuple[str, ...]] = (
+        "accumulate", "recompute", "compile", "zero", "save_every", "keep", "keep_every", "keep_best", "log_every",
+    )  # fmt: skip
+    """These may change while a training is stopped. Precision is not one of them: it changes the numbers that are kept."""
 
     steps: int = Field(1500, ge=1)
     """Optimizer steps."""

@@ -26,24 +26,31 @@ def write(
     config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, shards: Path, out: Path, world: World,
     teacher: Teaching | None = None,
 ) -> None:  # fmt: skip
-    """Plan this training, once for its number of ranks: an attempt on as many keeps the plan. Every rank calls it and
+    """Plan this training, once for its ranks and how it runs: an attempt that runs alike keeps the plan. Every rank calls it and
     tries the model out, since they will be in each other's way; rank 0 writes. Never ends a training."""
-    if _ranks(out / FILE) == world.size:
+    how = _how(config, world)
+    if _planned_for(out / FILE) == how:
         return
     try:
         planned = _planned(config, model, spec, shards, world, teacher)
         if world.is_main:
-            write_json(out / FILE, planned)
+            write_json(out / FILE, {**planned, "how": how})
     except Exception as error:
         print(f"train: no plan could be made ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
 
 
-def _ranks(file: Path) -> int:
-    """Of the plan that is there; 0 without one."""
+def _how(config: LoopConfig, world: World) -> dict[str, Any]:
+    """What may change between two attempts and changes memory or time."""
+    names = {"zero", "accumulate", "recompute", "compile"}
+    return {"ranks": world.size, **config.model_dump(mode="json", include=names)}
+
+
+def _planned_for(file: Path) -> Any:
+    """`_how` of the plan that is there; None without one."""
     try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["ranks"])
-    except (OSError, ValueError, KeyError):
-        return 0
+        return json.loads(file.read_text(encoding="utf-8"))["how"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _planned(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmlm.artifacts import Artifact
-from mmlm.config import parse
+from mmlm.artifacts import Artifact, ArtifactConflict
+from mmlm.config import identity, parse
+from mmlm.errors import ArtifactError
 from mmlm.launch.local import ranks
 from mmlm.tracking import NullTracker
 from mmlm.train.config import TrainConfig
@@ -23,6 +26,80 @@ def run(shards: Artifact, out: Path, count: int, **changes: Any) -> Artifact:
     return train(config, shards, out=out, launch=ranks(count), tracker=NullTracker())
 
 
+@pytest.fixture(scope="module")
+def first(keypad_shards: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Four steps on two ranks at stage 2."""
+    return run(keypad_shards, tmp_path_factory.mktemp("first") / "model", 2)
+
+
+WAYS: list[dict[str, Any]] = [
+    {"zero": {"stage": 3, "offload_parameters": True}}, {"zero": {"stage": 1, "offload_optimizer": True}},
+    {"accumulate": 4}, {"recompute": 1}, {"compile": True}, {"save_every": 1}, {"keep": 5}, {"keep_every": 2},
+    {"log_every": 7},
+]  # fmt: skip
+
+
+def test_how_a_training_runs_is_no_part_of_what_it_is():
+    base = identity(parse(TrainConfig, BASE, "test"))
+    assert all(identity(parse(TrainConfig, {**BASE, **way}, "test")) == base for way in WAYS)
+    others = [{"precision": "bf16"}, {"seed": 1}, {"data": {"batch": 13}}, {"steps": 5}, {"validation": {"every": 2}}]
+    assert not any(identity(parse(TrainConfig, {**BASE, **other}, "test")) == base for other in others)
+    looking = {**BASE, "validation": {"every": 2}}
+    assert len({json.dumps(identity(parse(TrainConfig, {**looking, "keep_best": n}, "test"))) for n in (0, 2)}) == 1
+
+
+def test_a_training_goes_on_in_another_way(first: Artifact, keypad_shards: Artifact, tmp_path: Path):
+    out = stopped(first, tmp_path / "model", 2)
+    way = {"zero": {"stage": 0}, "accumulate": 2, "recompute": 1, "save_every": 1, "keep": 9}
+    resumed = run(keypad_shards, out, 1, **way)
+    assert losses(out) == pytest.approx(losses(first.path), rel=1e-5)
+    assert resumed.fingerprint == first.fingerprint and resumed.counts["zero_stage"] == 0
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [f"step-0000000{n}" for n in (2, 3, 4)]
+    assert json.loads((out / "plan.json").read_text())["how"]["accumulate"] == 2
+    assert run(keypad_shards, out, 2).digest == resumed.digest  # in whichever way it is asked for: it is there
+    with pytest.raises(ArtifactConflict):
+        run(keypad_shards, out, 2, precision="bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [{"stage": 3}, {"stage": 1, "offload_optimizer": True}, {"stage": 0}])
+def test_a_training_goes_on_at_another_stage(
+    first: Artifact, keypad_shards: Artifact, tmp_path: Path, zero: dict[str, Any]
+):
+    out = stopped(first, tmp_path / "model", 2)
+    assert run(keypad_shards, out, 2, zero=zero, accumulate=2).counts["zero_stage"] == zero["stage"]
+    assert losses(out) == pytest.approx(losses(first.path), rel=1e-5)
+
+
+def change(out: Path, **changes: Any) -> None:
+    """Put something else into what the checkpoint of step 2 says; files of tensors are hashed, this one is not."""
+    path = out / "checkpoints" / "step-00000002" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_model_that_is_not_the_one_that_was_saved_is_refused_with_both_numbers(
+    first: Artifact, keypad_shards: Artifact, tmp_path: Path
+):
+    out = stopped(first, tmp_path / "model", 2)
+    probe = json.loads((out / "checkpoints" / "step-00000002" / "state.json").read_text())["probe"]
+    change(out, probe=probe + 0.02)
+    with pytest.raises(ArtifactError) as caught:
+        run(keypad_shards, out, 1)
+    assert float(str(caught.value.found).rpartition(" ")[2]) == pytest.approx(probe, rel=1e-4)
+    assert str(caught.value.wanted).startswith(f"{probe + 0.02:.6f}, as when step 2 was saved")
+    assert "remove the folder" in caught.value.cure and len(losses(out)) == 4  # nothing was done
+
+
+def test_a_checkpoint_of_other_data_is_refused_with_both_digests(
+    first: Artifact, keypad_shards: Artifact, tmp_path: Path
+):
+    out = stopped(first, tmp_path / "model", 2)
+    data = json.loads((out / "checkpoints" / "step-00000002" / "state.json").read_text())["data"]
+    change(out, data={**data, "order": "f" * 64})
+    with pytest.raises(ArtifactError, match=f"have the order {'f' * 64}; wanted {data['order']}"):
+        run(keypad_shards, out, 1)
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_training_of_embeddings_goes_on_on_another_number_of_ranks(
     keypad_shards: Artifact, tmp_path: Path, before: int, after: int
@@ -35,3 +112,21 @@ def test_a_training_of_embeddings_goes_on_on_another_number_of_ranks(
     out = stopped(first, tmp_path / "model", 2)
     run(keypad_shards, out, after, **changes)
     assert losses(out) == pytest.approx(losses(first.path), rel=1e-4)
+
+
+def test_without_checkpoints_it_begins_anew_whatever_was_skipped(
+    first: Artifact, keypad_shards: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """What the errors say: remove the folder to start over. Else old steps would be passed over in silence, and a roll-back
+    that was killed would want its checkpoint for ever."""
+    out = stopped(first, tmp_path / "model", 2)
+    told = {"steps": {"1": "bad", "3": "bad"}, "rollbacks": 3, "settled": [1], "going_back": 2}
+    evidence = out / "evidence"
+    evidence.mkdir()
+    (evidence / "skipped.json").write_text(json.dumps(told))
+    (evidence / "step-00000002.json").write_text("{}")
+    shutil.rmtree(out / "checkpoints")
+    made = run(keypad_shards, out, 2)
+    assert losses(out) == losses(first.path) and made.digest == first.digest and "skipped" not in made.counts
+    assert [path.name for path in evidence.iterdir()] == ["step-00000002.json"]
+    assert "begun anew, without a checkpoint; the 2 steps that were skipped are tried again" in capfd.readouterr().err
