@@ -28,6 +28,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from mmlm import artifacts
+from mmlm import tracking_store as store
 from mmlm.artifacts import Artifact
 from mmlm.config import Config, apply_override, leaves, parse, read_yaml, resolved
 from mmlm.data.files import address, folder_of
@@ -347,6 +348,14 @@ class _Child(Tracker):
     """The tracking of a trial: its run is a child of the search's, and named after the trial."""
 
     number = 0
+
+    def _begin(self) -> None:
+        """A trial needs no store to start: what it says is sent when one answers, if need be when the search ends."""
+        try:
+            store.probe(self.uri, timeout=2.0, tries=1)
+            self.open()
+        except (MmlmError, OSError) as error:
+            print(f"tracking waits: {error}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def run(self, name: str, config: Any, work: Any) -> Iterator[Run]:
