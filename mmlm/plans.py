@@ -61,7 +61,7 @@ def subject(name: str, overrides: list[str], out: Path | None) -> Subject:
             raw["shard"] = read_yaml(beside) or {}
         for override in overrides:
             key, value = split_override(override)
-            apply_override(raw, key, value)
+            apply_override(raw, key, value, {"train": TrainConfig, "shard": ShardConfig})
         shard, train = parse(ShardConfig, raw["shard"], str(beside)), parse(TrainConfig, raw["train"], name)
         title, distill = path.parent.resolve().name, None
     else:
