@@ -15,9 +15,10 @@ from mmlm.errors import ConfigError
 
 
 class Config(pydantic.BaseModel):
-    """Base of every config: immutable, unknown keys refused. A field's meaning stands in the string under it."""
+    """Base of every config: immutable; unknown keys, infinities and NaN refused. A field's meaning stands in the string under
+    it."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 C = TypeVar("C", bound=Config)
