@@ -50,8 +50,8 @@ PackConfig = Annotated[NoPacking | BestFitPacking, Field(discriminator="kind")]
 By = Literal["source", "task", "source/task"]
 
 
-MOST = 1e9
-"""Shares are relative: nobody needs more, and sums stay finite."""
+MOST = 1e15
+"""Of a weight or a share: far above any count of tokens, and sums stay finite."""
 
 
 def _some_positive(weights: dict[str, float]) -> dict[str, float]:
