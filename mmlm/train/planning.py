@@ -266,6 +266,11 @@ def moments(config: LoopConfig) -> int:
     return 4 if config.optimizer.kind in ("lion", "muon") else 8
 
 
+def saved_bytes(config: LoopConfig, trained: float, resting: float) -> float:
+    """Of a checkpoint, as rank 0 gathers it: everything in float32, and of what rests the weights alone."""
+    return (4 + moments(config) + (4 if config.ema else 0)) * trained + 4 * resting
+
+
 def memory_of(
     config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, mine: Workload, device: Device, ranks: int,
     whole: Count,
