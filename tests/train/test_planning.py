@@ -295,12 +295,15 @@ def test_memory_of_real_ranks_is_as_planned(stage: int, precision: str, tmp_path
     ranks(2)("tests.train.test_planning:train_a_little", {"settings": settings, "out": str(tmp_path)}, log=tmp_path)
     config = config_of(**settings)
     planned = forecast(config, config.model, SPEC, workload_of(_batch(0), 2), CPU, 2)
-    expected = planned.bytes - planned.memory["checkpoint"]
+    # these ranks have fewer libraries and kernels than a training: what they held before the model stands for the plan's share
+    parts = planned.held - planned.memory["checkpoint"] - planned.memory["process"]
     for rank in (0, 1):
-        assert float((tmp_path / f"peak-{rank}").read_text()) == pytest.approx(expected, rel=0.25)
-    # of a step while the checkpoint is written; the others only help to gather it
+        before, peak = (float((tmp_path / f"{when}-{rank}").read_text()) for when in ("before", "peak"))
+        assert peak == pytest.approx(before + parts, rel=0.15)
+    # of a step while the checkpoint is written, some of it in pages that were free; the others only help to gather it
     first, other = (float((tmp_path / f"saved-{rank}").read_text()) for rank in (0, 1))
-    assert first - other == pytest.approx(planned.memory["checkpoint"], rel=0.25)
+    assert 0.6 < (first - other) / planned.memory["checkpoint"] < 1.25
+    assert other - float((tmp_path / "peak-1").read_text()) < 0.1 * planned.memory["checkpoint"]
 
 
 def _batch(step: int) -> Batch:
@@ -314,6 +317,7 @@ def train_a_little(settings: dict[str, Any], out: str) -> None:
 
     config, world = config_of(**settings), worlds.from_environment()
     engine.start(world)
+    Path(out, f"before-{world.rank}").write_text(str(devices.resident()))
     trainer = engine.DeepSpeedEngine(weights.build(config.model, SPEC), config, world)
     objective = Answering(config.loss, SPEC)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here: building the model is left out
