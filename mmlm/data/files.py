@@ -98,8 +98,8 @@ def folder_of(path: Path | str, digest: str = "") -> Path:
 
 
 class LocalFiles:
-    remote = False
-    room = None
+    remote: bool = False
+    room: int | None = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
