@@ -69,13 +69,11 @@ class Maker:
     def _fetch_ahead(self, step: int, part: Share) -> None:
         """Let the shards of this batch and of some after it be fetched side by side, where they lie elsewhere."""
         if self.reader.files.remote:
-            for later in range(step, step + AHEAD):
-                numbers = part.of(self.order.step(later))
-                if self.plan:
-                    numbers = np.concatenate(
-                        [self.plan.sample[self.plan.rows(n).start : self.plan.rows(n).stop] for n in numbers]
-                    )
-                self.reader.ahead(numbers)
+            numbers = np.concatenate([part.of(self.order.step(later)) for later in range(step, step + AHEAD)])
+            if self.plan:
+                rows = [self.plan.rows(n) for n in numbers]
+                numbers = np.concatenate([self.plan.sample[r.start : r.stop] for r in rows])
+            self.reader.ahead(numbers)
 
     def _sequence(self, number: int, place: int) -> list[Sample]:
         """The samples of sequence `number`, changed as training wants it; `place` is its place in the whole training."""
@@ -104,6 +102,7 @@ class Maker:
             if found is not None or n == 1:
                 break
             found = self._read((i + 1 + int(key_of(4, i, attempt)[0] % np.uint64(n - 1))) % n)
+        if i in self.damaged:
             self._note(i, found)
         return found or self._give_up(i)
 

@@ -154,6 +154,22 @@ def test_the_probe_has_stand_ins_too(tmp_path: Path, mixed: Artifact, capfd: pyt
     assert capfd.readouterr().err.count(f"/{key} is damaged") == 2  # once by each loader
 
 
+def test_what_stands_in_at_the_second_attempt_is_named(
+    tmp_path: Path, mixed: Artifact, capfd: pytest.CaptureFixture[str]
+):
+    folder = Path(shutil.copytree(mixed.path, tmp_path / "shards"))
+    wanted, key = loader(folder, PLAIN).probe(8).ids, damage(folder, 2)
+    reader = ShardReader(folder)
+    first = loader(folder, PLAIN).maker.record(2).id
+    number = next(i for i in range(len(reader)) if i != 2 and reader[i].id == first)
+    shard = int(np.searchsorted(reader._starts, number, "right")) - 1
+    damage_row(folder, reader._rows.slice(shard, 1).to_pylist()[0], number - int(reader._starts[shard]))
+    second = loader(folder, PLAIN).probe(8).ids[2]
+    assert second not in (wanted[2], first)
+    (told,) = (line for line in capfd.readouterr().err.splitlines() if f"/{key} is damaged" in line)
+    assert told.endswith(f"; {second} stands in for it")
+
+
 def test_a_damaged_shard_stops_with_its_name(tmp_path: Path, mixed: Artifact):
     folder = Path(shutil.copytree(mixed.path, tmp_path / "shards"))
     shard = sorted(folder.glob("train-*.tar"))[1]

@@ -267,15 +267,18 @@ def compare(out: str, combinations: list[dict[str, Any]], steps: int) -> None:
         exact = True
         if "load" in combination:
             exact = _load(run, Path(out, combination["load"]))
-        losses, worst = [], 0.0
+        losses, worst, each = [], 0.0, 0.0
         for step in range(combination.get("first", 0), last):
             losses.append(run.step(step)[0])
-            worst = max(worst, distance(run.gradients, wanted.gradients[step]) if run.gradients else 0.0)
+            if world.is_main:
+                worst = max(worst, distance(run.gradients, wanted.gradients[step]))
+                each = max(each, furthest(run.gradients, wanted.gradients[step]))
         state = run.trainer.state()
         if world.is_main:
             apart = {kind: distance(state[kind], wanted.states[kind]) for kind in wanted.states}
             expected = wanted.losses[-len(losses) :]
             rows.append({"losses": losses, "expected": expected, "gradient": worst, "states": apart, "exact": exact})
+            rows[-1]["each"] = each
             if "save" in combination:
                 torch.save({"state": state, "scalars": run.trainer.scalars()}, Path(out, combination["save"]))
         run.close()
@@ -360,8 +363,15 @@ def _overflowing(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
     """Largest difference, relative to the norm of the whole (all parameters as one vector)."""
     missing = set(wanted) - set(found)
-    assert not missing, missing
+    assert found and not missing, missing
     size = torch.stack([w.detach().norm() for w in wanted.values()]).norm()
     zeros = [v.norm() for n, v in found.items() if n not in wanted]
     apart = torch.stack([(found[n] - w.detach()).norm() for n, w in wanted.items()] + zeros).norm()
     return float(apart / size)
+
+
+def furthest(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Largest difference of any one tensor, relative to its own norm; of a hundredth of the whole norm where it is smaller,
+    since what hardly has a gradient is nothing but rounding."""
+    least = 0.01 * torch.stack([w.norm() for w in wanted.values()]).norm()
+    return float(max((found[n] - w).norm() / max(w.norm(), least) for n, w in wanted.items()))

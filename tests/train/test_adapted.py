@@ -130,8 +130,10 @@ def test_a_training_of_adapters_goes_on_after_a_stop_at_another_stage(
     shutil.rmtree(out / "checkpoints" / "step-00000004")
     shutil.rmtree(out / "adapters")
     (out / artifacts.WORK).write_text(json.dumps({"fingerprint": trained.fingerprint}))
-    resumed = run(keypad_shards, out, 1, settings(base, zero={"stage": 3}))
-    assert losses(out) == losses(trained.path) and resumed.digest == trained.digest
+    resumed = run(keypad_shards, out, 1, settings(base, zero={"stage": 2}, accumulate=2))
+    assert resumed.counts["zero_stage"] == 2 and losses(out) == pytest.approx(losses(trained.path), rel=1e-5)
+    kept, made = (load_file(path / "adapters" / "default" / adapted.TENSORS) for path in (trained.path, out))
+    assert kept.keys() == made.keys() and all(torch.allclose(kept[n], made[n], atol=1e-4) for n in kept)
 
 
 @pytest.mark.slow  # two processes that import torch and DeepSpeed, three times

@@ -18,6 +18,8 @@ from mmlm.launch.local import ranks
 TARGETS = "tests.train.parity"
 ROUNDING = {"fp32": (2e-6, 1e-5), "bf16": (1e-3, 5e-2), "fp16": (5e-4, 1e-2)}
 """precision → largest distance of losses and of gradients."""
+EACH = 4
+"""A single tensor, of which there is less to average over, may be so much further away than the whole is."""
 ALL_RULES = {
     "lr_factors": {"blocks.0": 0.1},
     "freeze": [{"modules": ["image", "tokens"], "start": 2, "end": 5}, {"modules": ["audio"], "start": 6}],
@@ -39,7 +41,7 @@ def compare(count: int, out: Path, combinations: list[dict[str, Any]], steps: in
     for combination, row in zip(combinations, rows, strict=True):
         loss, gradient = ROUNDING[combination["config"].get("precision", "fp32")]
         assert row["losses"] == pytest.approx(row["expected"], rel=loss), combination
-        assert row["gradient"] < gradient, combination
+        assert row["gradient"] < gradient and row["each"] < EACH * gradient, (combination, row["each"])
         assert all(apart < gradient for apart in row["states"].values()), combination
         assert row["exact"], combination
     return rows
@@ -55,8 +57,10 @@ def test_two_ranks_equal_plain_pytorch_and_one_goes_on(tmp_path: Path):
         zero(1, 2),
         zero(2, 4),
         zero(3, 2),
+        zero(3, 2, recompute=1),
         zero(0, 1, precision="bf16"),
         zero(2, 2, precision="bf16"),
+        zero(3, 2, precision="bf16", recompute=1),
     ]
     lion, muon = {"optimizer": {"kind": "lion"}, **ALL_RULES}, {"optimizer": {"kind": "muon"}, **ALL_RULES}
     rules = [zero(1, 1, **lion), zero(2, 2, **muon), zero(3, 2, **muon), zero(0, 1, **ALL_RULES), zero(3, 1, **FP16)]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,14 @@ import pytest
 
 from mmlm.artifacts import Artifact, ArtifactConflict
 from mmlm.config import identity, parse
-from mmlm.errors import ArtifactError
+from mmlm.errors import ArtifactError, LaunchError
 from mmlm.launch.local import ranks
 from mmlm.tracking import NullTracker
 from mmlm.train.config import TrainConfig
 from mmlm.train.train import train
-from tests.train.runs import SMALL, losses, stopped
+from mmlm.train import checkpoint
+from tests.faults.stage import fill_blocks, make_room, small_disk
+from tests.train.runs import SMALL, Training, losses, saved, stopped
 
 BASE: dict[str, Any] = {**SMALL, "steps": 4, "save_every": 2, "keep": 3, "precision": "fp32"}
 
@@ -54,7 +59,7 @@ def test_a_training_goes_on_in_another_way(first: Artifact, keypad_shards: Artif
     resumed = run(keypad_shards, out, 1, **way)
     assert losses(out) == pytest.approx(losses(first.path), rel=1e-5)
     assert resumed.fingerprint == first.fingerprint and resumed.counts["zero_stage"] == 0
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [f"step-0000000{n}" for n in (2, 3, 4)]
+    assert sorted(path.name for path in (out / "checkpoints").glob("*step*")) == [f"step-0000000{n}" for n in (2, 3, 4)]
     assert json.loads((out / "plan.json").read_text())["how"]["accumulate"] == 2
     assert run(keypad_shards, out, 2).digest == resumed.digest  # in whichever way it is asked for: it is there
     with pytest.raises(ArtifactConflict):
@@ -130,3 +135,59 @@ def test_without_checkpoints_it_begins_anew_whatever_was_skipped(
     assert losses(out) == losses(first.path) and made.digest == first.digest and "skipped" not in made.counts
     assert [path.name for path in evidence.iterdir()] == ["step-00000002.json"]
     assert "begun anew, without a checkpoint; the 2 steps that were skipped are tried again" in capfd.readouterr().err
+
+
+def test_a_save_that_fails_ends_every_rank_and_leaves_the_checkpoint_before_it(
+    first: Artifact, keypad_shards: Artifact, tmp_path: Path
+):
+    """A disk without a free block, for checkpoints only: what else is written during training must not be what fails."""
+    out = stopped(first, tmp_path / "model", 2)
+    with small_disk(tmp_path / "disk") as disk:
+        shutil.move(out / "checkpoints", disk / "checkpoints")
+        (out / "checkpoints").symlink_to(disk / "checkpoints")
+        fill_blocks(disk)
+        with pytest.raises(LaunchError, match=r"(?i)disk is full|no space"):
+            run(keypad_shards, out, 2, save_every=1)
+        assert not (out / "artifact.json").exists() and checkpoint.steps(out / "checkpoints") == {2}
+        make_room(disk)
+        assert run(keypad_shards, out, 2, save_every=1).digest == first.digest
+        assert losses(out) == losses(first.path)
+
+
+def end_of(run: Training) -> str:
+    """What it said; it must have been saved where it was asked to stop."""
+    assert run.end() == 4, run.words()
+    assert f"was asked to stop and is saved at step {saved(run.out)} of " in run.words()
+    return run.words()
+
+
+def same_end(shards: Artifact, out: Path, config: dict[str, Any], count: int) -> None:
+    """What was stopped goes on to the very end of a training that never was."""
+    last = Training(shards, out, count, config)
+    assert last.end() == 0, last.words()
+    whole = Training(shards, out.parent / "whole", count, config)
+    assert whole.end() == 0, whole.words()
+    assert losses(out) == losses(whole.out)
+    assert (out / "model.safetensors").read_bytes() == (whole.out / "model.safetensors").read_bytes()
+
+
+def test_sigterm_finishes_the_step_saves_and_goes_on_as_never_stopped(keypad_shards: Artifact, tmp_path: Path):
+    config = {**SMALL, "steps": 60, "save_every": 50}
+    struck = Training(keypad_shards, tmp_path / "model", 2, config)
+    struck.until("a few steps", lambda: struck.step() >= 5)
+    os.kill(struck.process.pid, signal.SIGTERM)
+    assert "(SIGTERM)" in end_of(struck) and 5 < saved(struck.out) < 60
+    same_end(keypad_shards, struck.out, config, 2)
+
+
+@pytest.mark.slow
+def test_a_file_and_a_time_limit_stop_a_training_that_goes_on_as_never_stopped(keypad_shards: Artifact, tmp_path: Path):
+    config, out, notice = {**SMALL, "steps": 12, "save_every": 50}, tmp_path / "model", tmp_path / "stop"
+    notice.touch()
+    assert f"{notice} is there" in end_of(Training(keypad_shards, out, 2, config, MMLM_STOP_FILE=str(notice)))
+    first = saved(out)
+    notice.unlink()
+    soon = {"MMLM_STOP_FILE": str(notice), "MMLM_DEADLINE": str(time.time() + 5)}
+    assert "its time is over" in end_of(Training(keypad_shards, out, 2, config, **soon))
+    assert 0 < first < saved(out) < 12
+    same_end(keypad_shards, out, config, 2)
