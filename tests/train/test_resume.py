@@ -17,9 +17,9 @@ from mmlm.config import identity, parse
 from mmlm.errors import ArtifactError, LaunchError
 from mmlm.launch.local import ranks
 from mmlm.tracking import NullTracker
+from mmlm.train import checkpoint
 from mmlm.train.config import TrainConfig
 from mmlm.train.train import train
-from mmlm.train import checkpoint
 from tests.faults.stage import fill_blocks, make_room, small_disk
 from tests.train.runs import SMALL, Training, losses, saved, stopped
 
