@@ -20,8 +20,8 @@ class Config(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
     how_it_runs: ClassVar[tuple[str, ...]] = ()
-    """Fields that say how the work is done and what is kept on the way; what comes of it they change by rounding at most,
-    so they are no part of what a noun is."""
+    """Fields that say how the work is done and what is kept on the way; what comes of it they change no more than another
+    number of ranks does, so they are no part of what a noun is. Of this config's own fields only, each with all below it."""
 
 
 C = TypeVar("C", bound=Config)

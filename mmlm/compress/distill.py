@@ -11,7 +11,7 @@ from mmlm.compress.config import DistillConfig, TeacherConfig
 from mmlm.data.files import address, folder_of
 from mmlm.errors import ConfigError
 from mmlm.features import spec as feature_spec
-from mmlm.train.train import Launch, run_ranks, write_counts
+from mmlm.train.train import Launch, finished, run_ranks, write_counts
 
 RECIPE = 3
 
@@ -40,7 +40,7 @@ def distill(
     parents = {"shards": shards, "teacher": teacher} if teacher else {"shards": shards}
     work = artifacts.begin(out, "checkpoint", recipe=RECIPE, config=known, parents=parents)
     if work.artifact:
-        return work.artifact
+        return finished(work.artifact, config)
     arguments = {
         "config": config.model_dump(mode="json"),
         "shards": address(shards.path),

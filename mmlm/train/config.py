@@ -247,7 +247,8 @@ class LoopConfig(Config):
     how_it_runs: ClassVar[tuple[str, ...]] = (
         "accumulate", "recompute", "compile", "zero", "save_every", "keep", "keep_every", "keep_best", "log_every",
     )  # fmt: skip
-    """These may change while a training is stopped. Precision is not one of them: it changes the numbers that are kept."""
+    """These may change while a training is stopped. A field that is not named here is part of what a model is, so a new one
+    is, too. Precision is not one of them: it changes the numbers that are kept."""
 
     steps: int = Field(1500, ge=1)
     """Optimizer steps."""

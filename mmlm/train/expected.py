@@ -6,6 +6,7 @@ import contextlib
 import json
 import statistics
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +27,18 @@ def write(
     config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, shards: Path, out: Path, world: World,
     teacher: Teaching | None = None,
 ) -> None:  # fmt: skip
-    """Plan this training, once for its ranks and how it runs: an attempt that runs alike keeps the plan. Every rank calls it and
-    tries the model out, since they will be in each other's way; rank 0 writes. Never ends a training."""
+    """Plan this training, once for its ranks and how it runs: an attempt that runs alike keeps the plan. Every rank calls
+    it and tries the model out, since they will be in each other's way; rank 0 writes. Never ends a training."""
     how = _how(config, world)
     if _planned_for(out / FILE) == how:
         return
     try:
+        if world.is_main:  # when no other can be made, what comes is compared with none
+            (out / FILE).unlink(missing_ok=True)
+        since = int(time.time() * 1000)
         planned = _planned(config, model, spec, shards, world, teacher)
         if world.is_main:
-            write_json(out / FILE, {**planned, "how": how})
+            write_json(out / FILE, {**planned, "how": how, "since": since})
     except Exception as error:
         print(f"train: no plan could be made ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
 
@@ -81,11 +85,12 @@ def _planned(
 
 
 def compared(out: Path, parameters: int) -> dict[str, Any]:
-    """`predicted`, `measured` and a line `plan` for people; empty without a plan. Memory is that of all ranks together:
-    resident on a CPU, allocated on a GPU."""
+    """`predicted`, `measured` and a line `plan` for people; empty without a plan, or a step after it. What was done before,
+    in another way, is left out. Memory is that of all ranks together: resident on a CPU, allocated on a GPU."""
     try:
         planned = json.loads((out / FILE).read_text(encoding="utf-8"))
-        rows = [json.loads(line)["metrics"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        rows = [line["metrics"] for line in lines if line["time"] >= planned["since"]]
     except (OSError, ValueError, KeyError):
         return {}
     steps = [row["step_seconds"] for row in rows if "step_seconds" in row]

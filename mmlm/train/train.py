@@ -10,9 +10,11 @@ from typing import Any
 
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
+from mmlm.config import resolved
 from mmlm.data.files import address, folder_of
 from mmlm.errors import ArtifactError
 from mmlm.features import spec as feature_spec
+from mmlm.progress import tell
 from mmlm.train import expected
 from mmlm.train.config import LoopConfig, TrainConfig
 from mmlm.train.control import Where
@@ -37,7 +39,7 @@ def train(config: TrainConfig, shards: Artifact, *, out: Path, launch: Launch, t
         known = pretrained.nameless(config)
     work = artifacts.begin(out, "checkpoint", recipe=RECIPE, config=known, parents={"shards": shards})
     if work.artifact:
-        return work.artifact
+        return finished(work.artifact, config)
     if (shards.path / feature_spec.FILE).is_file():
         from mmlm.train import weights
 
@@ -45,6 +47,16 @@ def train(config: TrainConfig, shards: Artifact, *, out: Path, launch: Launch, t
     arguments = {"config": config.model_dump(mode="json"), "shards": address(shards.path), "out": str(out)}
     arguments["digest"] = shards.digest
     return run_ranks(work, config, "mmlm.train.train:on_rank", arguments, launch, tracker, "train")
+
+
+def finished(found: Artifact, config: LoopConfig) -> Artifact:
+    """`found`, which is what `config` wants. Who changed how it runs, and sees nothing run, is told why. Shared by train and
+    distill."""
+    wanted = resolved(config)
+    others = [name for name in config.how_it_runs if found.config.get(name, wanted[name]) != wanted[name]]
+    if others:
+        tell(f"{found.path} is finished, with other {', '.join(others)}: that is how it ran, so it is not made again")
+    return found
 
 
 def run_ranks(
@@ -65,15 +77,18 @@ def run_ranks(
     if verb == "distill-scratch":  # begins after the student that `mmlm distill --resume` means
         where["resume"] = False
     arguments = {**arguments, "where": where}
-    with tracker.run(verb, config, work) as run:
-        launch(target, arguments, log=work.path / "logs")
-        counts = json.loads((work.path / "counts.json").read_text())
-        counts |= expected.compared(work.path, counts["parameters"])
-        artifact = work.finish(counts=counts, digest_of=files_of(work.path))
-        run.metrics({"parameters": counts["parameters"], "seconds": artifact.seconds})
-        for what in ("predicted", "measured"):
-            run.metrics({f"plan/{what}_{name}": value for name, value in counts.get(what, {}).items()})
-        run.noun(artifact)
+    try:
+        with tracker.run(verb, config, work) as run:
+            launch(target, arguments, log=work.path / "logs")
+            counts = json.loads((work.path / "counts.json").read_text())
+            counts |= expected.compared(work.path, counts["parameters"])
+            artifact = work.finish(counts=counts, digest_of=files_of(work.path))
+            run.metrics({"parameters": counts["parameters"], "seconds": artifact.seconds})
+            for what in ("predicted", "measured"):
+                run.metrics({f"plan/{what}_{name}": value for name, value in counts.get(what, {}).items()})
+            run.noun(artifact)
+    finally:  # else a failed attempt keeps its lock for as long as someone holds the error
+        work.release()
     return artifact
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.runs import losses
+
 SMALLEST = [
     "--set", "scan.sources=[{kind: keypad, images: 120, renderings: 1, renderings_held_out: 1}]",
     "--set", "train.steps=6", "--set", "train.data.batch=32",
@@ -19,8 +21,8 @@ SMALLEST = [
 ]  # fmt: skip
 
 
-def mmlm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
+def mmlm(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))} | variables
     command = [sys.executable, "-m", "mmlm.cli", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
 
@@ -74,6 +76,35 @@ def test_shards_verify_and_every_noun_can_be_inspected(told: Path):
     assert mmlm(told, "verify", "runs/demo/shards").returncode == 0
     done = mmlm(told, "inspect", "runs/demo", "--json")
     assert set(json.loads(done.stdout)["nouns"]) == {"manifest", "shards", "model", "student", "report", "registered"}
+
+
+def test_a_finished_training_is_up_to_date_however_it_is_to_run(told: Path):
+    made = (told / "runs/demo/model/artifact.json").read_bytes()
+    done = mmlm(told, "train", "demo", *SMALLEST, "--set", "train.zero.stage=3", "--set", "train.keep=7")
+    assert done.returncode == 0 and "train: already there" in done.stdout, done.stderr
+    assert "runs/demo/model is finished, with other zero, keep: that is how it ran" in done.stderr
+    assert (told / "runs/demo/model/artifact.json").read_bytes() == made
+    done = mmlm(told, "train", "demo", *SMALLEST, "--set", "train.precision=fp32")
+    assert done.returncode == 2 and "made from another config" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_stopped_training_goes_on_at_another_stage_and_on_other_ranks(told: Path):
+    """From stage 2 over 3 to 1 on one rank; each attempt finds the wish to stop, and takes one step."""
+    settings = [*SMALLEST, "--shards", "runs/demo/shards", "--out", "elsewhere"]
+    (told / "stop").touch()
+    for number, stage in ((1, 2), (2, 3)):
+        way = ["--ranks", "2", "--set", f"train.zero.stage={stage}"]
+        done = mmlm(told, "train", "demo", *settings, *way, MMLM_STOP_FILE=str(told / "stop"))
+        assert done.returncode == 4 and f"saved at step {number} of 6 ({told / 'stop'} is there)" in done.stderr
+        assert json.loads((told / "elsewhere/model/plan.json").read_text())["how"]["zero"]["stage"] == stage
+    way = ["--ranks", "1", "--resume", "--set", "train.zero.stage=1", "--set", "train.accumulate=2"]
+    done = mmlm(told, "train", "demo", *settings, *way)
+    assert done.returncode == 0 and "going on from step 2, proved on the probe batch" in done.stderr, done.stderr
+    whole, cut = losses(told / "runs/demo/model"), losses(told / "elsewhere/model")
+    assert whole.keys() == cut.keys() == {6} and cut[6] == pytest.approx(whole[6], rel=2**-8)  # bf16 keeps 8 bits
+    made = [json.loads((told / f / "model/artifact.json").read_text()) for f in ("runs/demo", "elsewhere")]
+    assert made[0]["fingerprint"] == made[1]["fingerprint"] and made[1]["counts"]["zero_stage"] == 1
 
 
 @pytest.mark.slow

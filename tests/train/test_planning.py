@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -356,7 +357,8 @@ def test_a_finished_training_says_what_was_planned(keypad_shards: Artifact, tmp_
     planned = json.loads((tmp_path / "plan.json").read_text())
     assert planned["ranks"] == 1
     rows = [
-        {"step": n, "metrics": {"step_seconds": s, "memory_rss_bytes": 2e9}} for n, s in ((1, 9.0), (2, 0.1), (3, 0.3))
+        {"step": n, "time": planned["since"] + n, "metrics": {"step_seconds": s, "memory_rss_bytes": 2e9}}
+        for n, s in ((-1, 7.0), (-2, 7.0), (1, 9.0), (2, 0.1), (3, 0.3))  # those before the plan ran in another way
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = expected.compared(tmp_path, planned["parameters"])
@@ -364,6 +366,30 @@ def test_a_finished_training_says_what_was_planned(keypad_shards: Artifact, tmp_
     assert told["predicted"]["step_seconds"] == planned["step_seconds"]
     assert "as planned" in told["plan"] and "200.0 ms a step" in told["plan"]
     assert expected.compared(tmp_path / "nowhere", 1) == {}
+
+
+def test_every_way_to_run_has_a_plan_of_its_own(keypad_shards: Artifact, tmp_path: Path) -> None:
+    from mmlm.train import expected
+    from mmlm.world import World
+
+    small = {"model": {"width": 32, "layers": 2, "heads": 2}, "data": {"batch": 16}}
+    ways: list[dict[str, Any]] = [{}, {"zero": {"stage": 3}}, {"accumulate": 8}, {"recompute": 1}, {}]
+    plans = []
+    for way in ways:
+        config = config_of(**small, **way)
+        expected.write(config, config.model, _spec(keypad_shards), keypad_shards.path, tmp_path, World(0, 2))
+        plans.append(json.loads((tmp_path / "plan.json").read_text()))
+    assert [plan["how"]["zero"]["stage"] for plan in plans] == [2, 3, 2, 2, 2]
+    assert len({json.dumps(plan["memory"]) for plan in plans[:3]}) == 3
+    assert all(one["since"] < other["since"] for one, other in itertools.pairwise(plans))
+    kept = (tmp_path / "plan.json").stat().st_mtime_ns
+    config = config_of(**small, save_every=1, keep=9, log_every=1)  # neither the time nor the memory of a step
+    expected.write(config, config.model, _spec(keypad_shards), keypad_shards.path, tmp_path, World(0, 2))
+    assert (tmp_path / "plan.json").stat().st_mtime_ns == kept
+
+    gone = config_of(**small, zero={"stage": 1})
+    expected.write(gone, gone.model, _spec(keypad_shards), tmp_path / "no-shards", tmp_path, World(0, 2))
+    assert not (tmp_path / "plan.json").exists()  # else stage 1 would be compared with what stage 2 takes
 
 
 def _spec(shards: Artifact) -> Any:

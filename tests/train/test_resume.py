@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 
 from mmlm.artifacts import Artifact, ArtifactConflict
+from mmlm.compress.config import DistillConfig
 from mmlm.config import identity, parse
 from mmlm.errors import ArtifactError, LaunchError
 from mmlm.launch.local import ranks
+from mmlm.shards.config import ShardConfig
+from mmlm.shards.shard import shard
 from mmlm.tracking import NullTracker
 from mmlm.train import checkpoint
-from mmlm.train.config import TrainConfig
+from mmlm.train.config import LoopConfig, TrainConfig, ZeroConfig
 from mmlm.train.train import train
 from tests.faults.stage import fill_blocks, make_room, small_disk
 from tests.train.runs import SMALL, Training, losses, saved, stopped
@@ -37,6 +40,14 @@ def first(keypad_shards: Artifact, tmp_path_factory: pytest.TempPathFactory) -> 
     return run(keypad_shards, tmp_path_factory.mktemp("first") / "model", 2)
 
 
+HOW = {
+    "accumulate", "recompute", "compile", "zero", "save_every", "keep", "keep_every", "keep_best", "log_every",
+}  # fmt: skip
+WHAT = {
+    "steps", "seed", "precision", "data", "optimizer", "lr_factors", "freeze", "schedule", "ema", "scaling", "loss",
+    "spikes", "validation", "model",
+}  # fmt: skip
+"""`scaling` and `spikes` decide which steps are taken; `validation` when training ends, and what becomes the model."""
 WAYS: list[dict[str, Any]] = [
     {"zero": {"stage": 3, "offload_parameters": True}}, {"zero": {"stage": 1, "offload_optimizer": True}},
     {"accumulate": 4}, {"recompute": 1}, {"compile": True}, {"save_every": 1}, {"keep": 5}, {"keep_every": 2},
@@ -44,16 +55,37 @@ WAYS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("kind", "own"), [(TrainConfig, {"lora"}), (DistillConfig, {"teacher", "temperature", "task", "scratch"})]
+)
+def test_every_field_is_known_as_what_a_training_is_or_how_it_runs(kind: type[LoopConfig], own: set[str]):
+    """A new field belongs into one of the lists above; and below `zero` everything is left out, so nothing else may be."""
+    assert set(kind.how_it_runs) == HOW and set(kind.model_fields) == HOW | WHAT | own
+    assert set(identity(kind())) == WHAT | own
+    assert set(ZeroConfig.model_fields) == {"stage", "offload_optimizer", "offload_parameters"}
+
+
+def test_a_field_that_nobody_thought_about_is_part_of_what_a_training_is():
+    class Later(TrainConfig):
+        new: int = 1
+
+    assert identity(Later()) != identity(Later(new=2)) and identity(Later()) == identity(Later(keep=7))
+
+
 def test_how_a_training_runs_is_no_part_of_what_it_is():
     base = identity(parse(TrainConfig, BASE, "test"))
     assert all(identity(parse(TrainConfig, {**BASE, **way}, "test")) == base for way in WAYS)
-    others = [{"precision": "bf16"}, {"seed": 1}, {"data": {"batch": 13}}, {"steps": 5}, {"validation": {"every": 2}}]
+    others: list[dict[str, Any]] = [
+        {"precision": "bf16"}, {"seed": 1}, {"data": {"batch": 13}}, {"steps": 5}, {"validation": {"every": 2}},
+    ]  # fmt: skip
     assert not any(identity(parse(TrainConfig, {**BASE, **other}, "test")) == base for other in others)
     looking = {**BASE, "validation": {"every": 2}}
     assert len({json.dumps(identity(parse(TrainConfig, {**looking, "keep_best": n}, "test"))) for n in (0, 2)}) == 1
 
 
-def test_a_training_goes_on_in_another_way(first: Artifact, keypad_shards: Artifact, tmp_path: Path):
+def test_a_training_goes_on_in_another_way(
+    first: Artifact, keypad_shards: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     out = stopped(first, tmp_path / "model", 2)
     way = {"zero": {"stage": 0}, "accumulate": 2, "recompute": 1, "save_every": 1, "keep": 9}
     resumed = run(keypad_shards, out, 1, **way)
@@ -61,13 +93,21 @@ def test_a_training_goes_on_in_another_way(first: Artifact, keypad_shards: Artif
     assert resumed.fingerprint == first.fingerprint and resumed.counts["zero_stage"] == 0
     assert sorted(path.name for path in (out / "checkpoints").glob("*step*")) == [f"step-0000000{n}" for n in (2, 3, 4)]
     assert json.loads((out / "plan.json").read_text())["how"]["accumulate"] == 2
-    assert run(keypad_shards, out, 2).digest == resumed.digest  # in whichever way it is asked for: it is there
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
+    capfd.readouterr()
+    assert run(keypad_shards, out, 2) == resumed  # in whichever way it is asked for: it is there
+    others = "accumulate, recompute, zero, save_every, keep"
+    assert f"{out} is finished, with other {others}: that is how it ran, so it is not made" in capfd.readouterr().err
+    assert run(keypad_shards, out, 2, **way) == resumed and capfd.readouterr().err == ""
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
     with pytest.raises(ArtifactConflict):
         run(keypad_shards, out, 2, precision="bf16")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("zero", [{"stage": 3}, {"stage": 1, "offload_optimizer": True}, {"stage": 0}])
+SLOW = [{"stage": 1, "offload_optimizer": True}, {"stage": 0}]
+
+
+@pytest.mark.parametrize("zero", [{"stage": 3}, *(pytest.param(zero, marks=pytest.mark.slow) for zero in SLOW)])
 def test_a_training_goes_on_at_another_stage(
     first: Artifact, keypad_shards: Artifact, tmp_path: Path, zero: dict[str, Any]
 ):
@@ -103,6 +143,23 @@ def test_a_checkpoint_of_other_data_is_refused_with_both_digests(
     change(out, data={**data, "order": "f" * 64})
     with pytest.raises(ArtifactError, match=f"have the order {'f' * 64}; wanted {data['order']}"):
         run(keypad_shards, out, 1)
+    assert checkpoint.steps(out / "checkpoints") == {2} and len(losses(out)) == 4  # and is there for the right data
+
+
+def test_shards_that_were_made_anew_are_refused_and_nothing_is_lost(
+    first: Artifact, keypad_manifest: Artifact, keypad_shards: Artifact, tmp_path: Path
+):
+    made_of = {**keypad_shards.config, "shard_records": 50}
+    others = shard(
+        parse(ShardConfig, made_of, "test"), keypad_manifest, data=keypad_manifest.path.parent / "raw",
+        out=tmp_path / "shards", workers=1, tracker=None,
+    )  # fmt: skip
+    assert others.digest != keypad_shards.digest
+    out = stopped(first, tmp_path / "model", 2)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ArtifactConflict, match=r"made from another config or other inputs.*--replace"):
+        run(others, out, 2)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
