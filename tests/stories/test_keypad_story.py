@@ -84,6 +84,9 @@ def test_a_finished_training_is_up_to_date_however_it_is_to_run(told: Path):
     assert done.returncode == 0 and "train: already there" in done.stdout, done.stderr
     assert "runs/demo/model is finished, with other zero, keep: that is how it ran" in done.stderr
     assert (told / "runs/demo/model/artifact.json").read_bytes() == made
+    done = mmlm(told, "distill", "demo", *SMALLEST, "--set", "distill.accumulate=2")
+    assert done.returncode == 0 and "distill: already there" in done.stdout, done.stderr
+    assert "runs/demo/student is finished, with other accumulate: that is how it ran" in done.stderr
     done = mmlm(told, "train", "demo", *SMALLEST, "--set", "train.precision=fp32")
     assert done.returncode == 2 and "made from another config" in done.stderr
 
