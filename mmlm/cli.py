@@ -412,7 +412,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         places.out, places.tracker.uri, arguments.parallel, arguments.ranks, inside_ray=arguments.inside_ray
     )
     shards = stories.noun(places, "shard")
-    make = functools.partial(tuning.tune, config, story.train, shards, where, places.tracker)
+    make = functools.partial(tuning.tune, config, story.written["train"], shards, where, places.tracker)
     with places.tracker:
         made = stories.settle(make) if arguments.replace else make()
     found = json.loads((made.path / "results.json").read_text())

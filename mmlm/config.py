@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -14,9 +15,10 @@ from mmlm.errors import ConfigError
 
 
 class Config(pydantic.BaseModel):
-    """Base of every config: immutable, unknown keys refused. A field's meaning stands in the string under it."""
+    """Base of every config: immutable; unknown keys, infinities and NaN refused. A field's meaning stands in the string under
+    it."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 C = TypeVar("C", bound=Config)
@@ -105,25 +107,68 @@ DECIDED_BY_PRESET = frozenset(
 """Keys of a model that a preset says something of."""
 
 
-def apply_override(data: dict[str, Any], dotted: str, raw: str) -> None:
+def apply_override(
+    data: dict[str, Any], dotted: str, raw: str, kinds: Mapping[str, type[Config]] | None = None
+) -> None:
     """Set `a.b.c` in nested `data` to `raw` read as YAML (so `3`, `true`, `[1, 2]` and `text` are what they look like).
 
-    A `preset` replaces what was said before it of what it decides.
+    A `preset` replaces what was said before it of what it decides. With `kinds`, the config of each key of `data`, a
+    `kind` takes away what was said before it that only other kinds have, and `fusion: concat` may be gone into as
+    `fusion: {kind: concat}`.
     """
     *path, last = dotted.split(".")
     here = data
-    for step in path:
-        following = here.setdefault(step, {})
+    for depth, step in enumerate(path):
+        following = here.get(step)
+        if isinstance(following, str) and any(following in _names(c) for c in _choices(kinds, path[: depth + 1])):
+            following = here[step] = {"kind": following}
+        if following is None:
+            following = here[step] = {}
         if not isinstance(following, dict):
             raise ConfigError(f"--set {dotted}: `{step}` is a value, not a section")
         here = following
-    if last == "preset":
-        for key in DECIDED_BY_PRESET & here.keys():
-            del here[key]
     try:
-        here[last] = yaml.safe_load(raw)
+        value = yaml.safe_load(raw)
     except yaml.YAMLError:
-        here[last] = raw
+        value = raw
+    others = DECIDED_BY_PRESET if last == "preset" else frozenset[str]()
+    if last == "kind":
+        others = _only_of_others(_choices(kinds, path), value)
+    for key in others & here.keys():
+        del here[key]
+    here[last] = value
+
+
+def _choices(kinds: Mapping[str, type[Config]] | None, path: list[str]) -> list[type[Config]]:
+    """The configs that may stand at `path`, of which a union has several."""
+    found = [kinds[path[0]]] if kinds and path and path[0] in kinds else []
+    for step in path[1:]:
+        inner = [t for c in found if step in c.model_fields for t in _types(c.model_fields[step].annotation)]
+        found = [t for t in inner if issubclass(t, Config)]
+    return found
+
+
+def _names(choice: type[Config]) -> tuple[Any, ...]:
+    return _literal(choice) if "kind" in choice.model_fields else ()
+
+
+def _only_of_others(choices: list[type[Config]], kind: Any) -> frozenset[str]:
+    """Keys that no choice named `kind` has, and another one has; none where nothing is named so, which `parse` tells."""
+    chosen = [c for c in choices if kind in _names(c)]
+    keys = {key for c in choices for key in c.model_fields} if chosen else set()
+    return frozenset(keys.difference(*(c.model_fields for c in chosen)))
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` → ("a.b", 1): what a file of settings changes, key by key in its order.
+
+    A mapping with keys that no setting is named by, such as the pattern `blocks.*`, is a value.
+    """
+    for key, value in values.items():
+        if isinstance(value, dict) and value and all(re.fullmatch(r"[A-Za-z_]\w*", str(k)) for k in value):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def split_override(text: str) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from mmlm.model.config import ModelConfig
 from mmlm.model.presets import PRESETS
 from mmlm.shards.config import ShardConfig
 from mmlm.train.config import TrainConfig, ZeroConfig
-from mmlm.train.devices import NODE_LINK, Device
+from mmlm.train.devices import HOST_BANDWIDTH, NODE_LINK, PCIE_REACHED, Device
 from mmlm.train.planning import Forecast, Measured, Workload, forecast
 from mmlm.train.probe import Teaching
 
@@ -61,7 +61,7 @@ def subject(name: str, overrides: list[str], out: Path | None) -> Subject:
             raw["shard"] = read_yaml(beside) or {}
         for override in overrides:
             key, value = split_override(override)
-            apply_override(raw, key, value)
+            apply_override(raw, key, value, {"train": TrainConfig, "shard": ShardConfig})
         shard, train = parse(ShardConfig, raw["shard"], str(beside)), parse(TrainConfig, raw["train"], name)
         title, distill = path.parent.resolve().name, None
     else:
@@ -234,13 +234,22 @@ def assumptions(what: Subject, device: Device, work: Workload, measured: bool) -
         f"products reach {device.efficiency:.0%} of the peak, nothing overlaps, kernels start in "
         f"{device.launch * 1e6:.0f} µs, fused attention (assumed: no such device was at hand)"
     )
+    lines.append(
+        "every rank begins with the whole model in float32, in the host's memory and on its device, at every stage: a rank and "
+        "a host show that where it is more than what the steps take"
+    )
+    if what.config.zero.offload_optimizer or what.config.zero.offload_parameters:
+        lines.append(
+            f"offloading: {device.pcie / 1e9:.0f} GB/s of PCIe to the host for each device, {PCIE_REACHED:.0%} of it reached; "
+            f"{HOST_BANDWIDTH / 1e9:.0f} GB/s of the host's memory for all ranks of a node (assumed)"
+        )
     return lines
 
 
 def best(rows: Sequence[Forecast]) -> Forecast | None:
-    """Of those that fit, the fewest device hours; of equals, the lower stage."""
+    """Of those that fit, the fewest hours of devices that are paid for; of equals, the lower stage."""
     fitting = [row for row in rows if row.fits]
-    return min(fitting, key=lambda r: (round(r.hours * r.ranks, 6), r.stage, r.ranks)) if fitting else None
+    return min(fitting, key=lambda r: (round(r.hours * r.machines, 6), r.stage, r.ranks)) if fitting else None
 
 
 def plan(

@@ -20,7 +20,7 @@ from pydantic import Field
 from mmlm import artifacts
 from mmlm.artifacts import Artifact, ArtifactConflict
 from mmlm.compress.config import DistillConfig
-from mmlm.config import Config, apply_override, parse, read_yaml, resolved, split_override
+from mmlm.config import Config, apply_override, leaves, parse, read_yaml, resolved, split_override
 from mmlm.corpus.config import ScanConfig
 from mmlm.errors import ConfigError
 from mmlm.evals.config import EvaluateConfig
@@ -79,6 +79,8 @@ class Story:
     distill: DistillConfig | None
     evaluate: EvaluateConfig
     register: RegisterConfig
+    written: dict[str, Any]
+    """verb → what the files and overrides say, without defaults; changed again, those are of the `kind` then."""
 
     @property
     def verbs(self) -> list[str]:
@@ -161,7 +163,7 @@ def load(name: str, overrides: list[str] | None = None) -> Story:
             )
         if verb not in raw:
             raise ConfigError(f"--set {override}: this story has no {verb}.yaml")
-        apply_override(raw, key, value)
+        apply_override(raw, key, value, VERBS)
     about = parse(AboutConfig, raw["story"], str(folder / "story.yaml"))
     configs: dict[str, Any] = {}
     problems = []
@@ -172,7 +174,7 @@ def load(name: str, overrides: list[str] | None = None) -> Story:
             problems.append(error.found)
     if problems:
         raise ConfigError(f"{folder.name}: " + " · ".join(problems), cure=f"the comments in {library()} name every key")
-    return Story(about.name, folder, about, **configs)
+    return Story(about.name, folder, about, **configs, written=raw)
 
 
 def _spelled_out(overrides: list[str]) -> Iterator[str]:
@@ -183,15 +185,7 @@ def _spelled_out(overrides: list[str]) -> Iterator[str]:
         found = read_yaml(Path(override[1:]))
         if not isinstance(found, dict):
             raise ConfigError(f"--set {override} holds {type(found).__name__}", wanted="stages with their keys")
-        yield from (f"{key}={json.dumps(value)}" for key, value in _leaves(found, ""))
-
-
-def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        yield from (f"{key}={json.dumps(value)}" for key, value in leaves(found))
 
 
 def data_folder(story: Story, given: Path | str | None, out: Path) -> Path | str:

@@ -12,6 +12,7 @@ the first stage begins.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import getpass
 import hashlib
 import json
@@ -20,7 +21,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from mmlm import __version__, spool
 from mmlm import tracking_store as store
@@ -28,6 +29,8 @@ from mmlm.config import Config, blank_credentials, resolved
 from mmlm.errors import Interrupted, LaunchError, MmlmError
 
 PARENT = "mlflow.parentRunId"
+NOTES = ".tracking-parent*.json"
+"""Below `out`: the parent runs that have not been ended."""
 _log = logging.getLogger("mmlm.tracking")
 
 
@@ -72,6 +75,25 @@ def _dead(tags: Mapping[str, str]) -> bool:
     except OSError:
         pass
     return False
+
+
+def _held(folder: Path) -> bool:
+    """Whether a process, on whatever host, holds the lock of a noun's folder (`artifacts.hold`): it is being made."""
+    try:
+        with (folder / ".lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _left_alone(state: spool.State) -> bool:
+    """Whether nobody writes to a spool or sends it any more."""
+    other = state.tags.get("mmlm.pid") != str(os.getpid()) and state.tags.get("mmlm.host") == socket.gethostname()
+    draining = (other and not _dead(state.tags)) or store.sending(state)
+    return not draining and not _held(state.path.parent)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -196,14 +218,15 @@ class Tracker:
         self._figures: dict[str, float] = {}
         """What the parent run shows: seconds of each stage, and the headline of the report."""
         self._key = hashlib.sha256(uri.encode()).hexdigest()[:16]
-        self._note = self.out / ".tracking-parent.json"
+        self._note: TextIO | None = None
+        """Says which parent run is ours; locked for as long as this process lives, so that others see when it is dead."""
 
     @classmethod
     def start(cls, uri: str | None, *, story: str, out: Path) -> Tracker:
         """Raises LaunchError, within 15 s, when the tracking server does not answer."""
         tracker = cls(store.absolute(uri or store.default_uri()), story, out)
         store.probe(tracker.uri)
-        if tracker._note.exists() or tracker._waiting():
+        if any(tracker.out.glob(NOTES)) or tracker._waiting():
             tracker.open()
         return tracker
 
@@ -234,20 +257,33 @@ class Tracker:
         return client
 
     def _waiting(self) -> list[spool.State]:
-        places = [self.out / spool.STATE, *self.out.glob(f"*/{spool.STATE}"), *self.out.glob(f".aside/*/{spool.STATE}")]
+        """Spools below `out`, those of a search's trials too, that nobody works on, with lines left or without an end."""
+        nouns = ("", "*/", ".aside/*/", "*/trials/*/model/", ".aside/*/trials/*/model/")
+        places = [path for noun in nouns for path in self.out.glob(f"{noun}{spool.STATE}")]
         states = [s for p in places if (s := spool.State.load(p.parent)) is not None]
-        return [s for s in states if s.uri == self._key and s.waiting]
+        open_ones = [s for s in states if s.uri == self._key and (s.waiting or (s.run_id and not s.ended))]
+        return [s for s in open_ones if _left_alone(s)]
 
     def replay(self) -> None:
-        """Send what an earlier process could not."""
+        """Send what an earlier process could not, and end the runs of processes that are gone. Raises on an outage."""
         for state in self._waiting():
-            if (state.path.parent / "artifact.json").exists() or ".aside" in state.path.parts:
+            with _unless_rejected():
                 store.forward(self._client, self._experiment, state)
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            left = json.loads(self._note.read_text())
-            if left["uri"] == self._key and left["status"]:
-                self._client.set_terminated(left["parent"], left["status"], left["time"])
-                self._note.unlink()
+                if not state.ended:
+                    done = (state.path.parent / "artifact.json").exists()
+                    self._client.set_terminated(state.run_id, "FINISHED" if done else "KILLED")
+            if not state.ended:
+                state.ended = True
+                state.save()
+        for path in self.out.glob(NOTES):
+            with contextlib.suppress(OSError, ValueError, KeyError), path.open("r+") as note:
+                fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else its process lives, wherever that is
+                left = json.load(note)
+                if left["uri"] == self._key:
+                    with _unless_rejected():
+                        ended = left["time"] if left["status"] else spool.now()
+                        self._client.set_terminated(left["parent"], left["status"] or "KILLED", ended)
+                    path.unlink()
 
     def reap(self) -> int:
         """Set runs whose process died on this host to KILLED; returns how many."""
@@ -256,6 +292,10 @@ class Tracker:
         for run_id in dead:
             self._client.set_terminated(run_id, "KILLED")
         return len(dead)
+
+    def _connected(self) -> tuple[Any, str]:
+        """The client and the experiment, for the thread that sends."""
+        return self.open(), self._experiment
 
     def _begin(self) -> None:
         """The parent run, at the first stage."""
@@ -275,7 +315,13 @@ class Tracker:
         row = {"uri": self._key, "parent": self.parent, "status": status, "time": spool.now()}
         with contextlib.suppress(OSError):
             self.out.mkdir(parents=True, exist_ok=True)
-            self._note.write_text(json.dumps(row))
+            if self._note is None:
+                self._note = (self.out / f".tracking-parent-{self.parent}.json").open("w", encoding="utf-8")
+                fcntl.flock(self._note, fcntl.LOCK_EX)
+            self._note.seek(0)
+            self._note.write(json.dumps(row))
+            self._note.truncate()
+            self._note.flush()
 
     @contextlib.contextmanager
     def run(self, name: str, config: Config | Mapping[str, Any], work: Workplace) -> Iterator[Run]:
@@ -289,12 +335,12 @@ class Tracker:
         )
         if state.run_id is None:
             (work.path / spool.ROWS).unlink(missing_ok=True)  # of an attempt that this store does not know
-            with contextlib.suppress(Exception):  # an outage in mid-run: the sender creates it later
+            with contextlib.suppress(Exception):  # an outage: the sender creates it later
                 created = self._client.create_run(self._experiment, state.started, tags, name)
                 state.run_id = created.info.run_id
         state.save()
         work.track(state.run_id)
-        run, sender = Run(work.path, state), store.Sender(self._client, self._experiment, state)
+        run, sender = Run(work.path, state), store.Sender(self._connected, state)
         run.params(resolved(config) if isinstance(config, Config) else config)
         sender.start()
         try:
@@ -338,10 +384,24 @@ class Tracker:
                 text = f"{type(error).__name__}: {error}" if not isinstance(error, MmlmError) else str(error)
                 self._client.set_tag(self.parent, "error", text[:4900])
             self._client.set_terminated(self.parent, _status(error))
-            self._note.unlink(missing_ok=True)
+            if self._note is not None:
+                Path(self._note.name).unlink(missing_ok=True)
+            self.replay()  # what an outage in between has left
         except Exception as problem:
             _log.warning("the parent run stays open until the next start (%s)", str(problem).splitlines()[0][:160])
-        self.parent = None
+        if self._note is not None:
+            self._note.close()
+        self.parent = self._note = None
+
+
+@contextlib.contextmanager
+def _unless_rejected() -> Iterator[None]:
+    """Passes over what no repetition will mend, as a run that was deleted; an outage raises."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "error_code", "") not in store.REJECTED:
+            raise
 
 
 def _figures(stage: str, path: Path) -> dict[str, float]:

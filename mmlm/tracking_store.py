@@ -11,7 +11,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -257,9 +257,10 @@ def _forward_row(client: Any, state: spool.State, row: dict[str, Any]) -> None:
 class Sender(threading.Thread):
     """Sends one stage's spool every SEND_EVERY seconds; waits an outage out."""
 
-    def __init__(self, client: Any, experiment: str, state: spool.State) -> None:
+    def __init__(self, connect: Callable[[], tuple[Any, str]], state: spool.State) -> None:
+        """`connect` gives the client and the experiment, and raises as long as it cannot."""
         super().__init__(name="mmlm-tracking", daemon=True)
-        self.client, self.experiment, self.state = client, experiment, state
+        self.connect, self.state = connect, state
         self.stopping, self.deadline = threading.Event(), float("inf")
 
     def run(self) -> None:
@@ -267,7 +268,7 @@ class Sender(threading.Thread):
         while True:
             last = self.stopping.wait(SEND_EVERY)
             try:
-                forward(self.client, self.experiment, self.state)
+                forward(*self.connect(), self.state)
                 if last:
                     return
             except Exception as error:
@@ -286,3 +287,8 @@ class Sender(threading.Thread):
         self.deadline = time.monotonic() + seconds
         self.stopping.set()
         self.join(seconds + 0.5)
+
+
+def sending(state: spool.State) -> bool:
+    """Whether a thread of this process still sends that spool: one that a slow server has kept over the end."""
+    return any(isinstance(t, Sender) and t.state.path == state.path for t in threading.enumerate())

@@ -9,6 +9,7 @@ in MLflow. A search that was stopped goes on from those folders; a trial that fa
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -19,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,16 +28,17 @@ import yaml
 from pydantic import Field, field_validator
 
 from mmlm import artifacts
+from mmlm import tracking_store as store
 from mmlm.artifacts import Artifact
-from mmlm.config import Config, apply_override, parse, read_yaml, resolved
+from mmlm.config import Config, apply_override, leaves, parse, read_yaml, resolved
 from mmlm.data.files import address, folder_of
 from mmlm.errors import ConfigError, Interrupted, LaunchError, MmlmError
-from mmlm.storage import write_bytes, write_json
+from mmlm.storage import sha256_json, write_bytes, write_json
 from mmlm.tracking import Run, Tracker
 from mmlm.train.config import TrainConfig
 from mmlm.world import cores
 
-RECIPE = 1
+RECIPE = 2
 TRACKING = "MLFLOW_TRACKING_URI"
 """How a trial is told the tracking store, whose address may hold a password: never by a file."""
 FOLDER = "search"
@@ -164,21 +166,25 @@ def _number(value: Any) -> Any:
     return value
 
 
-def tune(config: TuneConfig, base: TrainConfig, shards: Artifact, where: Where, tracker: Tracker) -> Artifact:
+def tune(config: TuneConfig, written: Mapping[str, Any], shards: Artifact, where: Where, tracker: Tracker) -> Artifact:
     """ShardSet → Search: `results.json`, and `best.yaml` with the settings of the best trial.
+
+    `written` is what `train.yaml` and `--set` say, without the defaults: those of another `kind` are others.
 
     Raises LaunchError when every trial failed, Interrupted when a time limit came first, ConfigError for a metric that
     training does not write.
     """
     from mmlm.launch import ray_tune
 
-    out = where.out / FOLDER
+    out, base = where.out / FOLDER, parse(TrainConfig, copy.deepcopy(dict(written)), "train.yaml")
+    every, refused = _trials(config, written)
+    tried = sha256_json({str(number): resolved(trial) for number, trial in every.items()})
     work = artifacts.begin(
-        out, "search", recipe=RECIPE, config=config, parents={"shards": shards}, extra={"train": resolved(base)}
-    )
+        out, "search", recipe=RECIPE, config=config, parents={"shards": shards},
+        extra={"train": resolved(base), "tried": tried},
+    )  # fmt: skip
     if work.artifact:
         return work.artifact
-    every, refused = _trials(config, base)
     metric = config.metric or ("val/loss" if base.validation.every else "loss")
     objective = ray_tune.Objective(
         metric=metric, mode=config.mode, mean_of=1 if metric.startswith("val/") else 5, steps=base.steps,
@@ -217,21 +223,31 @@ def _sign(config: TuneConfig) -> int:
     return 1 if config.mode == "min" else -1
 
 
-def _trials(config: TuneConfig, base: TrainConfig) -> tuple[dict[int, TrainConfig], dict[int, str]]:
+def _trials(config: TuneConfig, written: Mapping[str, Any]) -> tuple[dict[int, TrainConfig], dict[int, str]]:
     """The settings of every trial, and why some of them are none. Raises ConfigError when none is any good."""
     every: dict[int, TrainConfig] = {}
     refused: dict[int, str] = {}
     for number, settings in enumerate(settings_of(config)):
-        data = {"train": base.model_dump(mode="json")}
+        data: dict[str, Any] = {"train": copy.deepcopy(dict(written))}
         try:
-            for key, value in settings.items():
-                apply_override(data, key, json.dumps(value))
+            for key, value in leaves(_nested(settings)):  # as `--set @best.yaml` will
+                apply_override(data, key, json.dumps(value), {"train": TrainConfig})
             every[number] = parse(TrainConfig, data["train"], f"trial {number}")
         except ConfigError as error:
             refused[number] = error.found.removeprefix(f"trial {number}: ")
     if not every:
         raise ConfigError(refused[0])
     return every, refused
+
+
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as sections. Outer ones come first, and first of each its `kind` or `preset`, which decide what else
+    there is."""
+    data: dict[str, Any] = {}
+    order = sorted(settings, key=lambda key: (key.count("."), key.rpartition(".")[2] not in ("kind", "preset"), key))
+    for key in order:
+        apply_override(data, key, json.dumps(settings[key]))
+    return data
 
 
 def _plan(number: int, config: TrainConfig, shards: Artifact, where: Where, tracker: Tracker) -> Any:
@@ -285,11 +301,8 @@ def _rows(config: TuneConfig, outcomes: Sequence[Any], refused: dict[int, str]) 
 
 def _override(best: dict[str, Any], metric: str) -> str:
     """The best settings as YAML that `--set @FILE` takes."""
-    data: dict[str, Any] = {}
-    for key, value in best["settings"].items():
-        apply_override(data, key, json.dumps(value))
     head = f"# trial {best['trial']} of `mmlm tune`: {metric} {best['value']:.6g} at step {best['step']}\n"
-    return head + yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return head + yaml.safe_dump(_nested(best["settings"]), sort_keys=False, allow_unicode=True)
 
 
 @contextlib.contextmanager
@@ -335,6 +348,14 @@ class _Child(Tracker):
     """The tracking of a trial: its run is a child of the search's, and named after the trial."""
 
     number = 0
+
+    def _begin(self) -> None:
+        """A trial needs no store to start: what it says is sent when one answers, if need be when the search ends."""
+        try:
+            store.probe(self.uri, timeout=2.0, tries=1)
+            self.open()
+        except (MmlmError, OSError) as error:
+            print(f"tracking waits: {error}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def run(self, name: str, config: Any, work: Any) -> Iterator[Run]:

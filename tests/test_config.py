@@ -74,6 +74,27 @@ def test_an_override_does_not_replace_a_value_by_a_section():
         apply_override({"train": 3}, "train.seed", "1")
 
 
+@pytest.mark.parametrize(
+    ("key", "written", "then"),
+    [
+        (
+            "schedule.kind=cosine",
+            {"schedule": {"kind": "wsd", "decay": 0.1, "floor": 0.2}},
+            {"kind": "cosine", "floor": 0.2},
+        ),
+        ("schedule.kind=wsd", {"schedule": {"kind": "wsd", "decay": 0.1}}, {"kind": "wsd", "decay": 0.1}),
+        ("schedule.kind=cosine", {"schedule": {"decya": 0.1}}, {"kind": "cosine", "decya": 0.1}),  # a slip stays one
+        ("schedule.kind=linear", {"schedule": {"decay": 0.1}}, {"kind": "linear", "decay": 0.1}),
+        ("schedule.floor=0.5", {"schedule": None}, {"floor": 0.5}),
+        ("model.fusion.weight=0.5", {"model": {"fusion": "late"}}, {"fusion": {"kind": "late", "weight": 0.5}}),
+    ],
+)
+def test_a_kind_takes_away_what_only_others_have(key: str, written: dict[str, Any], then: dict[str, Any]):
+    data = {"train": written}
+    apply_override(data, *split_override(f"train.{key}"), {"train": TrainConfig})
+    assert data["train"][key.split(".")[0]] == then
+
+
 @pytest.mark.parametrize("text", ["train.seed", "=1", "a b=1"])
 def test_an_override_without_form_is_refused(text: str):
     with pytest.raises(ConfigError):

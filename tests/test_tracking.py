@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from mmlm import artifacts, spool, tracking_store
 from mmlm.config import Config
 from mmlm.errors import Interrupted, LaunchError
 from mmlm.tracking import NullTracker, Tracker
+from mmlm.tuning import _Child
+from tests.faults.stage import fill_blocks, make_room, small_disk
 
 
 class Settings(Config):
@@ -79,7 +83,7 @@ def test_stages_are_nested_runs_with_params_curves_and_lineage(store: str, tmp_p
     assert c.get_run(parent).data.metrics.keys() == {"seconds/scan", "seconds/shard"}
     assert shard.data.tags["digest"] == artifacts.read(tmp_path / "shard").digest
     assert {f.path for f in c.list_artifacts(shard.info.run_id)} == {"note.txt", "artifact.json"}
-    assert not (tmp_path / ".tracking-parent.json").exists()
+    assert not list(tmp_path.glob(".tracking-parent*"))
 
 
 def fail(store: str, out: Path, error: BaseException) -> list[str | None]:
@@ -156,6 +160,92 @@ def test_the_living_are_not_reaped(store: str, tmp_path: Path) -> None:
             two.open()
             assert two.reap() == 0
         assert client(store).get_run(run.run_id).info.status == "RUNNING"
+
+
+def elsewhere(store: str, out: Path, note: str) -> str:
+    """A parent run that a process of another host made, with its note below `out`."""
+    tracker = Tracker(store, "elsewhere", out)
+    tags = {"mmlm.host": "another-host", "mmlm.pid": "1", "mmlm.pid_start": "1"}
+    tracker.open()
+    parent = str(tracker._client.create_run(tracker._experiment, tags=tags).info.run_id)
+    row = {"uri": tracker._key, "parent": parent, "status": None, "time": 1}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / note).write_text(json.dumps(row))
+    return parent
+
+
+@pytest.mark.parametrize("note", [".tracking-parent.json", ".tracking-parent-x.json"])
+def test_a_run_killed_on_another_host_is_ended(store: str, tmp_path: Path, note: str) -> None:
+    parent = elsewhere(store, tmp_path, note)
+    with (tmp_path / note).open() as live:
+        fcntl.flock(live, fcntl.LOCK_EX)  # its process lives
+        Tracker.start(store, story="elsewhere", out=tmp_path)
+        assert client(store).get_run(parent).info.status == "RUNNING"
+    Tracker.start(store, story="elsewhere", out=tmp_path)
+    assert client(store).get_run(parent).info.status == "KILLED"
+    assert not (tmp_path / note).exists()
+
+
+def test_another_start_ends_no_living_parent_and_no_living_stage(store: str, tmp_path: Path) -> None:
+    with Tracker.start(store, story="shared", out=tmp_path) as one:
+        with one.run("scan", {}, begin(tmp_path / "manifest")):
+            pass
+        with one.run("train", {}, begin(tmp_path / "model")) as run:
+            with Tracker.start(store, story="shared", out=tmp_path) as two:
+                two.open()
+                with two.run("evaluate", {}, begin(tmp_path / "report")):
+                    pass
+            assert {client(store).get_run(i).info.status for i in (one.parent, run.run_id)} == {"RUNNING"}
+
+
+def test_a_trial_starts_without_a_store_and_is_sent_later(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking_store.Sender.finish, "__defaults__", (0.1,))
+    monkeypatch.setattr(tracking_store, "SEND_EVERY", 0.05)
+    parent = Tracker.start(store, story="trials", out=tmp_path)
+    parent.open()
+    for number, stops in enumerate((False, True)):
+        trial = _Child("http://127.0.0.1:9", "trials", tmp_path / "search" / "trials" / f"00{number}")
+        trial.number, trial.parent, trial._key = number, "a" * 32, parent._key
+        work = begin(trial.out / "model")
+        with contextlib.suppress(Interrupted), trial.run("train", {"a": 1}, work) as run:
+            run.metrics({"loss": 1.5}, step=1)
+            assert run.run_id is None
+            if stops:
+                raise Interrupted("the search stopped it")
+            finish(work)
+        work.release()
+        for sender in [t for t in threading.enumerate() if isinstance(t, tracking_store.Sender)]:
+            sender.join(60)
+    parent.replay()
+    found = client(store).search_runs([parent._experiment])
+    assert {r.info.run_name: r.info.status for r in found} == {"trial-000": "FINISHED", "trial-001": "KILLED"}
+    assert [r.data.metrics["loss"] for r in found] == [1.5, 1.5]
+    assert not parent._waiting()
+
+
+def test_a_store_on_a_full_disk_gets_everything_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking_store, "SEND_EVERY", 0.05)
+    monkeypatch.setattr(tracking_store.Sender.finish, "__defaults__", (0.5,))
+    with small_disk(tmp_path / "disk") as disk:
+        uri, out = f"sqlite:///{disk}/mlflow.db", tmp_path / "out"
+        with Tracker.start(uri, story="full", out=out) as tracker:
+            work = begin(out / "model")
+            with tracker.run("train", {"a": 1}, work) as run:
+                time.sleep(0.3)
+                fill_blocks(disk)
+                started = time.monotonic()
+                for step in range(5000):
+                    run.metrics({"loss": step}, step)
+                finish(work)
+            assert time.monotonic() - started < 15
+        assert len(client(uri).get_metric_history(run.run_id, "loss")) < 5000, "the disk was not full"
+        make_room(disk)
+        Tracker.start(uri, story="full", out=out).close()
+        c = client(uri)
+        assert [m.value for m in c.get_metric_history(run.run_id, "loss")] == list(range(5000))
+        assert {r.info.status for r in c.search_runs([tracker._experiment])} == {"FINISHED"}
 
 
 class Flaky:

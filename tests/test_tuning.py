@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
+from mmlm import story as stories
 from mmlm import tuning
 from mmlm.artifacts import Artifact
 from mmlm.cli import main
 from mmlm.config import parse
 from mmlm.errors import ConfigError, Interrupted
 from mmlm.launch import ray_tune
+from mmlm.train.config import AdamWConfig, LionConfig, TrainConfig
 from mmlm.tuning import TuneConfig
 from mmlm.world import cores
 
@@ -127,6 +129,53 @@ def test_best_settings_are_an_override(tmp_path: Path, capsys: pytest.CaptureFix
     path.write_text("train: {modle: {width: 64}}")
     assert main(["train", "demo", "--on", "slurm", "--print", "--set", f"@{path}"]) == 2
     assert "did you mean `model`" in capsys.readouterr().err
+
+
+WSD: dict[str, Any] = {"schedule": {"kind": "wsd", "decay": 0.1, "warmup": 0.2}}
+FUSIONS = ["concat", {"kind": "adversarial", "weight": 0.2}, {"kind": "add"}]
+
+
+@pytest.mark.parametrize(
+    ("written", "search"),
+    [
+        ({"optimizer": {"weight_decay": 0.05}}, {"train.optimizer.kind": ["adamw", "lion"]}),
+        ({"optimizer": {"kind": "lion", "beta1": 0.8}}, {"train.optimizer.kind": ["adamw", "lion", "muon"]}),
+        ({"optimizer": {"kind": "muon", "momentum": 0.9, "lr": 0.01}}, {"train.optimizer.kind": ["adamw", "muon"]}),
+        (WSD, {"train.schedule.kind": ["cosine", "wsd"], "train.schedule.floor": "uniform(0.1,0.5)"}),
+        ({}, {"train.schedule.kind": ["cosine", "wsd"], "train.optimizer": [{"kind": "muon"}, {"lr": 0.1}]}),
+        ({"data": {"pack": {"kind": "best_fit", "window": 2}}}, {"train.data.pack.kind": ["none", "best_fit"]}),
+        ({"data": {"pack": {"kind": "none"}}}, {"train.data.pack": [{"kind": "none"}, {"kind": "best_fit"}]}),
+        ({"model": {"heads": 4, "width": 64}}, {"train.model.kind": ["transformer", "cnn", "gru"]}),
+        ({"model": {"width": 64, "fusion": "late"}}, {"train.model.preset": ["tiny", "small"]}),
+        (
+            {"model": {"fusion": "add"}, "ema": None},
+            {"train.model.fusion": FUSIONS, "train.ema": [None, {"use": False}]},
+        ),
+        ({"lr_factors": {"image": 0.5}}, {"train.lr_factors": [{"blocks.*": 0.1}, {"audio": 2.0}]}),
+    ],
+)
+def test_the_winner_is_what_is_trained_then(written: dict[str, Any], search: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "story"
+    shutil.copytree(stories.library() / "demo", folder)
+    (folder / "train.yaml").write_text(yaml.safe_dump(written))
+    config = TuneConfig(search=search, trials=12)
+    every, refused = tuning._trials(config, stories.load(str(folder)).written["train"])
+    assert not refused and len(every) == len(tuning.settings_of(config)) > 1
+    for number, settings in enumerate(tuning.settings_of(config)):
+        row = {"trial": number, "value": 0.5, "step": 9, "settings": settings}
+        (tmp_path / "best.yaml").write_text(tuning._override(row, "loss"))
+        trained = stories.load(str(folder), [f"@{tmp_path}/best.yaml"]).train
+        tried = parse(TrainConfig, every[number].model_dump(mode="json"), "trial")  # the trial is told so
+        assert tried == every[number] == trained, settings
+
+
+def test_a_trial_of_another_kind_has_that_kinds_defaults() -> None:
+    search = TuneConfig(search={"train.optimizer.kind": ["adamw", "lion"]}, trials=2)
+    every, _ = tuning._trials(search, {"optimizer": {"clip": 0.5}})
+    assert {c.optimizer for c in every.values()} == {AdamWConfig(clip=0.5), LionConfig(clip=0.5)}
+    search = TuneConfig(search={"train.schedule.kind": ["cosine"], "train.schedule.decay": [0.1]}, trials=1)
+    with pytest.raises(ConfigError, match=r"unknown key `schedule\.decay`"):  # which a cosine has not
+        tuning._trials(search, {"schedule": {"kind": "wsd"}})
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from mmlm.shards.shard import shard
 from mmlm.train import engine, weights
 from mmlm.train.config import AdamWConfig, TrainConfig
 from mmlm.train.loop import fit
-from mmlm.train.objectives import Answering
+from mmlm.train.objectives import Answering, Objective
 from mmlm.train.terms.term import Term
 from mmlm.world import World
 
@@ -60,6 +60,9 @@ class Timed:
         terms = self.inner(model, batch)
         self.losses.append(terms["answer"].sum.item() / self.inner.counts(batch)["answer"])
         return terms
+
+    def alone(self) -> Objective:
+        return self.inner.alone()
 
 
 def texts(source: Path, out: Path) -> Path:

@@ -117,6 +117,9 @@ class Following:
     def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
         self.answering.prepare(model, batches, device)
 
+    def alone(self) -> Following:
+        return self
+
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
         output: Output = model(batch, z_loss=self.answering.z_share)
         terms = self.answering.terms(output, batch, self.task)

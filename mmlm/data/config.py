@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from mmlm.config import Config
 
@@ -50,6 +50,21 @@ PackConfig = Annotated[NoPacking | BestFitPacking, Field(discriminator="kind")]
 By = Literal["source", "task", "source/task"]
 
 
+MOST = 1e15
+"""Of a weight or a share: far above any count of tokens, and sums stay finite."""
+
+
+def _some_positive(weights: dict[str, float]) -> dict[str, float]:
+    if not any(weights.values()):
+        raise ValueError("all of them are 0, one at least must not be")
+    return weights
+
+
+Weights = Annotated[
+    dict[str, Annotated[float, Field(ge=0, le=MOST)]], Field(min_length=1), AfterValidator(_some_positive)
+]
+
+
 class NaturalMixture(Config):
     """Every record once an epoch, whatever it comes from."""
 
@@ -62,14 +77,14 @@ class WeightedMixture(Config):
     kind: Literal["weighted"]
     by: By = "source"
     """What tells streams apart: where a record comes from, its task, or both, as in `reviews.csv/mood`."""
-    weights: dict[str, float] = Field(min_length=1)
+    weights: Weights
     """stream → its share of a batch, relative to the others; every stream is named, 0 leaves it out."""
 
 
 class Phase(Config):
-    share: float = Field(gt=0)
+    share: float = Field(gt=0, le=MOST)
     """Part of the steps, relative to the other phases."""
-    weights: dict[str, float] = Field(min_length=1)
+    weights: Weights
     """As of a weighted mixture."""
 
 

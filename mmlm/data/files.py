@@ -57,6 +57,8 @@ class ShardFiles(Protocol):
     """The tables of the set, on this machine."""
     remote: bool
     """Whether a shard may first have to be fetched."""
+    room: int | None
+    """Bytes of shards that all readers of this machine together may keep open; None where nothing is ever evicted."""
 
     def tar(self, row: dict[str, Any]) -> Opened:
         """The shard of a row of the manifest. Raises ArtifactError when it is not what the row says."""
@@ -96,7 +98,8 @@ def folder_of(path: Path | str, digest: str = "") -> Path:
 
 
 class LocalFiles:
-    remote = False
+    remote: bool = False
+    room: int | None = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -15,7 +15,7 @@ from mmlm.data.config import DataConfig
 from mmlm.data.making import Maker, Share
 from mmlm.data.plan import by_of, find_plan, needs_plan
 from mmlm.data.pool import Pool
-from mmlm.data.reader import ShardReader
+from mmlm.data.reader import READERS, ShardReader
 from mmlm.errors import ConfigError, DataError
 from mmlm.progress import tell
 from mmlm.world import World, cores
@@ -53,7 +53,8 @@ class Loader:
         self.pin = pin
         cache_bytes = _number("MMLM_DATA_CACHE_BYTES", CACHE_BYTES) // max(1, self.workers)
         self.cache_bytes = cache_bytes * max(1, self.workers)
-        self.reader = ShardReader(shards, ("train",), cache_bytes)
+        readers = READERS + self.workers
+        self.reader = ShardReader(shards, ("train",), cache_bytes, readers)
         self.config, self.seed, self.world, self.steps = config, seed, world, steps
         if not len(self.reader):
             raise DataError(f"{shards} has no training samples", cure="look at its quarantine.parquet, or add data")
@@ -62,7 +63,7 @@ class Loader:
         self.maker = Maker(self.reader, self.plan, config, seed, steps)
         self._told = {
             "shards": str(shards), "config": config.model_dump(mode="json"), "seed": seed, "steps": steps,
-            "cache_bytes": cache_bytes,
+            "cache_bytes": cache_bytes, "readers": readers,
         }  # fmt: skip
         self._pool: Pool | None = None
         self._asked: deque[tuple[int, int, int]] = deque()
@@ -143,7 +144,7 @@ class Loader:
 
     def _probe(self, size: int) -> Batch:
         count = min(size, len(self.reader))
-        samples = [self.maker.record(i) for i in range(count)]
+        samples = [self.maker.cut(self.maker.record(i)) for i in range(count)]
         notes, self.maker.notes = self.maker.notes, []
         _log(notes)
         return collate(samples, self.reader.spec)

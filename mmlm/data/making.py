@@ -12,7 +12,7 @@ import numpy as np
 from mmlm.data.arrays import Empty, assemble
 from mmlm.data.augment import augment
 from mmlm.data.config import BestFitPacking, DataConfig
-from mmlm.data.modalities import drop_modalities, expected_loss
+from mmlm.data.modalities import drop_modalities, expected_loss, keep_modalities
 from mmlm.data.order import Order, key_of, share
 from mmlm.data.plan import WHOLE, Plan
 from mmlm.data.reader import ShardReader
@@ -69,13 +69,11 @@ class Maker:
     def _fetch_ahead(self, step: int, part: Share) -> None:
         """Let the shards of this batch and of some after it be fetched side by side, where they lie elsewhere."""
         if self.reader.files.remote:
-            for later in range(step, step + AHEAD):
-                numbers = part.of(self.order.step(later))
-                if self.plan:
-                    numbers = np.concatenate(
-                        [self.plan.sample[self.plan.rows(n).start : self.plan.rows(n).stop] for n in numbers]
-                    )
-                self.reader.ahead(numbers)
+            numbers = np.concatenate([part.of(self.order.step(later)) for later in range(step, step + AHEAD)])
+            if self.plan:
+                rows = [self.plan.rows(n) for n in numbers]
+                numbers = np.concatenate([self.plan.sample[r.start : r.stop] for r in rows])
+            self.reader.ahead(numbers)
 
     def _sequence(self, number: int, place: int) -> list[Sample]:
         """The samples of sequence `number`, changed as training wants it; `place` is its place in the whole training."""
@@ -104,8 +102,18 @@ class Maker:
             if found is not None or n == 1:
                 break
             found = self._read((i + 1 + int(key_of(4, i, attempt)[0] % np.uint64(n - 1))) % n)
+        if i in self.damaged:
             self._note(i, found)
         return found or self._give_up(i)
+
+    def cut(self, sample: Sample) -> Sample:
+        """`sample`, or where shards keep what is longer than a sequence, as many of its words as one holds."""
+        from mmlm.features.encode import opened_length  # here, since it brings the decoders of all media
+
+        length = (self.plan.length if self.plan else None) or self.reader.spec.max_len
+        if not self.plan or opened_length(sample, self.reader.spec) <= length:
+            return sample
+        return _part(keep_modalities(sample, {"context"}), 0, length)
 
     def _note(self, i: int, stand_in: Sample | None) -> None:
         if i not in self._noted:
@@ -138,10 +146,7 @@ class Maker:
         )
         if sample is None or last == WHOLE:
             return sample
-        return dataclasses.replace(
-            sample, id=f"{sample.id}#{first}-{last}", tokens=sample.tokens[first:last], answer_at=-1, context_spans=[],
-            label=None, labels=None, number=None, answer=None,
-        )  # fmt: skip
+        return _part(sample, first, last)
 
     def _stand_in(self, number: int, bad: int, room: int) -> tuple[Sample | None, int]:
         """A sample of the same stream in the place of row `bad`, about as long as there is room, and its length.
@@ -192,3 +197,11 @@ class Maker:
         raise DataError(
             f"{self.damaged[i]}, and so is what would stand in for it", cure="run `mmlm verify` on the shard set"
         )
+
+
+def _part(sample: Sample, first: int, last: int) -> Sample:
+    """Some tokens of a text, each of which is learnt from."""
+    return dataclasses.replace(
+        sample, id=f"{sample.id}#{first}-{last}", tokens=sample.tokens[first:last], answer_at=-1, context_spans=[],
+        label=None, labels=None, number=None, answer=None,
+    )  # fmt: skip

@@ -21,6 +21,8 @@ from mmlm.shards.verify import TABLES
 from mmlm.storage import sha256_file, sha256_json
 from mmlm.stores import blank
 
+KEPT_OPEN = 1 / 4
+"""Share of the cache that may be kept from being evicted: another training, or trials side by side, share it, too."""
 DIGEST_OF = ("manifest.parquet", "feature_spec.json", "tokenizer.json")
 """Tables that the digest of a shard set covers."""
 
@@ -76,10 +78,12 @@ class PublishedFiles:
     """The shards behind a view. Raises ArtifactError when one is not there, or not what the manifest says."""
 
     remote = True
+    room: int | None
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.uri = folder, (folder / ORIGIN).read_text()
         self.objects = Objects(cache_folder(), cache_limit())
+        self.room = int(self.objects.limit * KEPT_OPEN)
 
     def tar(self, row: dict[str, Any]) -> Opened:
         return self.objects.get(f"{self.uri}/{as_name(row['path'])}", row["sha256"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ FETCHES = 8
 """Shards fetched side by side, where they lie elsewhere."""
 OPEN_SHARDS = 512
 """Shards mapped at a time; a process may map 65,530 by default."""
+READERS = 2
+"""Readers of a rank: of its batches, and of a validation split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +73,15 @@ class ShardReader:
 
     `path` is a folder, or the address of a published set (s3://, gs://, https://). What is opened is small, however many
     shards there are: a row of the manifest for each; offsets and tars are opened when a sample of theirs is wanted, and
-    let go again. Decoded samples are kept up to `cache_bytes`, least recently used leave first. Safe to use from one
-    thread. Raises ArtifactError when a shard is missing or has another size than the manifest says.
+    let go again: of a published set, whose cache evicts no open shard, as soon as they are more than this reader's share
+    of the cache, one of `readers` in each rank of this machine; one shard is always kept. Decoded samples are kept up to
+    `cache_bytes`, least recently used leave first. Safe to use from one thread. Raises ArtifactError when a shard is
+    missing or has another size than the manifest says.
     """
 
-    def __init__(self, path: Path | str, splits: tuple[str, ...] = ("train",), cache_bytes: int = 0) -> None:
+    def __init__(
+        self, path: Path | str, splits: tuple[str, ...] = ("train",), cache_bytes: int = 0, readers: int = READERS
+    ) -> None:
         self.files = open_files(path)
         self.path, self.splits = self.files.folder, splits
         self.artifact = artifacts.read(self.path, "shards")
@@ -85,12 +92,20 @@ class ShardReader:
         self._rows = table.combine_chunks()
         self._starts = np.concatenate([[0], np.cumsum(table["samples"].to_numpy(), dtype=np.int64)])
         """Number of the first sample of each shard, and of all samples."""
+        self._bytes: list[int] = self._rows["bytes"].to_pylist()
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self._keep = None if self.files.room is None else self.files.room // (readers * ranks)
+        """Bytes of shards that may be open; None for any."""
+        whole = self.shard_bytes <= 2 * (self.files.room or 0)  # the cache has room for all of them
+        self._early = self.shard_bytes if whole else self._keep or 0
+        """Bytes of shards that may be fetched before they are wanted."""
         self._indexes: OrderedDict[int, Index] = OrderedDict()
         self._index_bytes = 0
         self._maps: OrderedDict[int, tuple[mmap.mmap, Opened]] = OrderedDict()
+        self._mapped = 0
         self._fetching: ThreadPoolExecutor | None = None
         self._begun: OrderedDict[int, None] = OrderedDict()
-        """Shards that `ahead` asked for lately."""
+        """Shards that `ahead` asked for and that were not opened since; no more than fit beside each other."""
         self._cache: OrderedDict[int, Sample] = OrderedDict()
         self._cache_bytes, self._cached = cache_bytes, 0
 
@@ -150,17 +165,26 @@ class ShardReader:
         return f"{row['path']}/{keys[int(at)].as_py()}"
 
     def ahead(self, samples: np.ndarray) -> None:
-        """Begin to fetch the shards of `samples`, where they lie elsewhere; returns at once."""
+        """Begin to fetch the shards of `samples`, in their order, where they lie elsewhere; returns at once.
+
+        Where the cache is too small for all shards, no more than this reader may keep open (but one): what is fetched too
+        early is evicted before it is read.
+        """
         if not self.files.remote:
             return
         self._fetching = self._fetching or ThreadPoolExecutor(FETCHES, "fetch")
-        shards = np.unique(np.searchsorted(self._starts, samples, "right") - 1)
-        for shard in shards.tolist():
+        shards = np.searchsorted(self._starts, samples, "right") - 1
+        wanted = 0
+        for shard in dict.fromkeys(shards.tolist()):
+            if wanted and wanted + self._bytes[shard] > self._early:
+                break
+            wanted += self._bytes[shard]
             if shard not in self._maps and shard not in self._begun:
                 self._begun[shard] = None
                 self._fetching.submit(self._fetch, self._rows.slice(shard, 1).to_pylist()[0])
-        while len(self._begun) > OPEN_SHARDS:
-            self._begun.popitem(last=False)
+        begun = sum(self._bytes[shard] for shard in self._begun)
+        while begun > self._early and len(self._begun) > 1:
+            begun -= self._bytes[self._begun.popitem(last=False)[0]]
 
     def _fetch(self, row: dict[str, Any]) -> None:
         with contextlib.suppress(MmlmError):  # who reads it is told
@@ -191,15 +215,24 @@ class ShardReader:
         if found is not None:
             self._maps.move_to_end(shard)
             return found[0]
+        self._begun.pop(shard, None)
+        self._make_room(self._bytes[shard])  # before it is fetched, so that fetching may evict what is let go
         opened = self.files.tar(self._rows.slice(shard, 1).to_pylist()[0])
         with opened.path.open("rb") as f:
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         self._maps[shard] = (mapped, opened)
-        while len(self._maps) > OPEN_SHARDS:
-            old, held = self._maps.popitem(last=False)[1]
-            old.close()
-            held.close()
+        self._mapped += self._bytes[shard]
         return mapped
+
+    def _make_room(self, size: int) -> None:
+        """Let go of the shards used longest ago until one more, of `size` bytes, may be opened."""
+        while self._maps and (
+            len(self._maps) >= OPEN_SHARDS or (self._keep is not None and self._mapped + size > self._keep)
+        ):
+            shard, (mapped, opened) = self._maps.popitem(last=False)
+            mapped.close()
+            opened.close()
+            self._mapped -= self._bytes[shard]
 
     def close(self) -> None:
         """Let go of all shards that are open."""
@@ -210,6 +243,7 @@ class ShardReader:
             mapped.close()
             opened.close()
         self._maps.clear()
+        self._mapped = 0
 
     def _remember(self, i: int, sample: Sample) -> None:
         size = decoded_bytes(sample)

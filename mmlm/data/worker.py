@@ -28,7 +28,7 @@ other end open."""
 def make_maker(told: dict[str, Any]) -> Maker:
     """The Maker that `Loader` described."""
     config = parse(DataConfig, told["config"], "data")
-    reader = ShardReader(told["shards"], ("train",), told["cache_bytes"])
+    reader = ShardReader(told["shards"], ("train",), told["cache_bytes"], told["readers"])
     by = by_of(config.mixture)
     plan = find_plan(reader, config.pack, by) if needs_plan(reader, config.pack, by) else None
     return Maker(reader, plan, config, told["seed"], told["steps"])

@@ -136,9 +136,10 @@ class ModelConfig(Config):
     """Whether what a sub-layer reads is normalised, or its sum with the residual stream (Vaswani et al. 2017)."""
     positions: Literal["rotary", "learned", "sinusoidal"] = "rotary"
     """Queries and keys are rotated, or a learned or a sinusoidal vector for each position is added to the embeddings."""
-    image_stem: Literal["linear", "conv"] = "linear"
-    """How a patch becomes a token: by one linear map (ViT), or by strided 3 x 3 convolutions over the picture (Xiao et al.
-    2021), which needs patches of 2, 4, 8, 16 … pixels."""
+    image_stem: Literal["linear", "conv", "gradients"] = "linear"
+    """How a patch becomes a token: by one linear map (ViT); by strided 3 x 3 convolutions over the picture (Xiao et al.
+    2021), which needs patches of 2, 4, 8, 16 … pixels; or from histograms of its edges' orientations and of its colours
+    (Dalal & Triggs 2005), of which only a linear map is learnt: for some hundred to some thousand pictures."""
     image_places: Literal["table", "grid"] = "table"
     """A learned vector for each place of a patch, or one for its row, one for its column, and a wave for the number of the
     picture in its record, the time of a video's frame."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mmlm.features.spec import AudioSpec, EncoderSpec, FeatureSpec, ImageSpec
 from mmlm.model.config import ModelConfig
+from mmlm.model.gradients import GradientHistograms
 from mmlm.model.kernels import rounded
 from mmlm.model.stems import PictureConvolutions, SoundConvolutions
 
@@ -49,7 +50,8 @@ def _pictures(config: ModelConfig, spec: ImageSpec | None) -> MediaEmbedding | N
     if spec is None:
         return None
     D = config.width
-    stem = Linear(spec.patch_dim, D) if config.image_stem == "linear" else PictureConvolutions(spec, D)
+    stems = {"linear": lambda: Linear(spec.patch_dim, D), "conv": lambda: PictureConvolutions(spec, D)}
+    stem = stems.get(config.image_stem, lambda: GradientHistograms(spec, D))()
     places = Table(spec.tokens, D) if config.image_places == "table" else Grid(spec.size // spec.patch, D)
     return MediaEmbedding(stem, places)
 

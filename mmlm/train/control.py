@@ -17,7 +17,10 @@ from mmlm.errors import ConfigError
 START_SECONDS = 15.0
 """Kept free before a time limit beside step and save: ranks leave, the last figures are sent."""
 FIRST_SAVE = 20.0
-"""Assumed length of a save, seconds, until one was measured."""
+"""Assumed length of a save, seconds, at least, until one was measured."""
+SAVE_RATE = 50e6
+"""Assumed rate of a save, bytes/s, until one was measured: gathering, hashing and writing 689 MB took 10 s on a busy CPU with
+a disk of its own (train/keeper.py), and a shared disk may be slower."""
 LOOK_EVERY = 1.0
 """Seconds between two looks for the stop file."""
 _DURATION = re.compile(r"(?:(?P<d>\d+)-)?(?:(?:(?P<h>\d+):)?(?P<m>\d+):)?(?P<s>\d+(?:\.\d+)?)$")
@@ -85,6 +88,11 @@ class Where:
         return asdict(self)
 
 
+def first_save(size: float) -> float:
+    """Seconds to assume for a checkpoint of `size` bytes while none was measured."""
+    return max(FIRST_SAVE, size / SAVE_RATE)
+
+
 class Stop:
     """Whether this rank was asked to end: by SIGTERM, SIGINT or SIGUSR1, by a time limit, or by a file.
 
@@ -118,11 +126,12 @@ class Stop:
         """` (SIGTERM)`, or nothing where another rank was asked."""
         return f" ({self.reason})" if self.reason else ""
 
-    def wanted(self, step_seconds: float, save_seconds: float) -> bool:
-        """Asked before a step: whether to save now, since after one more step it might be too late."""
+    def wanted(self, step_seconds: float, save_seconds: float, look_seconds: float = 0.0) -> bool:
+        """Asked before a step: whether to save now, since after one more step it might be too late. `look_seconds`: of the
+        looks at the validation split that are due on the way."""
         now = time.time()
         if not self.reason and self.where.deadline is not None:
-            needed = step_seconds + 1.5 * (save_seconds or FIRST_SAVE) + START_SECONDS
+            needed = step_seconds + look_seconds + 1.5 * save_seconds + START_SECONDS
             if now + needed > self.where.deadline:
                 self.reason = "its time is over"
         if not self.reason and now - self._looked > LOOK_EVERY:

@@ -26,6 +26,8 @@ class Device:
     """Bytes/s of its memory."""
     link: float
     """Bytes/s to its neighbours in one node, in one direction."""
+    pcie: float = 32e9
+    """Bytes/s to the host's memory, in one direction, of 16 lanes: 16 GB/s by PCIe 3, 32 by PCIe 4, 64 by PCIe 5."""
     per_node: int = 8
     """Devices in one node."""
     efficiency: float = 0.65
@@ -40,6 +42,11 @@ class Device:
         return self.name == "cpu"
 
 
+HOST_BANDWIDTH = 200e9
+"""Bytes/s of the memory of a node with GPUs, for all its ranks together: about half of what two sockets with eight channels of
+DDR4-3200 have by their data sheet. An assumption."""
+PCIE_REACHED = 0.8
+"""Share of PCIe's rate that copies from and to pinned memory reach. An assumption."""
 NODE_LINK = 50e9
 """Bytes/s between nodes and device, one direction: a 400 Gbit/s adapter a GPU, as DGX H100 has."""
 
@@ -47,13 +54,13 @@ DEVICES = {
     device.name: device
     for device in (
         # NVIDIA DGX B200 data sheet (2025), 8 of them: 18 PFLOP/s bf16, 1,440 GB, 64 TB/s; NVLink 1.8 TB/s both ways
-        Device("b200", 2250e12, 180 * GB, 8.0e12, 900e9),
+        Device("b200", 2250e12, 180 * GB, 8.0e12, 900e9, pcie=64e9),
         # NVIDIA H200 SXM data sheet (2024): 1,979 TFLOP/s with sparsity, 141 GB, 4.8 TB/s, NVLink 900 GB/s both ways
-        Device("h200", 989e12, 141 * GB, 4.8e12, 450e9),
+        Device("h200", 989e12, 141 * GB, 4.8e12, 450e9, pcie=64e9),
         # NVIDIA H100 data sheet (2023), SXM: 1,979 TFLOP/s with sparsity, 80 GB, 3.35 TB/s, NVLink 900 GB/s both ways
-        Device("h100", 989e12, 80 * GB, 3.35e12, 450e9),
+        Device("h100", 989e12, 80 * GB, 3.35e12, 450e9, pcie=64e9),
         # the same, PCIe: 1,513 TFLOP/s with sparsity, 80 GB, 2 TB/s, PCIe 5 x16
-        Device("h100-pcie", 756e12, 80 * GB, 2.0e12, 64e9),
+        Device("h100-pcie", 756e12, 80 * GB, 2.0e12, 64e9, pcie=64e9),
         # NVIDIA A100 data sheet (2021), SXM: 312 TFLOP/s, 80 or 40 GB, 2,039 or 1,555 GB/s, NVLink 600 GB/s both ways
         Device("a100-80", 312e12, 80 * GB, 2.039e12, 300e9),
         Device("a100-40", 312e12, 40 * GB, 1.555e12, 300e9),
@@ -64,14 +71,14 @@ DEVICES = {
         # NVIDIA A10 data sheet (2021): 125 TFLOP/s, 24 GB, 600 GB/s, PCIe 4 x16
         Device("a10", 125e12, 24 * GB, 0.6e12, 32e9),
         # NVIDIA V100 data sheet (2020), SXM2, fp16: 125 TFLOP/s, 32 or 16 GB, 900 GB/s, NVLink 300 GB/s both ways
-        Device("v100-32", 125e12, 32 * GB, 0.9e12, 150e9),
-        Device("v100-16", 125e12, 16 * GB, 0.9e12, 150e9),
+        Device("v100-32", 125e12, 32 * GB, 0.9e12, 150e9, pcie=16e9),
+        Device("v100-16", 125e12, 16 * GB, 0.9e12, 150e9, pcie=16e9),
         # NVIDIA T4 data sheet (2019), fp16: 65 TFLOP/s, 16 GB, 320 GB/s, PCIe 3 x16
-        Device("t4", 65e12, 16 * GB, 0.32e12, 16e9),
+        Device("t4", 65e12, 16 * GB, 0.32e12, 16e9, pcie=16e9),
         # NVIDIA RTX 4090, Ada white paper (2022): 165.2 TFLOP/s with fp32 accumulation, 24 GB, 1,008 GB/s, PCIe 4 x16
         Device("rtx4090", 165e12, 24 * GB, 1.008e12, 32e9, per_node=4),
         # AMD MI300X data sheet (2023): 1,307 TFLOP/s, 192 GB, 5.3 TB/s, Infinity Fabric 896 GB/s both ways
-        Device("mi300x", 1307e12, 192 * GB, 5.3e12, 448e9),
+        Device("mi300x", 1307e12, 192 * GB, 5.3e12, 448e9, pcie=64e9),
     )
 }
 

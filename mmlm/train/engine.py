@@ -322,6 +322,12 @@ def _quiet() -> Any:
         yield
 
 
+def wait(device: torch.device) -> None:
+    """Until what was begun on a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def total(values: list[float], device: torch.device) -> list[float]:
     """Each value summed over all ranks."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

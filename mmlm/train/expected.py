@@ -64,7 +64,9 @@ def _planned(
         "ranks": world.size,
         "parameters": plan.parameters,
         "step_seconds": plan.step,
-        "memory_bytes": world.size * (plan.bytes - plan.memory.get("checkpoint", 0.0)),
+        # what a row of figures sees: on a CPU what is held between saves, on a GPU the most since the start
+        "memory_bytes": world.size
+        * (plan.held - plan.memory["checkpoint"] if device.is_cpu else plan.bytes - plan.memory["runtime"]),
         "device": plan.device,
         "seconds": plan.seconds,
         "memory": plan.memory,

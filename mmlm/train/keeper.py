@@ -12,6 +12,8 @@ no gain that would pay for a second format, which could be resumed on the same r
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import threading
 import time
@@ -23,12 +25,15 @@ import torch
 
 from mmlm.errors import ArtifactError, LaunchError, MmlmError, explain_os_error
 from mmlm.progress import tell
+from mmlm.storage import write_json
 from mmlm.train import checkpoint, engine
 from mmlm.train.checkpoint import Policy, Saved
 from mmlm.train.config import LoopConfig
 from mmlm.world import World
 
 FOLDER = "checkpoints"
+SECONDS = "seconds.json"
+"""Of the longest save so far; beside the checkpoints, since one does not know how long it took itself."""
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 5e-3}
 """Relative difference of the probe's loss that another number of ranks or threads may make."""
 
@@ -45,7 +50,7 @@ class Keeper:
         best = config.keep_best or int(config.validation.export == "best")
         self.policy = Policy(config.keep, config.keep_every, best)
         self.seconds = 0.0
-        """The longest save so far, from the wish to the last byte."""
+        """The longest save so far, from the wish to the last byte; 0 before the first."""
         self._thread: threading.Thread | None = None
         self._problem: MmlmError | None = None
 
@@ -61,7 +66,6 @@ class Keeper:
         probe = self.probe()
         row = {
             **state, "probe": probe, "scalars": self.trainer.scalars(), "data": self.data, "ranks": self.world.size,
-            "save_seconds": self.seconds,
         }  # fmt: skip
         tensors = self.trainer.state()
         if self.world.is_main:
@@ -78,6 +82,8 @@ class Keeper:
         except Exception as error:  # a thread's traceback would go unseen
             self._problem = LaunchError(f"cannot write the checkpoint ({type(error).__name__}: {error})")
         self.seconds = max(self.seconds, time.monotonic() - started)
+        with contextlib.suppress(OSError):  # the next attempt knows it from its first step on
+            write_json(self.folder / SECONDS, self.seconds)
 
     def _settle(self) -> None:
         """Wait for what is being written; when it failed, every rank raises the same LaunchError."""
@@ -112,7 +118,8 @@ class Keeper:
         """
         self._require_same_data(saved)
         self.trainer.load(saved.tensors(), saved.state.get("scalars", {}))
-        self.seconds = max(self.seconds, float(saved.state.get("save_seconds", 0.0)))
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            self.seconds = max(self.seconds, float(json.loads((self.folder / SECONDS).read_text())))
         probe = self.probe()
         close = math.isclose(probe, saved.probe, rel_tol=TOLERANCE[self.config.precision], abs_tol=1e-3)
         same = close or (math.isnan(probe) and math.isnan(saved.probe))  # a record of the probe may itself be poisoned

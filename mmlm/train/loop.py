@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from contextlib import closing
 from pathlib import Path
@@ -52,7 +53,9 @@ def fit(
             Progress(name, config.steps, "steps") as progress,
         ):
             trainer = engine.DeepSpeedEngine(model.to(device), config, world)
-            session = Session(trainer, objective, loader, config, shards, out, name, where, world, device)
+            session = Session(
+                trainer, objective, loader, config, shards, out, name, where, world, device, watchdog.beat
+            )
             clock = session.telemetry.clock
             step = session.resume()
             progress.resume_at(step)
@@ -61,7 +64,7 @@ def fit(
                 session.telemetry.begin()
                 with clock.phase("data"):
                     batches = loader.batches(step, config.accumulate)
-                counts, asked = _count(objective, batches, session.wants_to_stop(stop), device)
+                counts, asked = _count(objective, batches, session.wants_to_stop(stop, step), device)
                 figures: dict[str, float] = {}
                 if not session.passes_over(step, batches):
                     figures, bad = _take(session, step, batches, counts)
@@ -80,27 +83,32 @@ def fit(
                         f"{name} was asked to stop and is saved at step {step} of {config.steps}{stop.why}",
                         cure="run the same command again to go on",
                     )
-            watchdog.beat("writing the model")
             return session.finish(step)
 
 
 def _take(session: Session, step: int, batches: list[Batch], counts: dict[str, float]) -> tuple[dict[str, float], str]:
     """Forward, backward and update of one step. Returns its figures, and what is wrong with it when nothing was updated."""
     config, trainer, objective, device = session.config, session.trainer, session.objective, session.device
-    with session.telemetry.clock.phase("compute"):
-        torch.manual_seed(_seed(config.seed, step, session.world.rank))
-        module: Any = trainer.module
-        module.progress = step / config.steps
-        sums = torch.zeros(len(objective.names), device=device)
+    compute = functools.partial(session.telemetry.clock.phase, "compute")  # and nothing of our own in it
+    torch.manual_seed(_seed(config.seed, step, session.world.rank))
+    module: Any = trainer.module
+    module.progress = step / config.steps
+    sums = torch.zeros(len(objective.names), device=device)
+    with compute():
         objective.prepare(trainer.model, batches, device)
-        for batch in batches:
-            terms = objective(trainer.model, batch.to(device))
+    for batch in batches:
+        there = batch.to(device)
+        with compute():
+            terms = objective(trainer.model, there)
             trainer.backward(loss_of(terms, counts))
-            sums += torch.stack([terms[n].sum.detach().float() for n in objective.names])
-            session.telemetry.count(batch, terms)
-        means = _means(terms, counts, sums, device)
-        lr = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
-        bad = session.guard.judge(means["loss"])
+        sums += torch.stack([terms[n].sum.detach().float() for n in objective.names])
+        session.telemetry.count(batch, terms)
+    with compute():
+        engine.wait(device)  # the figures would wait for it
+    means = _means(terms, counts, sums, device)
+    lr = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
+    bad = session.guard.judge(means["loss"])
+    with compute():
         if bad:
             trainer.discard()
         norm = math.nan if bad else trainer.update(lr)

@@ -4,6 +4,7 @@ pass; then every micro-batch adds its part to the gradient and is forgotten."""
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import torch
@@ -31,6 +32,10 @@ class Objective(Protocol):
 
     def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
         """What must be known of all micro-batches of a step before the first of them is worked on."""
+        ...
+
+    def alone(self) -> Objective:
+        """The same, for a batch that every rank has whole: nothing is gathered from the others."""
         ...
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]: ...
@@ -78,6 +83,12 @@ class Answering:
     def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
         if self.contrast:
             self.contrast.prepare(model, batches, device)
+
+    def alone(self) -> Answering:
+        other = copy.copy(self)
+        if self.contrast:
+            other.contrast = Contrast(self.contrast.config, across_ranks=False)
+        return other
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
         if not self.contrast:
@@ -137,6 +148,9 @@ class Distilling:
 
     def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
         self.answering.prepare(model, batches, device)
+
+    def alone(self) -> Distilling:
+        return self
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
         z = self.answering.z_share

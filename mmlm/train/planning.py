@@ -10,6 +10,9 @@ or 4 for fp32):
 | master weights and optimizer states (AdamW: 12, Lion: 8 bytes) | 12P | 12P/N | 12P/N | 12P/N |
 | float32 gradients of the update | 4P | 4P/N | 4P/N | 4P/N |
 
+Stage 0 in fp32 has no master weights and no gradients but the model's own. Before all that, every rank builds the whole model in
+float32 in the host's memory and moves it to its device, at every stage: `start`, 4P bytes.
+
 (Rajbhandari et al. 2020, section 3, and DeepSpeed 0.19's buffers.) Activations are counted tensor by tensor from the
 model's own code; tests/train/test_planning.py holds them against what autograd really keeps, and the sum against the
 resident memory of real ranks.
@@ -34,7 +37,7 @@ from mmlm.model.flops import Shape, forward_flops, training_flops
 from mmlm.train import weights
 from mmlm.train.activations import activation_bytes, low_bytes
 from mmlm.train.config import LoopConfig
-from mmlm.train.devices import NODE_LINK, Device
+from mmlm.train.devices import HOST_BANDWIDTH, NODE_LINK, PCIE_REACHED, Device
 from mmlm.train.groups import frozen_share, let_rest
 from mmlm.train.memory import SLACK, SLACK_SHARE
 
@@ -55,6 +58,8 @@ AROUND = 64 << 10
 """Bytes that Linux maps with every page of a file that is read."""
 CONTEXT = 1.2e9
 """Bytes of a GPU that its runtime, nccl and the allocator's holes take; an assumption."""
+PROCESS = 3.0e9
+"""Bytes of the host's memory that a rank with CUDA's libraries loaded takes; an assumption."""
 ENGINE = 0.25e-3
 """Seconds that DeepSpeed's own hooks and copies take for each parameter tensor and step on a CPU; 6 ms for 23 tensors,
 measured as processor time on a busy machine."""
@@ -153,14 +158,29 @@ class Forecast:
     peak: float
     fits: bool
     steps: int
+    start: float = 0.0
+    """Bytes of the device when the whole model has come to it, before it is cut."""
+    host_start: float = 0.0
+    """Bytes of the host's memory then, for all ranks of one node."""
 
     @property
-    def bytes(self) -> float:
+    def held(self) -> float:
+        """Bytes in the steps."""
         return sum(self.memory.values())
 
     @property
+    def bytes(self) -> float:
+        """At the fullest moment, the start included."""
+        return max(self.held, self.start)
+
+    @property
     def host_bytes(self) -> float:
-        return sum(self.host.values())
+        return max(sum(self.host.values()), self.host_start)
+
+    @property
+    def machines(self) -> int:
+        """Devices that are paid for: ranks on a CPU share it."""
+        return 1 if self.device == "cpu" else self.ranks
 
     @property
     def step(self) -> float:
@@ -172,14 +192,14 @@ class Forecast:
 
     @property
     def mfu(self) -> float:
-        return self.flops / self.step / (self.peak * (self.ranks if self.device != "cpu" else 1))
+        return self.flops / self.step / (self.peak * self.machines)
 
     def row(self, price: float | None) -> dict[str, Any]:
         """For JSON."""
         return asdict(self) | {
             "bytes": self.bytes, "host_bytes": self.host_bytes, "step_seconds": self.step, "hours": self.hours,
             "tokens_per_second": self.tokens / self.step, "mfu": self.mfu,
-            "cost": price * self.hours * self.ranks if price is not None else None,
+            "cost": price * self.hours * self.machines if price is not None else None,
         }  # fmt: skip
 
 
@@ -245,19 +265,26 @@ def forecast(
     memory, host = memory_of(config, model, spec, mine, device, ranks, whole)
     if teacher:
         memory |= teaching(config, teacher, spec, mine, device)
+    on_node = min(ranks, device.per_node)
+    saved = memory.get("checkpoint", 0.0)  # on a CPU; rank 0 alone has it
     if device.is_cpu:
-        host = {"ranks": min(ranks, device.per_node) * sum(memory.values())}
+        host = {"ranks": on_node * (sum(memory.values()) - saved) + saved}
     seconds = seconds_of(config, model, spec, mine, device, ranks, whole, measured)
     if teacher and not measured:
         peak = device.peak / (1 if low_bytes(config) == 2 else 2) * device.efficiency / (ranks if device.is_cpu else 1)
         seconds["teacher"] = forward_flops(teacher, spec, mine.shape) / peak * config.accumulate
-    on_node = min(ranks, device.per_node)
     held = sum(memory.values()) - memory.get("mapped", 0.0)  # pages of files give way
-    fits = held * (on_node if device.is_cpu else 1) <= device.memory * 0.95
+    # a teacher comes first, in float32 as well, and is cast when it is there
+    taught = 4.0 * count(teacher, spec) if teacher else 0.0
+    come = max(taught, memory.get("teacher", 0.0) + 4.0 * whole.parameters)
+    start = come + (BASE if device.is_cpu else CONTEXT)
+    host_start = on_node * (start if device.is_cpu else max(taught, 4.0 * whole.parameters) + PROCESS)
+    fullest = max(on_node * (held - saved) + saved, host_start) if device.is_cpu else max(held, start)
+    fits = fullest <= device.memory * 0.95
     return Forecast(
         device=device.name, ranks=ranks, stage=config.zero.stage, parameters=whole.parameters, memory=memory, host=host,
         seconds=seconds, tokens=work.shape.tokens, flops=training_flops(model, spec, work.shape, frozen=whole.frozen),
-        peak=device.peak, fits=fits, steps=config.steps,
+        peak=device.peak, fits=fits, steps=config.steps, start=start, host_start=host_start,
     )  # fmt: skip
 
 
@@ -266,41 +293,46 @@ def moments(config: LoopConfig) -> int:
     return 4 if config.optimizer.kind in ("lion", "muon") else 8
 
 
+def saved_bytes(config: LoopConfig, trained: float, resting: float) -> float:
+    """Of a checkpoint, as rank 0 gathers it: everything in float32, and of what rests the weights alone."""
+    return (4 + moments(config) + (4 if config.ema else 0)) * trained + 4 * resting
+
+
 def memory_of(
     config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, mine: Workload, device: Device, ranks: int,
     whole: Count,
 ) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
-    """(bytes of one rank's device, bytes of the host for the ranks of one node), by part."""
+    """(bytes of rank 0's device, bytes of the host for the ranks of its node), by part. The others hold no checkpoint."""
     stage, b, on_node = config.zero.stage, low_bytes(config), min(ranks, device.per_node)
     P, trained = whole.parameters, whole.trained
     part = trained / ranks if stage >= 1 else trained
-    state = (4 + moments(config)) * part
+    plain = stage == 0 and config.precision == "fp32"  # as in train/engine.py: the optimizer works on the model's own
+    state = moments(config) * part + (0 if plain else 4 * part)
+    again = 0 if plain else 4 * part
     offloaded = config.zero.offload_optimizer
     offloaded_weights = config.zero.offload_parameters
     memory = {
         "weights": b * P if stage < 3 else (0 if offloaded_weights else b * P / ranks) + b * min(P, LIVE),
         "gradients": b * trained if stage < 2 else b * trained / ranks,
         "buffers": b * min(trained, BUCKET) * (0, 1, 1, 3)[stage],  # of what is sent; stage 3 fetches ahead as well
-        "optimizer": 0.0 if offloaded else state + 4 * part,
+        "optimizer": 0.0 if offloaded else state + again,
         "average": 4 * part if config.ema else 0.0,
         "activations": activation_bytes(config, model, spec, mine.shape, on_cpu=device.is_cpu),
     }
-    # every rank takes part in gathering a checkpoint, and holds it in the host's memory
-    saved = (4 + moments(config)) * trained
-    host = {"offloaded": (state + 4 * part if offloaded else 0.0) + (b * P / ranks if offloaded_weights else 0.0)}
+    # every rank takes part in gathering a checkpoint, and rank 0 holds it while training goes on
+    saved = saved_bytes(config, trained, P - trained)
+    host = {"offloaded": (state + again if offloaded else 0.0) + (b * P / ranks if offloaded_weights else 0.0)}
     if device.is_cpu:
-        now = memory["gradients"] + memory["buffers"] + memory["activations"]
-        memory["checkpoint"] = max(0.0, saved - now)
         memory["process"] = float(BASE)
         if mine.corpus:
             memory["cache"] = mine.corpus.cached(config.steps, ranks)
         memory["kept"] = min(1.5 * memory["activations"], HOLES) + max(SLACK, SLACK_SHARE * sum(memory.values()))
         if mine.corpus:
             memory["mapped"] = mine.corpus.touched(config.steps, ranks)
+        memory["checkpoint"] = saved
         return memory, {}
-    host |= {"checkpoint": float(saved), "process": 3.0e9}  # a rank with CUDA's libraries loaded; an assumption
     memory["runtime"] = CONTEXT
-    return memory, {key: value * on_node for key, value in host.items()}
+    return memory, {"offloaded": host["offloaded"] * on_node, "checkpoint": saved, "process": PROCESS * on_node}
 
 
 def teaching(
@@ -345,13 +377,27 @@ def seconds_of(
     moved = 4 * activation_bytes(config, model, spec, mine.shape, on_cpu=device.is_cpu) / bandwidth
     depth = len(model.channels) if model.kind == "cnn" else model.layers
     started = KERNELS * (depth + 5) * device.launch
-    update = (4 * (4 + moments(config)) * part / 2 + 2 * b * whole.trained) / bandwidth
+    states = 4 * (4 + moments(config)) * part / 2
+    update = (states + 2 * b * whole.trained) / bandwidth
+    if config.zero.offload_optimizer and not device.is_cpu:
+        update = states * min(ranks, device.per_node) / HOST_BANDWIDTH + 2 * b * whole.trained / bandwidth
     return {
         "forward_backward": max(arithmetic + moved, started) * pieces,
         "update": update,
         "data": 0.0,  # made beside the step
+        "host_link": 0.0 if device.is_cpu else over_pcie(config, device, ranks, whole),
         "between_ranks": between_ranks(config, device, ranks, whole),
     }
+
+
+def over_pcie(config: LoopConfig, device: Device, ranks: int, whole: Count) -> float:
+    """Seconds that one rank's part of what is offloaded is on its way to the host's memory and back, over lanes of its own."""
+    sent, pieces = 0.0, config.accumulate
+    if config.zero.offload_optimizer:  # gradients go there, at stage 1 once a step, and updated weights come back
+        sent += (pieces if config.zero.stage > 1 else 1) * whole.trained + whole.trained
+    if config.zero.offload_parameters:  # they are fetched for the forward and for the backward pass
+        sent += 2 * pieces * whole.parameters
+    return low_bytes(config) * sent / ranks / (device.pcie * PCIE_REACHED)
 
 
 def between_ranks(config: LoopConfig, device: Device, ranks: int, whole: Count) -> float:

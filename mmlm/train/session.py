@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +16,13 @@ from mmlm.errors import ArtifactError
 from mmlm.progress import Progress, tell
 from mmlm.train import adapted, engine
 from mmlm.train.config import LoopConfig
-from mmlm.train.control import Stop, Where
+from mmlm.train.control import Stop, Where, first_save
 from mmlm.train.groups import frozen_share
 from mmlm.train.guard import Guard
 from mmlm.train.keeper import Keeper, on_main
 from mmlm.train.ledger import Ledger
 from mmlm.train.objectives import Objective, loss_of
+from mmlm.train.planning import saved_bytes
 from mmlm.train.telemetry import Telemetry
 from mmlm.train.validation import Validation
 from mmlm.world import World
@@ -31,10 +33,12 @@ class Session:
 
     def __init__(
         self, trainer: engine.DeepSpeedEngine, objective: Objective, loader: Loader, config: LoopConfig, shards: Path,
-        out: Path, name: str, where: Where, world: World, device: torch.device,
+        out: Path, name: str, where: Where, world: World, device: torch.device, beat: Callable[[str, float], None],
     ) -> None:  # fmt: skip
+        """`beat` is told what begins, and how many seconds it may be expected to take where these are many."""
         self.trainer, self.objective, self.loader, self.config = trainer, objective, loader, config
         self.shards, self.out, self.name, self.where, self.world, self.device = shards, out, name, where, world, device
+        self.beat = beat
         data = {**loader.state(), **adapted.base_of(config)}
         self.keeper = Keeper(out, config, world, trainer, self.probe, data, device)
         self.guard = Guard(config.spikes, out, world.is_main, name)
@@ -43,6 +47,7 @@ class Session:
         model: Any = trainer.module
         self.telemetry = Telemetry(out, world, device, config.precision, model.config, loader.reader.spec)
         self.telemetry.frozen = frozen_share(trainer.module)
+        self._first_save = first_save(saved_bytes(config, *sizes_of(trainer.module)))
         self._attempts = 0
         self._seen: dict[str, float] = {}
         """The last row of validation, for the next row of the log."""
@@ -54,6 +59,7 @@ class Session:
         self.guard.take(engine.broadcast(self.guard.kept() if self.world.is_main else None))
         if self.guard.going_back is not None:
             return self._go_back(self.guard.going_back)
+        self.beat("looking for the newest checkpoint", self.save_seconds)
         saved = self.keeper.newest()
         if saved is None and self.where.resume:
             raise ArtifactError(
@@ -61,6 +67,7 @@ class Session:
                 cure="leave --resume away to begin anew",
             )  # fmt: skip
         if saved:
+            self.beat(f"going on from step {saved.step}", self.save_seconds)
             self.keeper.restore(saved)
             self._load(saved.state)
             if self.world.is_main:
@@ -74,6 +81,7 @@ class Session:
         return self._go_back(self.guard.roll_back(self.keeper.steps()))
 
     def _go_back(self, step: int) -> int:
+        self.beat(f"going back to step {step}", 2 * self.save_seconds)
         saved = self.keeper.back_to(step)
         self.guard.is_back()
         kept, rollbacks = self.guard.skipped, self.guard.rollbacks
@@ -90,6 +98,7 @@ class Session:
             self.guard.load(state["guard"])
         if "validation" in state:
             self.validation.load(state["validation"])
+        self.validation.seconds = max(self.validation.seconds, state.get("look_seconds", 0.0))
 
     def _begin(self, step: int) -> int:
         self.telemetry.rewind(step)
@@ -99,6 +108,7 @@ class Session:
 
     def finish(self, step: int) -> dict[str, float]:
         """Write the model. Returns the stage's figures."""
+        self.beat("writing the model", 2 * self.save_seconds)
         self.keeper.finish()
         tensors, export = self._exported(step)
         settings: Any = self.config
@@ -129,8 +139,17 @@ class Session:
             self.guard.pass_over(step)
         return bool(reason)
 
-    def wants_to_stop(self, stop: Stop) -> bool:
-        return stop.wanted(2 * self.telemetry.longest, self.keeper.seconds) or self.keeper.failed
+    def wants_to_stop(self, stop: Stop, step: int) -> bool:
+        """Asked before the step after `step` ones. When it is too late after that one, one more will have been taken."""
+        longest = self.telemetry.longest
+        looks = sum(self.validation.due(step + n) for n in (1, 2))
+        look = self.validation.expected(longest, self.config.data.batch)
+        return stop.wanted(2 * longest, self.save_seconds, looks * look) or self.keeper.failed
+
+    @property
+    def save_seconds(self) -> float:
+        """Of the longest save; while there was none, what its size lets expect."""
+        return self.keeper.seconds or self._first_save
 
     def note(self, step: int, batches: list[Batch], figures: dict[str, float], bad: str) -> None:
         """What became of `step`: taken, or skipped for `bad` or for a gradient that is no number."""
@@ -162,7 +181,7 @@ class Session:
         self.validation.improved = False
         if self.validation.due(step):
             with self.telemetry.clock.phase("validation"):
-                self._seen = self.validation.run(self.trainer, step)
+                self._seen = self.validation.run(self.trainer, step, self.beat)
             self.telemetry.write(step, self._seen)
 
     def save(self, step: int, *, due: bool, wait: bool) -> None:
@@ -174,17 +193,27 @@ class Session:
         state = {
             "guard": self.guard.state(),
             "validation": self.validation.state(),
+            "look_seconds": self.validation.seconds,
             "score": self.validation.score(self._seen) if looked else None,
         }
+        self.beat(f"saving step {step}", 2 * self.save_seconds)  # with what is left of the save before
         with self.telemetry.clock.phase("save"):
             self.keeper.save(step, state, wait=wait)
 
     def probe(self) -> float:
         """Loss of the fixed probe batch; every rank computes the same one."""
         with torch.no_grad(), self.trainer.evaluating():
-            batch = self.loader.probe().to(self.device)
-            loss = loss_of(self.objective(self.trainer.model, batch), self.objective.counts(batch))
+            batch, objective = self.loader.probe().to(self.device), self.objective.alone()
+            loss = loss_of(objective(self.trainer.model, batch), objective.counts(batch))
         return float(loss)
+
+
+def sizes_of(model: torch.nn.Module) -> tuple[int, int]:
+    """Parameters that are trained, and those that rest."""
+    sizes = {True: 0, False: 0}
+    for p in model.parameters():
+        sizes[p.requires_grad] += int(getattr(p, "ds_numel", None) or p.numel())  # whole under ZeRO-3 as well
+    return sizes[True], sizes[False]
 
 
 def _ids(batches: list[Batch]) -> list[str]:

@@ -7,7 +7,8 @@ added up in order of the chunks, so that every number of ranks gives the same va
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class Validation:
         self.best: float | None = None
         """The lowest score: the loss, or 1 - accuracy."""
         self.best_step, self.stale = 0, 0
+        self.seconds = 0.0
+        """Of the longest look so far."""
         self.improved = False
         """Whether the last look was better than all before."""
         if self.config.every:
@@ -67,18 +70,34 @@ class Validation:
         """Whether to look after `step` steps."""
         return self.config.every > 0 and step % self.config.every == 0
 
-    def run(self, trainer: engine.DeepSpeedEngine, step: int) -> dict[str, float]:
-        """Loss and accuracy of the class head after `step` steps, by their names in `metrics.jsonl`."""
+    def expected(self, step_seconds: float, batch: int) -> float:
+        """Seconds of a look. Until one was seen, as many as that many records take in steps of `batch` sequences, which hold
+        a record or more and are learnt from as well."""
+        if self.seconds or not self.config.every:
+            return self.seconds
+        rounds = -(-len(self.chunks) // self.world.size)
+        return step_seconds * rounds * self.world.size * CHUNK / batch
+
+    def run(
+        self, trainer: engine.DeepSpeedEngine, step: int, beat: Callable[[str, float], None] | None = None
+    ) -> dict[str, float]:
+        """Loss and accuracy of the class head after `step` steps, by their names in `metrics.jsonl`. `beat` is told of
+        every chunk, and of how long the wait for the other ranks may be."""
+        began = time.monotonic()
         names = [*self.objective.names, "right"]
         sums = np.zeros((len(self.chunks), 2 * len(names)))
         rounds = -(-len(self.chunks) // self.world.size)
         with torch.no_grad(), trainer.evaluating():
             for number in range(self.world.rank, rounds * self.world.size, self.world.size):
                 # under ZeRO-3 all ranks pass all layers together: who has no chunk left works one for nothing
+                if beat:
+                    beat(f"validation after step {step}, chunk {number + 1} of {len(self.chunks)}", 0.0)
                 real = number < len(self.chunks)
                 found = self._chunk(trainer.model, self.chunks[number if real else 0])
                 if real:
                     sums[number] = [part for name in names for part in found[name]]
+        if beat:
+            beat(f"validation after step {step}, waiting for all ranks", time.monotonic() - began)
         totals = np.array(engine.total(sums.ravel().tolist(), self.device)).reshape(sums.shape).sum(0)
         means = {name: totals[2 * n] / max(totals[2 * n + 1], 1.0) for n, name in enumerate(names)}
         weights = self.objective.weights
@@ -86,6 +105,7 @@ class Validation:
         values = {"val/loss": sum(weights[n] * means[n] for n in self.objective.names), **values}
         values["val/label_accuracy"] = float(means["right"])
         self._note(values, step)
+        self.seconds = max(self.seconds, time.monotonic() - began)
         return values if self.best is None else {**values, "val/best": self.best}
 
     def _chunk(self, model: torch.nn.Module, numbers: np.ndarray) -> dict[str, tuple[float, float]]:

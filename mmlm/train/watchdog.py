@@ -24,13 +24,15 @@ GRACE = 3.0
 
 
 class Watchdog:
-    """`with Watchdog(...) as dog: dog.beat("step 7")`; no beat for `seconds` ends the process with code 4."""
+    """`with Watchdog(...) as dog: dog.beat("step 7")`; no beat for `seconds` ends the process with code 4.
+
+    What is known to take long may: it is given twice the time that it is expected to take, where that is more.
+    """
 
     def __init__(self, seconds: float, logs: Path, world: World, name: str) -> None:
         self.seconds, self.logs, self.world, self.name = seconds, logs, world, name
         self.what = "its start"
-        self._beat = time.monotonic()
-        self._armed = 0.0
+        self._limit, self._due, self._armed = seconds, time.monotonic() + seconds, 0.0
         self._ended = threading.Event()
         self._file: TextIO | None = None
 
@@ -56,16 +58,18 @@ class Watchdog:
     def _dumped(self, rank: int) -> bool:
         return self._path(rank).exists() and self._path(rank).stat().st_size > 0
 
-    def beat(self, what: str) -> None:
-        """Training has come to `what`."""
-        self.what, self._beat = what, time.monotonic()
-        if self._file is not None and self._beat - self._armed > self.seconds / 10:
-            self._armed = self._beat
-            faulthandler.dump_traceback_later(1.2 * self.seconds + 2 * GRACE, exit=True, file=self._file)
+    def beat(self, what: str, expected: float = 0.0) -> None:
+        """Training has come to `what`, which is expected to take so many seconds."""
+        now, before = time.monotonic(), self._limit
+        limit = max(self.seconds, 2 * expected)
+        self.what, self._limit, self._due = what, limit, now + limit
+        if self._file is not None and (limit != before or now - self._armed > self.seconds / 10):
+            self._armed = now
+            faulthandler.dump_traceback_later(1.2 * limit + 2 * GRACE, exit=True, file=self._file)
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self.seconds / 4)):
-            if time.monotonic() - self._beat > self.seconds:
+            if time.monotonic() > self._due:
                 self._end()
 
     def _end(self) -> None:
@@ -75,13 +79,13 @@ class Watchdog:
         faulthandler.dump_traceback(file, all_threads=True)
         file.flush()
         time.sleep(GRACE)
-        if self._ended.is_set() or time.monotonic() - self._beat < self.seconds:
+        if self._ended.is_set() or time.monotonic() < self._due:
             return  # it came forward after all
         silent = [rank for rank in range(self.world.size) if not self._dumped(rank)]
         error = WorkLost(
-            f"{self.name} hangs: nothing came forward for {self.seconds:g} s in {self.what}"
+            f"{self.name} hangs: nothing came forward for {self._limit:g} s in {self.what}"
             + (f", and rank {silent[0]} does not even answer" if silent else ""),
-            wanted=f"a step within {self.seconds:g} s (--hang)",
+            wanted=f"a step within {self._limit:g} s (--hang)",
             cure=f"the stacks of all ranks are in {self.logs}/rank-*.stacks; run the same command again to go on from "
             "the last checkpoint",
         )

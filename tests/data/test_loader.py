@@ -24,6 +24,7 @@ from mmlm.data.config import DataConfig
 from mmlm.data.loader import Loader
 from mmlm.data.reader import ShardReader
 from mmlm.errors import ArtifactError, ConfigError, DataError
+from mmlm.features.encode import opened_length
 from mmlm.world import World
 
 PACKED: dict[str, Any] = {
@@ -153,6 +154,22 @@ def test_the_probe_has_stand_ins_too(tmp_path: Path, mixed: Artifact, capfd: pyt
     assert capfd.readouterr().err.count(f"/{key} is damaged") == 2  # once by each loader
 
 
+def test_what_stands_in_at_the_second_attempt_is_named(
+    tmp_path: Path, mixed: Artifact, capfd: pytest.CaptureFixture[str]
+):
+    folder = Path(shutil.copytree(mixed.path, tmp_path / "shards"))
+    wanted, key = loader(folder, PLAIN).probe(8).ids, damage(folder, 2)
+    reader = ShardReader(folder)
+    first = loader(folder, PLAIN).maker.record(2).id
+    number = next(i for i in range(len(reader)) if i != 2 and reader[i].id == first)
+    shard = int(np.searchsorted(reader._starts, number, "right")) - 1
+    damage_row(folder, reader._rows.slice(shard, 1).to_pylist()[0], number - int(reader._starts[shard]))
+    second = loader(folder, PLAIN).probe(8).ids[2]
+    assert second not in (wanted[2], first)
+    (told,) = (line for line in capfd.readouterr().err.splitlines() if f"/{key} is damaged" in line)
+    assert told.endswith(f"; {second} stands in for it")
+
+
 def test_a_damaged_shard_stops_with_its_name(tmp_path: Path, mixed: Artifact):
     folder = Path(shutil.copytree(mixed.path, tmp_path / "shards"))
     shard = sorted(folder.glob("train-*.tar"))[1]
@@ -214,6 +231,18 @@ def test_a_shard_set_of_very_many_shards_is_opened_at_once(tmp_path: Path, mixed
     tracemalloc.stop()
     assert len(reader) > 3_000_000 and len(reader._starts) > 100_000
     assert seconds < 2 and peak < 30_000_000  # a row of the manifest each, and nothing for each sample
+
+
+@pytest.mark.parametrize("config", [PACKED, PLAIN], ids=["packed", "plain"])
+def test_the_probe_holds_no_more_than_sequences(mixed: Artifact, config: dict[str, Any]):
+    """These shards keep records of any length, and every rank works on the whole probe at every save."""
+    one, other = loader(mixed.path, config), loader(mixed.path, config, 1, 3)
+    count, most = len(one.reader), one.reader.spec.max_len
+    long = [i for i in range(count) if opened_length(one.reader[i], one.reader.spec) > most]
+    probe = one.probe(count)
+    assert probe.tokens_BT.shape == (count, most) and len(long) > 10
+    assert [n for n, name in enumerate(probe.ids) if "#" in name] == long
+    assert rows(probe) == rows(other.probe(count))
 
 
 def test_one_thread_reads_though_another_asks_for_the_probe(mixed: Artifact):

@@ -140,12 +140,30 @@ def test_phases_follow_each_other_and_count_on():
     [
         ({"small": 1}, "no weight for 'large'"),
         ({"small": 1, "large": 1, "huge": 1}, "names 'huge'"),
-        ({"small": 0, "large": 0}, "all weights"),
+        ({"small": 0, "large": 0}, "all of them are 0"),
+        ({"small": 2, "large": -1}, "weights.large` = -1"),
+        ({"small": 1, "large": float("nan")}, "weights.large` = nan: .*finite"),
+        ({"small": 1, "large": float("inf")}, "weights.large` = inf: .*finite"),
+        ({"small": 1, "large": 1e308}, "weights.large` = 1e.308"),
     ],
 )
 def test_weights_that_do_not_fit_the_streams(weights: dict[str, float], words: str):
     with pytest.raises(ConfigError, match=words):
         Order(SIZES, 4, 1, mixture(kind="weighted", weights=weights))
+    if "weights" in words:  # also of a phase
+        with pytest.raises(ConfigError, match=words):
+            mixture(kind="phases", phases=[{"share": 1, "weights": weights}])
+
+
+@pytest.mark.parametrize("share", [0, -1, float("inf"), float("nan")])
+def test_a_share_of_the_steps_that_is_none(share: float):
+    with pytest.raises(ConfigError, match="share` = "):
+        mixture(kind="phases", phases=[{"share": share, "weights": {"small": 1}}])
+
+
+def test_no_config_takes_what_is_no_finite_number():
+    with pytest.raises(ConfigError, match=r"modality_dropout` = nan: .*finite"):
+        parse(DataConfig, {"modality_dropout": float("nan")}, "test")
 
 
 def test_step_a_million_costs_what_step_0_does():

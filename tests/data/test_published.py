@@ -68,26 +68,64 @@ def test_what_is_fetched_needs_no_store(cloud: Cloud, published: str, cache: Pat
     assert [s.id for s in ShardReader(folder)] == wanted
 
 
-def test_the_cache_keeps_to_its_limit(published: str, mixed: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch):
-    whole = sum(r["bytes"] for r in pq.read_table(mixed.path / "manifest.parquet").to_pylist())
-    largest = max(r["bytes"] for r in pq.read_table(mixed.path / "manifest.parquet").to_pylist())
-    limit = whole // 2
+def bytes_of(shards: Path) -> list[int]:
+    return [r["bytes"] for r in pq.read_table(shards / "manifest.parquet").to_pylist() if r["split"] == "train"]
+
+
+def test_the_cache_keeps_to_its_limit_though_nothing_is_closed(
+    published: str, mixed: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sizes = bytes_of(mixed.path)
+    limit = sum(sizes) // 2
     monkeypatch.setenv("MMLM_SHARD_CACHE_BYTES", str(limit))
-    reader = ShardReader(view(published))
-    ids = []
-    for i in [*range(len(reader)), *range(len(reader))]:
-        ids.append(reader[i].id)
-        reader.close()  # lets the shards go, as a reader of very many does
-        assert size_of(cache) <= limit + largest
+    readers = [ShardReader(view(published)) for _ in range(2)]
+    ids, indexes = [], sum(p.stat().st_size for p in mixed.path.glob("*.index.parquet"))
+    for i in [*range(len(readers[0])), *range(len(readers[0]))]:
+        ids.append(readers[0][i].id)
+        assert readers[1][len(readers[1]) - 1 - i % len(readers[1])].id
+        assert size_of(cache) <= limit + indexes
+        assert all(len(reader._maps) <= max(1, limit // 8 // min(sizes)) for reader in readers)
     assert ids == 2 * [s.id for s in ShardReader(mixed.path)]
 
 
-def test_what_is_read_is_not_evicted(published: str, cache: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_training_keeps_the_cache_to_its_limit(
+    published: str, mixed: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wanted = loader(mixed.path, PACKED)
+    sizes = bytes_of(mixed.path)
+    limit = sum(sizes) // 2
+    monkeypatch.setenv("MMLM_SHARD_CACHE_BYTES", str(limit))
+    ranks = [loader(Path(view(published)), PACKED, rank, 2) for rank in (0, 1)]
+    for step in range(4):
+        assert [i for one in ranks for i in one.batch(step).ids] == list(wanted.batch(step).ids)
+        for one in ranks:
+            one.reader._fetching.shutdown()  # type: ignore[union-attr]
+            one.reader._fetching = None
+        assert size_of(cache) <= limit + max(sizes)
+
+
+def test_a_cache_that_suffices_fetches_nothing_again(
+    published: str, cloud: Cloud, mixed: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    limit = sum(p.stat().st_size for p in mixed.path.glob("train-*")) * 10 // 9 + 1
+    monkeypatch.setenv("MMLM_SHARD_CACHE_BYTES", str(limit))
+    readers = [ShardReader(view(published)) for _ in range(3)]
+    wanted = [s.id for s in readers[0]]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for reader in readers:
+        assert [reader[i].id for i in reversed(range(len(reader)))] == wanted[::-1]
+    assert len(readers[0]._maps) < len(bytes_of(mixed.path))
+
+
+def test_what_is_read_is_not_evicted(published: str, mixed: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MMLM_SHARD_CACHE_BYTES", "1")
     reader = ShardReader(view(published))
-    assert len([s.id for s in reader]) == len(reader)
-    held = {p.name for p in cache.glob("??/*")}
-    assert {row["sha256"] for row in reader._rows.to_pylist()} <= held
+    for i in range(len(reader)):
+        assert reader[i].id
+        (shard,) = reader._maps
+        row = reader._rows.slice(shard, 1).to_pylist()[0]
+        assert row["sha256"] in {p.name for p in cache.glob("??/*")}
+        assert size_of(cache) <= 2 * max(bytes_of(mixed.path))
 
 
 def test_several_processes_fetch_a_shard_once(published: str, cloud: Cloud, cache: Path):

@@ -130,7 +130,7 @@ def test_a_missing_modality_gives_the_gradients_of_a_model_without_it(layout: st
     without = knows.model_copy(update={away: None})
     part = weights.build(whole.config, without).eval()
     part.load_state_dict({n: t for n, t in whole.state_dict().items() if n in part.state_dict()})
-    made = []
+    made: list[tuple[float, dict[str, Any]]] = []
     for net, spec in ((whole, knows), (part, without)):
         objective, batch = Answering(LossConfig(), spec), collate(samples, spec)
         loss = loss_of(objective(net, batch), objective.counts(batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,13 @@ from mmlm.features.spec import IMAGE, AudioSpec, FeatureSpec, ImageSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.embeddings import Grid
 from mmlm.model.flops import Shape, forward_flops, training_flops
+from mmlm.model.gradients import ORIENTATIONS, GradientHistograms, features_of
 from mmlm.model.stems import PictureConvolutions, SoundConvolutions
 from mmlm.model.transformer import FusedTransformer
 from tests.small import SPEC, sample
 
+assert SPEC.image
+TOKENS = SPEC.image.tokens
 CONV: dict[str, Any] = {"image_stem": "conv", "image_places": "grid", "audio_stem": "conv"}
 
 
@@ -63,8 +67,9 @@ def test_convolutions_of_sounds_are_whispers():
     assert torch.allclose(made, torch.cat(wanted), atol=1e-5)
 
 
-def test_packed_equals_alone():
-    model = net()
+@pytest.mark.parametrize("stem", ["conv", "gradients"])
+def test_packed_equals_alone(stem: str):
+    model = net(image_stem=stem)
     samples = [sample(i, g) for i, g in enumerate([("image", "audio"), ("audio",), ("image",), (), ("image", "audio")])]
     together = model(pack([samples[:3], samples[3:]], SPEC, 96)).label_RC
     alone = torch.cat([model(collate([s], SPEC)).label_RC for s in samples])
@@ -90,7 +95,7 @@ def two_pictures(a: int, b: int) -> Sample:
     return dataclasses.replace(one, tokens=np.array(tokens, np.int32), answer_at=one.answer_at + 1, images=pictures)
 
 
-@pytest.mark.parametrize("stem", [{}, {"image_stem": "linear", "image_places": "table"}])
+@pytest.mark.parametrize("stem", [{}, {"image_stem": "gradients"}, {"image_stem": "linear", "image_places": "table"}])
 def test_several_pictures_anywhere_are_told_apart(stem: dict[str, Any]):
     model = net(**stem)
     ab, ba = (model(collate([two_pictures(*order)], SPEC)).label_RC for order in ((1, 2), (2, 1)))
@@ -128,6 +133,60 @@ def test_the_flops_of_convolutions_are_those_that_pytorch_counts():
     assert counter.get_total_flops() == training_flops(model.config, SPEC, run) - 3 * unmade
 
 
+def test_the_flops_of_the_map_behind_histograms_are_those_that_pytorch_counts():
+    model = net(image_stem="gradients")
+    assert model.image is not None
+    with FlopCounterMode(display=False) as counter:
+        model.image.project(torch.randn(2 * TOKENS, SPEC.image.patch_dim), torch.arange(2 * TOKENS))  # type: ignore[union-attr]
+    asked = Shape.of(collate([sample(3)] * 4, SPEC))
+    two = dataclasses.replace(asked, patches=2 * TOKENS)
+    none = dataclasses.replace(asked, patches=0)
+    assert counter.get_total_flops() == forward_flops(model.config, SPEC, two) - forward_flops(model.config, SPEC, none)
+
+
+def bars(turn: float, shade: float = 1.0) -> torch.Tensor:
+    """(1, 16, 16, 1): a wave of stripes whose gradient points to `turn`, radians."""
+    down, right = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    return shade * (0.5 * (right * math.cos(turn) + down * math.sin(turn))).sin()[None, ..., None]
+
+
+def test_edges_are_told_apart_by_their_orientation_not_by_their_strength():
+    stem, there = GradientHistograms(ImageSpec(size=16, patch=8, channels=1), 8), torch.ones(1, 16, 16, 1)
+    for n in range(ORIENTATIONS):
+        turn = math.pi * n / ORIENTATIONS
+        found = stem._edges(bars(turn), there)
+        assert (found.argmax(-1) == n).all(), n
+        assert torch.allclose(found, stem._edges(bars(turn, 0.5), there), atol=0.02)
+        assert torch.allclose(found, stem._edges(bars(turn + math.pi), there), atol=1e-3), "an edge has no direction"
+    flat = stem._edges(torch.full((1, 16, 16, 1), 0.7), there)
+    assert flat.max() < 1e-2
+
+
+def test_colours_are_shares_of_pixels_between_their_nearest_levels():
+    stem = GradientHistograms(ImageSpec(size=16, patch=8, channels=3), 8)
+    x = torch.randn(2, 16, 16, 3)
+    found = stem._colours(x)
+    assert found.shape == (2, 2, 2, 64) and torch.allclose(found.sum(-1), torch.ones(2, 2, 2), atol=1e-5)
+    one = stem._colours(torch.tensor([-1.5, 0.5, 0.0]).expand(1, 16, 16, 3))[0, 0, 0].view(4, 4, 4)
+    assert one[0, 2, 1] == 0.5 and one[0, 2, 2] == 0.5
+
+
+def test_a_token_is_what_its_patch_shows():
+    """Two pictures that differ in one patch (and not at its border) differ in the tokens near it only, by one mean."""
+    spec = ImageSpec(size=32, patch=8, channels=1)
+    torch.manual_seed(0)
+    stem = GradientHistograms(spec, 8)
+    rows = torch.randn(16, 64)
+    other = rows.clone()
+    other[5].view(8, 8)[2:6, 2:6] += 1.0
+    change = (stem(rows, torch.arange(16)) - stem(other, torch.arange(16))).abs().sum(-1) > 1e-6
+    assert set(change.nonzero()[:, 0].tolist()) <= {0, 1, 2, 4, 5, 6, 8, 9, 10} and change[5]
+    assert (
+        stem.out.weight.shape == (8, features_of(spec))
+        and features_of(ImageSpec(size=32, patch=16, channels=3)) == 4 * 76
+    )
+
+
 def test_patches_that_no_power_of_two_makes_are_refused():
     spec = SPEC.model_copy(update={"image": ImageSpec(size=24, patch=12, channels=1)})
     with pytest.raises(ConfigError, match="patches of 12 pixels"):
@@ -153,7 +212,7 @@ def test_padding_becomes_no_token():
     assert kept_patches(wide(0, 16), DROPPING.image.model_copy(update={"padding": "keep"})).tolist() == list(range(16))
 
 
-@pytest.mark.parametrize("stem", [{}, {"image_stem": "linear", "image_places": "table"}])
+@pytest.mark.parametrize("stem", [{}, {"image_stem": "gradients"}, {"image_stem": "linear", "image_places": "table"}])
 def test_pictures_of_several_shapes_packed_equal_alone(stem: dict[str, Any]):
     model = net(DROPPING, **stem)
     samples = [

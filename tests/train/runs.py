@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mmlm import artifacts
 from mmlm.artifacts import Artifact
 from mmlm.train import checkpoint
 from tests.faults.stage import ROOT, wait_for
@@ -96,6 +98,17 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def stopped(trained: Artifact, out: Path, step: int) -> Path:
+    """A copy of a finished training at `out`, as it lay there when it had been killed after saving `step`."""
+    shutil.copytree(trained.path, out, dirs_exist_ok=True)
+    (out / artifacts.NAME).unlink()
+    for later in checkpoint.steps(out / "checkpoints"):
+        if later > step:
+            shutil.rmtree(out / "checkpoints" / checkpoint.name_of(later))
+    (out / artifacts.WORK).write_text(json.dumps({"fingerprint": trained.fingerprint}))
+    return out
 
 
 def saved(out: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import torch
 from mmlm import world as worlds
 from mmlm.config import parse
 from mmlm.data.collate import Batch
+from mmlm.data.loader import Loader
 from mmlm.features import spec as feature_spec
 from mmlm.storage import write_json
-from mmlm.train import engine, weights
+from mmlm.train import engine, validation, weights
 from mmlm.train.config import TrainConfig
-from mmlm.train.control import Stop, Where
+from mmlm.train.control import START_SECONDS, Stop, Where
 from mmlm.train.loop import fit
 from mmlm.train.objectives import Answering
+from mmlm.train.session import Session
 from mmlm.train.terms.term import Term
 from mmlm.train.train import write_counts
 from mmlm.train.validation import Validation
@@ -67,6 +70,37 @@ def train_poisoned(
     objective.ids, objective.loss = frozenset(ids), loss
     counts = fit(model, objective, settings, Path(shards), Path(out), "train", Where(ledger=True, hang_seconds=hang))
     write_counts(Path(out), counts, model)
+    engine.stop()
+
+
+def slow_looks(config: dict[str, Any], shards: str, out: str, chunk: float, hang: float) -> None:
+    """A look by a model that takes `chunk` seconds for each pass without gradients, under a watchdog of `hang` seconds;
+    then, for steps up to the one after which a look is due, whether a time limit that leaves no room for it is too near."""
+    settings = parse(TrainConfig, config, "train")
+    world = worlds.from_environment()
+    device = engine.start(world)
+    folder = Path(shards)
+    model = weights.build(settings.model, feature_spec.load(folder))
+    model.register_forward_pre_hook(lambda module, _: None if module.training else time.sleep(chunk))
+    trainer = engine.DeepSpeedEngine(model, settings, world)
+    with (
+        closing(Loader(folder, settings.data, settings.seed, world, settings.steps)) as loader,
+        Watchdog(hang, Path(out) / "logs", world, "train") as dog,
+    ):
+        objective, where = Answering(settings.loss, loader.reader.spec), Where(hang_seconds=hang)
+        validation.CHUNK = 4
+        session = Session(
+            trainer, objective, loader, settings, folder, Path(out), "train", where, world, device, dog.beat
+        )
+        every = settings.validation.every
+        session.validate(every)
+        look = session.validation.seconds
+        asked = {}
+        for step in range(every):
+            left = START_SECONDS + 1.5 * session.save_seconds + look / 2
+            with Stop(Where(deadline=time.time() + left)) as stop:
+                asked[step] = session.wants_to_stop(stop, step)
+    write_json(Path(out) / "asked.json", {"look": look, "chunks": len(session.validation.chunks), "asked": asked})
     engine.stop()
 
 

@@ -16,8 +16,9 @@ from mmlm.config import parse
 from mmlm.errors import ConfigError, Interrupted
 from mmlm.tracking import NullTracker
 from mmlm.train.config import TrainConfig
-from mmlm.train.control import START_SECONDS, Stop, Where, seconds_of
+from mmlm.train.control import SAVE_RATE, START_SECONDS, Stop, Where, first_save, seconds_of
 from mmlm.train.peak import peak_flops
+from mmlm.train.planning import saved_bytes
 from mmlm.train.train import run_ranks
 
 
@@ -67,9 +68,18 @@ def test_a_time_limit_leaves_room_for_the_step_and_the_save():
         assert stop.wanted(step_seconds=0, save_seconds=0.1)  # once asked, always asked
 
 
-def test_before_a_save_was_measured_a_long_one_is_assumed():
+def test_a_time_limit_leaves_room_for_the_looks_that_are_due():
     with Stop(Where(deadline=time.time() + START_SECONDS + 20)) as stop:
-        assert stop.wanted(step_seconds=0.1, save_seconds=0.0)
+        assert not stop.wanted(step_seconds=2, save_seconds=4, look_seconds=8)
+        assert stop.wanted(step_seconds=2, save_seconds=4, look_seconds=13)
+
+
+def test_before_a_save_was_measured_its_size_tells():
+    config = parse(TrainConfig, {}, "test")
+    assert first_save(saved_bytes(config, 1e6, 0)) == 20
+    assert first_save(saved_bytes(config, 7e9, 0)) == pytest.approx(12 * 7e9 / SAVE_RATE)
+    small = parse(TrainConfig, {"optimizer": {"kind": "lion"}, "ema": {"decay": 0.9}}, "test")
+    assert saved_bytes(small, 10, 5) == (4 + 4 + 4) * 10 + 4 * 5
 
 
 def test_the_earlier_of_flag_and_slurm_counts(monkeypatch: pytest.MonkeyPatch):

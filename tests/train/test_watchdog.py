@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 import threading
 import time
@@ -45,6 +46,24 @@ def test_waiting_for_the_pack_plan_is_no_hang(keypad_shards: Artifact, tmp_path:
         began = time.monotonic()
         ranks(1)("tests.train.targets:train_poisoned", {**arguments, "loss": 1.0, "hang": 5.0}, log=tmp_path / "logs")
     assert time.monotonic() - began > 30
+
+
+def test_a_long_look_is_no_hang_and_a_time_limit_leaves_room_for_it(keypad_shards: Artifact, tmp_path: Path):
+    config = {**SMALL, "validation": {"every": 4, "records": 1000}}
+    arguments = {"config": config, "shards": str(keypad_shards.path), "out": str(tmp_path), "chunk": 1.5, "hang": 2.0}
+    ranks(1)("tests.train.targets:slow_looks", arguments, log=tmp_path / "logs")
+    told = json.loads((tmp_path / "asked.json").read_text())
+    assert told["look"] >= 1.5 * told["chunks"] > 2 + GRACE, told
+    assert told["asked"] == {"0": False, "1": False, "2": True, "3": True}
+
+
+def test_what_is_expected_to_take_long_may(tmp_path: Path):
+    with Watchdog(0.3, tmp_path, World(), "train") as dog:
+        dog.beat("saving step 2", 1.0)
+        time.sleep(1.2)
+        dog.beat("step 3")
+        assert dog._limit == 0.3
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_beats_keep_it_quiet_and_nothing_is_left(tmp_path: Path):

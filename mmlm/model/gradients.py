@@ -1,0 +1,96 @@
+"""A stem for few pictures: what a patch's edges and colours are is computed, and only what they mean is learnt.
+
+Histograms of oriented gradients (Dalal & Triggs 2005) and of colours were the features of the linear classifiers that came
+before learnt ones, and still are what some hundred pictures suffice for. Here they are what a patch says of itself.
+
+Axes: P patch, I picture, H and W rows and columns, C channels, B bins, N rows and columns of cells, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mmlm.features.spec import ImageSpec
+from mmlm.model.stems import pictures_of
+
+ORIENTATIONS = 9
+"""Of edges, without their direction, over half a turn (section 6.3 of the paper)."""
+CELL = 8
+"""Side of a cell, pixels, at most (section 6.4); one that divides the patch."""
+CLIP = 0.3
+"""What one orientation of a cell counts at most, of a neighbourhood's length 1 (as section 6.4 clips, there at 0.2)."""
+LEVELS = (-1.5, -0.5, 0.5, 1.5)
+"""Of a channel in a standardised picture: so many to the power of the channels colours."""
+FAINT = 1e-2
+"""Keeps the noise of plain areas from being scaled up to edges, and the roots of rare colours from being steep."""
+
+
+class GradientHistograms(nn.Module):
+    """Patches → tokens: histograms of the orientations of edges, normalised by their neighbourhood, of colours, and the
+    mean of each channel, for each cell of a patch; then a linear map. What is computed has no parameters, is continuous
+    in the pixels, and knows nothing of other pictures. Patches that are left out have no edges, nor does their border."""
+
+    def __init__(self, spec: ImageSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.cell = next(side for side in range(min(CELL, spec.patch), 0, -1) if not spec.patch % side)
+        self.out = nn.Linear(features_of(spec), width)
+
+    def forward(self, rows_PD: torch.Tensor, at_P: torch.Tensor) -> torch.Tensor:
+        x_IHWC, there_IHW1, place_P = pictures_of(rows_PD.float(), at_P, self.spec)
+        cells = [self._edges(x_IHWC, there_IHW1), self._colours(x_IHWC).add(FAINT).sqrt(), self._means(x_IHWC)]
+        n, k = self.spec.size // self.spec.patch, self.spec.patch // self.cell
+        features_INND = torch.cat(cells, -1)
+        features_PD = (
+            features_INND.unflatten(2, (n, k)).unflatten(1, (n, k)).transpose(2, 3).reshape(len(x_IHWC) * n * n, -1)
+        )
+        features_PD = F.layer_norm(features_PD[place_P], features_PD.shape[1:])
+        return self.out(features_PD.to(rows_PD.dtype))
+
+    def _means(self, x_IHWC: torch.Tensor) -> torch.Tensor:
+        """Of each cell, (I, N, N, channels)."""
+        return F.avg_pool2d(x_IHWC.movedim(-1, 1), self.cell).movedim(1, -1)
+
+    def _edges(self, x_IHWC: torch.Tensor, there_IHW1: torch.Tensor) -> torch.Tensor:
+        """(I, N, N, ORIENTATIONS): every channel's gradient votes, by its length, for the two orientations nearest."""
+        down, right = _slope(x_IHWC, there_IHW1, 1), _slope(x_IHWC, there_IHW1, 2)
+        length = (down.square() + right.square() + 1e-12).sqrt()
+        at = torch.atan2(down, right + 1e-12 * (down == 0)) % torch.pi * (ORIENTATIONS / torch.pi)
+        away = (at[..., None] - torch.arange(ORIENTATIONS, device=at.device)).abs()
+        near = 1 - torch.minimum(away, ORIENTATIONS - away)
+        votes_INNB = self._means((near.clamp_min(0) * length[..., None]).sum(-2))
+        energy_INN1 = self._around(votes_INNB.square().sum(-1, keepdim=True))
+        return (votes_INNB / (energy_INN1 + FAINT**2).sqrt()).clamp_max(CLIP) / CLIP
+
+    @staticmethod
+    def _around(x_INN1: torch.Tensor) -> torch.Tensor:
+        """The sum of a cell and its eight neighbours."""
+        return 9 * F.avg_pool2d(x_INN1.movedim(-1, 1), 3, 1, 1).movedim(1, -1)
+
+    def _colours(self, x_IHWC: torch.Tensor) -> torch.Tensor:
+        """(I, N, N, levels to the power of the channels): shares of a cell's pixels, each between its nearest levels."""
+        levels = torch.tensor(LEVELS, device=x_IHWC.device)
+        share = (1 - (x_IHWC.clamp(LEVELS[0], LEVELS[-1])[..., None] - levels).abs()).clamp_min(0)
+        joint = share[..., 0, :]
+        for c in range(1, x_IHWC.shape[-1]):
+            joint = (joint[..., :, None] * share[..., None, c, :]).flatten(-2)
+        return self._means(joint)
+
+
+def _slope(x_IHWC: torch.Tensor, there_IHW1: torch.Tensor, along: int) -> torch.Tensor:
+    """Half the difference of the two neighbours of a pixel; 0 where one of them is not there."""
+    size = x_IHWC.shape[along]
+    after, before = x_IHWC.narrow(along, 2, size - 2), x_IHWC.narrow(along, 0, size - 2)
+    both = there_IHW1.narrow(along, 2, size - 2) * there_IHW1.narrow(along, 0, size - 2)
+    padding = [0, 0, 0, 0, 0, 0]
+    padding[2 * (3 - along)] = padding[2 * (3 - along) + 1] = 1
+    return F.pad((after - before) * both / 2, padding)
+
+
+def features_of(spec: ImageSpec) -> int:
+    """What a patch says of itself, numbers."""
+    cell = next(side for side in range(min(CELL, spec.patch), 0, -1) if not spec.patch % side)
+    each = ORIENTATIONS + len(LEVELS) ** spec.channels + spec.channels
+    return (spec.patch // cell) ** 2 * each
