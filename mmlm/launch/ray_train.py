@@ -100,9 +100,9 @@ class RayRanks:
         except Exception as error:  # Ray Train wraps whatever happened in kinds of its own
             failed = error
         said = [e for rank in range(self.ranks) if (e := read_error(log, rank))]
-        for error in said:
-            if isinstance(error, MmlmError) and not isinstance(error, RankCrashed | WorkLost):
-                raise error  # bad input stays bad; a hang need not come back
+        for told in said:
+            if isinstance(told, MmlmError) and not isinstance(told, RankCrashed | WorkLost):
+                raise told  # bad input stays bad; a hang need not come back
         if failed is None:
             return None
         lost = WorkLost(f"the ranks were lost: {_innermost(failed)}", cure=f"see {log}; {AGAIN}")
@@ -187,7 +187,7 @@ def patience() -> float:
     return max(told / 2, told - 15.0)
 
 
-def stoppable(work: Callable[[], None], file: Path, asked: Asked, seconds: float) -> None:
+def stoppable(work: Callable[[], object], file: Path, asked: Asked, seconds: float) -> None:
     """Call `work` in a thread; at a stop signal write `file`, and give `work` so many `seconds` to end by itself.
 
     Raises what `work` raises, and Interrupted when it did not end in time, or at a second signal.
@@ -206,9 +206,10 @@ def stoppable(work: Callable[[], None], file: Path, asked: Asked, seconds: float
     outcome.result()
 
 
-def _settle(outcome: Future[None], work: Callable[[], None]) -> None:
+def _settle(outcome: Future[None], work: Callable[[], object]) -> None:
     try:
-        outcome.set_result(work())
+        work()
+        outcome.set_result(None)
     except BaseException as error:
         outcome.set_exception(error)
 
