@@ -34,7 +34,7 @@ from mmlm.train.schedule import learning_rate
 FOLDS, BATCH, SAVE_EVERY, RATE = 5, 48, 50, 2e-3
 STORY = Path(__file__).parents[2] / "jobs" / "configs" / "stamps"
 MODEL = ModelConfig(
-    width=96, layers=2, heads=4, attention="prefix", dropout=0.1, embedding=64, image_stem="conv", image_places="grid"
+    width=96, layers=2, heads=4, attention="prefix", dropout=0.1, embedding=64, image_stem="hog", image_places="grid"
 )
 AUGMENT = AugmentConfig(shift=4, flip=True, contrast=0.2, time_mask=0.2, mel_mask=8)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.ours.stamps import FOLDS, LANGUAGES, fold_of, read_all, training_set
+from benchmarks.peers.hog_logistic import fit_and_say
 from mmlm.artifacts import Artifact
 from mmlm.evals.answer import Answerer
 from mmlm.evals.baselines import Logistic, fit_majority
@@ -38,14 +40,17 @@ def tables(shards: Artifact, names: Artifact, out: Path) -> dict[str, Any]:
             "n",
             "model",
             "logistic regression",
+            "HOG + colours, logistic",
             "majority",
             "model - logistic",
+            "model - HOG + colours",
             "model - majority",
         ]
     )
     for row in found["category"]:
-        cells = [row["given"], str(row["n"]), *(_cell(row[k]) for k in ("model", "logistic", "majority"))]
-        cells += [_cell(row[k], signed=True) for k in ("over_logistic", "over_majority")]
+        cells = [row["given"], str(row["n"])]
+        cells += [_cell(row[k]) if k in row else "" for k in ("model", "logistic", "hog", "majority")]
+        cells += [_cell(row[k], True) if k in row else "" for k in ("over_logistic", "over_hog", "over_majority")]
         print("| " + " | ".join(cells) + " |")
     _head(["retrieval, test split", "n", *(f"R@{k}: model, CCA, chance" for k in DEPTHS)])
     for row in found["retrieval"]:
@@ -64,6 +69,11 @@ def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
     for row in found["category"]:
         ours, peer = row["model"], row["logistic"]
         rows.append(_row(f"category from {row['given']}", "accuracy", ours, peer, "logistic regression", row["n"]))
+        if "hog" in row:
+            peer = row["hog"]
+            rows.append(
+                _row(f"category from {row['given']}", "accuracy", ours, peer, "HOG + colours, logistic", row["n"])
+            )
     for row in found["retrieval"]:
         for k in DEPTHS:
             name = f"{row['from']} finds {row['to']}"
@@ -103,13 +113,18 @@ def categories(samples: list[Sample], out: Path) -> list[dict[str, Any]]:
         for name, kept in GIVEN.items():
             asked = [s for s in held if not kept.isdisjoint(s.modalities)]
             fitted = _logistic(out / f"fold-{fold}", name, kept, train, asked, answerer)
-            for model, labels in (
-                ("model", [a.label for a in answerer.answer(asked, given=kept)]),
-                ("logistic", fitted),
-                ("majority", [usual.label] * len(asked)),
-            ):
+            said: dict[str, Sequence[str | None]] = {
+                "model": [a.label for a in answerer.answer(asked, given=kept)], "logistic": fitted,
+                "majority": [usual.label] * len(asked),
+            }  # fmt: skip
+            if kept == GIVEN["picture"]:
+                said["hog"] = fit_and_say(
+                    [s.images[0] for s in train], [s.label or "" for s in train],
+                    np.array([hash_fifth(s) == 0 for s in train]), [s.images[0] for s in asked],
+                )  # fmt: skip
+            for model, labels in said.items():
                 right[name].setdefault(model, []).extend(
-                    float(said == s.label) for said, s in zip(labels, asked, strict=True)
+                    float(label == s.label) for label, s in zip(labels, asked, strict=True)
                 )
             groups[name] += [s.group for s in asked]
     rows = []
@@ -120,7 +135,7 @@ def categories(samples: list[Sample], out: Path) -> list[dict[str, Any]]:
             v = np.array(values, np.float32)
             got = interval(lambda w, v=v: (w @ v) / w.sum(1), resamples, 0.95)  # type: ignore[misc]
             row[model] = [got.value, got.low, got.high]
-        for other in ("logistic", "majority"):
+        for other in right[name].keys() - {"model"}:
             paired = compare(right[name][other], right[name]["model"], groups[name])
             row[f"over_{other}"] = [paired[k] for k in ("difference", "low", "high")]
         rows.append(row)

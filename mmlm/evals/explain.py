@@ -7,7 +7,7 @@ silence, a field that is missing, and `<pad>`, which no model ever learns from, 
 are, and so does the answer's own text.
 
 Attributions are made where a modality enters: at every pixel and every mel bin, which summed over a patch or a frame is
-what the embedded patch would be given, since stems are linear; and at the embedded tokens and fields. They add up to the
+what the embedded patch would be given where the stem is linear; and at the embedded tokens and fields. They add up to the
 difference of the two log-probabilities (completeness); how well is measured, and more steps are taken until it is.
 
 Of a model that reads a pretrained encoder's features they are made at those, and summed over each of its tokens; saying

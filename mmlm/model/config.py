@@ -136,7 +136,7 @@ class ModelConfig(Config):
     """Whether what a sub-layer reads is normalised, or its sum with the residual stream (Vaswani et al. 2017)."""
     positions: Literal["rotary", "learned", "sinusoidal"] = "rotary"
     """Queries and keys are rotated, or a learned or a sinusoidal vector for each position is added to the embeddings."""
-    image_stem: Literal["linear", "conv", "gradients"] = "linear"
+    image_stem: Literal["linear", "conv", "hog"] = "linear"
     """How a patch becomes a token: by one linear map (ViT); by strided 3 x 3 convolutions over the picture (Xiao et al.
     2021), which needs patches of 2, 4, 8, 16 … pixels; or from histograms of its edges' orientations and of its colours
     (Dalal & Triggs 2005), of which only a linear map is learnt: for some hundred to some thousand pictures."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mmlm.features.spec import AudioSpec, EncoderSpec, FeatureSpec, ImageSpec
 from mmlm.model.config import ModelConfig
-from mmlm.model.gradients import GradientHistograms
+from mmlm.model.hog import HogStem
 from mmlm.model.kernels import rounded
 from mmlm.model.stems import PictureConvolutions, SoundConvolutions
 
@@ -50,8 +50,13 @@ def _pictures(config: ModelConfig, spec: ImageSpec | None) -> MediaEmbedding | N
     if spec is None:
         return None
     D = config.width
-    stems = {"linear": lambda: Linear(spec.patch_dim, D), "conv": lambda: PictureConvolutions(spec, D)}
-    stem = stems.get(config.image_stem, lambda: GradientHistograms(spec, D))()
+    match config.image_stem:
+        case "linear":
+            stem: nn.Module = Linear(spec.patch_dim, D)
+        case "conv":
+            stem = PictureConvolutions(spec, D)
+        case "hog":
+            stem = HogStem(spec, D)
     places = Table(spec.tokens, D) if config.image_places == "table" else Grid(spec.size // spec.patch, D)
     return MediaEmbedding(stem, places)
 

@@ -18,7 +18,7 @@ from mmlm.model.baseline_config import AnyModelConfig, CnnConfig, RecurrentConfi
 from mmlm.model.baseline_flops import cnn_forward, recurrent_blocks
 from mmlm.model.config import ModelConfig
 from mmlm.model.fusion_config import AddConfig, AdversarialConfig, CrossAttentionConfig, LateConfig
-from mmlm.model.gradients import features_of
+from mmlm.model.hog import features_of
 from mmlm.model.packed import numbered
 from mmlm.model.stems import convolution_flops
 from mmlm.model.streams import SLOTS, slots_of, without_slots
@@ -207,7 +207,7 @@ def _media(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Shap
         first += 2 * shape.patches * encoder.dim * D
     elif spec.image and stems[0] == "linear":
         first += 2 * shape.patches * spec.image.patch_dim * D
-    elif spec.image and stems[0] == "gradients":  # histograms are no products of matrices, and are not counted
+    elif spec.image and stems[0] == "hog":  # histograms are no products of matrices, and are not counted
         first += 2 * shape.patches * features_of(spec.image) * D
     elif spec.image:
         pictures = -(-shape.patches // spec.image.tokens)

@@ -61,26 +61,21 @@ class PictureConvolutions(nn.Module):
         self.out = nn.Linear(sizes[-1], width)
 
     def forward(self, rows_PD: torch.Tensor, at_P: torch.Tensor) -> torch.Tensor:
-        x_IHWC, _, place_P = pictures_of(rows_PD, at_P, self.spec)
+        x_IHWC, place_P = pictures_of(rows_PD, at_P, self.spec)
         for convolution in self.convolutions:
             x_IHWC = F.gelu(convolution(x_IHWC))
         return self.out(x_IHWC.flatten(0, 2)[place_P])
 
 
-def pictures_of(
-    rows_PD: torch.Tensor, at_P: torch.Tensor, spec: ImageSpec
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The pictures that patches are of, (I, H, W, C), with zeros for those that are left out; 1 where something is there,
-    (I, H, W, 1); and the number of each patch, (P,), when all patches of all pictures are counted."""
+def pictures_of(rows_PD: torch.Tensor, at_P: torch.Tensor, spec: ImageSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pictures that patches are of, (I, H, W, C), with zeros for those that are left out; and the number of each patch,
+    (P,), when all patches of all pictures are counted."""
     n, p, T = spec.size // spec.patch, spec.patch, spec.tokens
     picture_P = numbered(at_P, T)
     place_P = picture_P * T + at_P % T
     pictures = int(picture_P[-1]) + 1
     grid = rows_PD.new_zeros(pictures * T, rows_PD.shape[1]).index_copy(0, place_P, rows_PD)
-    x_IHWC = grid.view(pictures, n, n, p, p, -1).transpose(2, 3).reshape(pictures, n * p, n * p, -1)
-    there = rows_PD.new_zeros(pictures * T).index_fill(0, place_P, 1).view(pictures, n, n)
-    there_IHW1 = there.repeat_interleave(p, 1).repeat_interleave(p, 2)[..., None]
-    return x_IHWC, there_IHW1, place_P
+    return grid.view(pictures, n, n, p, p, -1).transpose(2, 3).reshape(pictures, n * p, n * p, -1), place_P
 
 
 def channels_of(spec: ImageSpec, width: int) -> list[int]:

@@ -234,15 +234,18 @@ def _pax(key: str, value: bytes) -> bytes:
     return member("pax", str(length).encode() + rest, b"x")
 
 
-def write_tars(data: Path, canary: Path) -> Expected:
-    """WebDataset tars that lie; the tar's name and the key make the id."""
-    good = encode("PNG")
-    evil = pickle.dumps(Touch(canary))
-    end = bytes(1024)
+Tars = dict[str, tuple[bytes, Expected]]
+"""Name → its bytes, and what becomes of each of its records."""
+END = bytes(1024)
+"""Of a tar."""
 
-    def sample(key: str, picture: bytes = good, text: bytes = b"a caption") -> bytes:
-        return member(f"{key}.png", picture) + member(f"{key}.txt", text)
 
+def sample(key: str, picture: bytes | None = None, text: bytes = b"a caption") -> bytes:
+    return member(f"{key}.png", encode("PNG") if picture is None else picture) + member(f"{key}.txt", text)
+
+
+def _tars_of_odd_members() -> Tars:
+    """Members that are no plain files, or that would be written elsewhere."""
     linked = io.BytesIO()
     with tarfile.open(fileobj=linked, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, kind in (("soft", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE), ("fifo", tarfile.FIFOTYPE)):
@@ -250,71 +253,91 @@ def write_tars(data: Path, canary: Path) -> Expected:
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
             tar.addfile(_info(f"{key}.txt", 1), io.BytesIO(b"x"))
-    deep = b"[" * 100_000
-    whole = sample("first") + sample("second")
-    told: dict[str, tuple[bytes, Expected]] = {
-        "a_good.tar": (sample("one") + sample("two") + end, {"/one": "kept", "/two": "kept"}),
+    return {
         "links.tar": (
             linked.getvalue(),
             {"/soft": "refused link_member", "/hard": "refused link_member", "/fifo": "refused device_member"},
         ),
-        "device.tar": (member("d.png", b"", b"3") + member("d.txt", b"x") + end, {"/d": "refused device_member"}),
+        "device.tar": (member("d.png", b"", b"3") + member("d.txt", b"x") + END, {"/d": "refused device_member"}),
         "sparse.tar": (
-            member("s.png", b"x" * 512, b"S") + member("s.txt", b"x") + sample("next") + end,
+            member("s.png", b"x" * 512, b"S") + member("s.txt", b"x") + sample("next") + END,
             {"/s": "refused sparse_member", "/next": "kept"},
         ),
         "sparse_pax.tar": (
-            _pax("GNU.sparse.size", b"99999999999") + sample("s") + end, {"/s": "refused sparse_member"},
+            _pax("GNU.sparse.size", b"99999999999") + sample("s") + END, {"/s": "refused sparse_member"},
         ),
         "climbing.tar": (
-            sample("../../evil") + sample("/tmp/evil") + sample("a/../../b") + end,
+            sample("../../evil") + sample("/tmp/evil") + sample("a/../../b") + END,
             {"/../../evil": "refused unsafe_path", "//tmp/evil": "refused unsafe_path",
              "/a/../../b": "refused unsafe_path"},
         ),
-        "twice.tar": (sample("t") + member("t.png", good) + end, {"/t": "refused duplicate_member"}),
-        "same_key_later.tar": (sample("t") + sample("u") + sample("t") + end, {"/t": "refused duplicate_id", "/u": "kept"}),
-        "pickles.tar": (
-            sample("p") + member("p.pyd", evil) + sample("q") + member("q.pth", evil) + sample("r")
-            + member("r.npy", evil) + end,
-            {"/p": "refused pickle", "/q": "refused pickle", "/r": "kept"},  # what nobody asked for is not read
-        ),
-        "pax_nul.tar": (_pax("path", b"a\0b.png") + sample("n") + end, {"/a\\0b": "refused unsafe_path", "/n": "*"}),
+        "pax_nul.tar": (_pax("path", b"a\0b.png") + sample("n") + END, {"/a\\0b": "refused unsafe_path", "/n": "*"}),
+    }  # fmt: skip
+
+
+def _damaged_tars() -> Tars:
+    """They break off, or say what is not so."""
+    good = encode("PNG")
+    whole = sample("first") + sample("second")
+    return {
         "name_not_utf8.tar": (
-            member(b"\xff\xfe.png", good) + member(b"\xff\xfe.txt", b"x") + end, {"/\\xff\\xfe": "refused bad_name"},
+            member(b"\xff\xfe.png", good) + member(b"\xff\xfe.txt", b"x") + END, {"/\\xff\\xfe": "refused bad_name"},
         ),
-        "broken_pax.tar": (member("pax", b"99999999 path=x\n", b"x") + sample("n") + end, {"": "refused bad_tar"}),
+        "broken_pax.tar": (member("pax", b"99999999 path=x\n", b"x") + sample("n") + END, {"": "refused bad_tar"}),
         "name_of_a_gigabyte.tar": (
-            sample("n") + header(b"././@LongLink", 1 << 30, b"L") + end, {"/n": "kept", "": "refused bad_tar"},
+            sample("n") + header(b"././@LongLink", 1 << 30, b"L") + END, {"/n": "kept", "": "refused bad_tar"},
         ),
         "size_of_exabytes.tar": (
-            sample("n") + header(b"x.png", 0, field=b"\x80" + b"\xff" * 11) + end,
+            sample("n") + header(b"x.png", 0, field=b"\x80" + b"\xff" * 11) + END,
             {"/n": "kept", "/x": "refused truncated_tar", "": "refused truncated_tar"},
         ),
         "size_below_zero.tar": (
-            sample("n") + header(b"x.png", 0, field=b"-0000000001\0") + end, {"/n": "kept", "": "refused bad_tar"},
+            sample("n") + header(b"x.png", 0, field=b"-0000000001\0") + END, {"/n": "kept", "": "refused bad_tar"},
         ),
-        "wrong_sum.tar": (sample("n") + header(b"x.png", 0, wrong=True) + end, {"/n": "kept", "": "refused bad_tar"}),
+        "wrong_sum.tar": (sample("n") + header(b"x.png", 0, wrong=True) + END, {"/n": "kept", "": "refused bad_tar"}),
         "cut_off.tar": (whole[:-700], {"/first": "kept", "/second": "refused truncated_tar", "": "refused truncated_tar"}),
-        "two_in_one.tar": (sample("n") + end + sample("m") + end, {"/n": "kept", "": "refused data_after_end"}),
+        "two_in_one.tar": (sample("n") + END + sample("m") + END, {"/n": "kept", "": "refused data_after_end"}),
         "packed.tar": (gzip.compress(bytes(8 << 20)), {"": "refused compressed_tar"}),
         "packed_tightly.tar": (bz2.compress(bytes(8 << 20)), {"": "refused compressed_tar"}),
         "empty.tar": (b"", {"": "refused bad_tar"}),
         "no_tar.tar": (b"<html>" * 200, {"": "refused bad_tar"}),
+    }  # fmt: skip
+
+
+def _tars_of_odd_contents(canary: Path) -> Tars:
+    """Plain members in which something is wrong, and one tar in which nothing is."""
+    good = encode("PNG")
+    evil = pickle.dumps(Touch(canary))
+    deep = b"[" * 100_000
+    return {
+        "a_good.tar": (sample("one") + sample("two") + END, {"/one": "kept", "/two": "kept"}),
+        "pickles.tar": (
+            sample("p") + member("p.pyd", evil) + sample("q") + member("q.pth", evil) + sample("r")
+            + member("r.npy", evil) + END,
+            {"/p": "refused pickle", "/q": "refused pickle", "/r": "kept"},  # what nobody asked for is not read
+        ),
         "crowd.tar": (
-            sample("c") + b"".join(member(f"c.{i}.png", b"") for i in range(1100)) + end,
+            sample("c") + b"".join(member(f"c.{i}.png", b"") for i in range(1100)) + END,
             {"/c": "refused too_many_members"},
         ),
         "deep.tar": (
-            member("d.json", deep) + member("d.png", good) + member("d.txt", b"x") + end, {"/d": "refused bad_json"},
+            member("d.json", deep) + member("d.png", good) + member("d.txt", b"x") + END, {"/d": "refused bad_json"},
         ),
-        "not_utf8.tar": (sample("n", text=b"\xff\xff\x80") + end, {"/n": "refused bad_encoding"}),
+        "not_utf8.tar": (sample("n", text=b"\xff\xff\x80") + END, {"/n": "refused bad_encoding"}),
         "bombs.tar": (
             sample("pixels", png(100_000, 100_000, b"")) + sample("half", good[: len(good) // 2])
-            + sample("none", b"") + end,
+            + sample("none", b"") + END,
             {"/pixels": "refused too_many_pixels", "/half": "quarantine unreadable_image",
              "/none": "refused unreadable_image"},
         ),
+        "twice.tar": (sample("t") + member("t.png", good) + END, {"/t": "refused duplicate_member"}),
+        "same_key_later.tar": (sample("t") + sample("u") + sample("t") + END, {"/t": "refused duplicate_id", "/u": "kept"}),
     }  # fmt: skip
+
+
+def write_tars(data: Path, canary: Path) -> Expected:
+    """WebDataset tars that lie; the tar's name and the key make the id."""
+    told = {**_tars_of_odd_contents(canary), **_tars_of_odd_members(), **_damaged_tars()}
     (data / "tars").mkdir(parents=True)
     expected: Expected = {}
     for name, (content, outcomes) in told.items():

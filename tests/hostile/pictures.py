@@ -199,7 +199,50 @@ def _svg(inner: str, attributes: str = 'width="40" height="40"', doctype: str = 
     return f"{doctype}<svg {names} {attributes}>{inner}</svg>".encode()
 
 
-def _drawings(canary: str) -> Cases:
+def _broken_drawings() -> Cases:
+    """Nothing in them to draw, or not as they say."""
+    return {
+        "empty.svg": (b"", "refused unreadable_image"),
+        "not_closed.svg": (_svg("<g>"), "quarantine unreadable_image"),
+        "packed.svg": (b"\x1f\x8b\x08\0" + zlib.compress(_svg("<rect/>")), "refused unreadable_image"),
+        "wide_as_the_sky.svg": (_svg("<rect/>", 'width="1e30" height="1e30"'), "kept"),
+    }  # fmt: skip
+
+
+def _drawings_that_reach_out(canary: str) -> Cases:
+    """They name files, addresses and programs."""
+    return {
+        "entity_of_a_file.svg": (
+            _svg("<text>&x;</text>", doctype='<!DOCTYPE svg [<!ENTITY x SYSTEM "file:///etc/passwd">]>'),
+            "quarantine unreadable_image",
+        ),
+        "picture_from_a_file.svg": (_svg('<image xlink:href="/etc/passwd"/>'), "quarantine unsafe_svg"),
+        "picture_from_elsewhere.svg": (_svg('<image href="http://127.0.0.1:9/x.png"/>'), "quarantine unsafe_svg"),
+        "filter_from_a_file.svg": (
+            _svg('<filter id="f"><feImage href="file:///etc/passwd"/></filter><rect filter="url(#f)"/>'),
+            "quarantine unsafe_svg",
+        ),
+        "embedded_drawing.svg": (
+            _svg('<image href="data:image/svg+xml;base64,PHN2Zy8+"/>'), "quarantine unsafe_svg",
+        ),
+        "script.svg": (
+            _svg(f'<script>require("fs").writeFileSync("{canary}","")</script><rect onload="alert(1)" width="9"/>'),
+            "kept",
+        ),
+        "included_file.svg": (
+            _svg('<xi:include xmlns:xi="http://www.w3.org/2001/XInclude" href="file:///etc/passwd" parse="text"/>'),
+            "kept",
+        ),
+        "style_from_elsewhere.svg": (
+            b'<?xml-stylesheet href="http://127.0.0.1:9/a.css"?>'
+            + _svg("<style>@import url(file:///etc/passwd);</style><rect/>"),
+            "kept",
+        ),
+    }  # fmt: skip
+
+
+def _drawings_that_unfold() -> Cases:
+    """Small files with very much inside."""
     laughs = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 12))
     uses = "".join(f'<g id="u{i}">' + f'<use xlink:href="#u{i - 1}"/>' * 10 + "</g>" for i in range(1, 10))
     patterns = "".join(
@@ -209,10 +252,7 @@ def _drawings(canary: str) -> Cases:
     )  # fmt: skip
     bomb = base64.b64encode(png(20_000, 20_000, zlib.compress(b"\0" * 100), depth=1)).decode()
     large = base64.b64encode(png(4000, 4000, zlib.compress(bytes(501 * 4000), 9), depth=1)).decode()
-    vertices = "M0 0" + " l1 1" * 20_000
     return {
-        "empty.svg": (b"", "refused unreadable_image"),
-        "not_closed.svg": (_svg("<g>"), "quarantine unreadable_image"),
         "billion_laughs.svg": (
             _svg("<text>&l11;</text>", doctype=f'<!DOCTYPE svg [<!ENTITY l0 "ha">{laughs}]>'),
             "quarantine unreadable_image",
@@ -221,29 +261,27 @@ def _drawings(canary: str) -> Cases:
             _svg("<text>" + "&a;" * 20_000 + "</text>", doctype=f'<!DOCTYPE svg [<!ENTITY a "{"a" * 100_000}">]>'),
             "quarantine unreadable_image",
         ),
-        "entity_of_a_file.svg": (
-            _svg("<text>&x;</text>", doctype='<!DOCTYPE svg [<!ENTITY x SYSTEM "file:///etc/passwd">]>'),
-            "quarantine unreadable_image",
-        ),
         "use_of_use.svg": (_svg(f'<rect id="u0" width="1" height="1"/>{uses}'), "quarantine unsafe_svg"),
         "pattern_of_pattern.svg": (
             _svg(f'<defs>{patterns}</defs><rect width="9" height="9" fill="url(#p8)"/>'), "quarantine unsafe_svg",
         ),
-        "picture_from_a_file.svg": (_svg('<image xlink:href="/etc/passwd"/>'), "quarantine unsafe_svg"),
-        "picture_from_elsewhere.svg": (_svg('<image href="http://127.0.0.1:9/x.png"/>'), "quarantine unsafe_svg"),
-        "filter_from_a_file.svg": (
-            _svg('<filter id="f"><feImage href="file:///etc/passwd"/></filter><rect filter="url(#f)"/>'),
+        "embedded_bomb.svg": (_svg(f'<image href="data:image/png;base64,{bomb}"/>'), "quarantine bomb"),
+        "deeply_nested.svg": (_svg("<g>" * 50_000 + "</g>" * 50_000), "quarantine unsafe_svg"),
+        "too_many_elements.svg": (_svg("<g/>" * 250_000), "quarantine unsafe_svg"),
+        "one_picture_a_thousand_times.svg": (
+            _svg(f'<image id="i" href="data:image/png;base64,{large}"/>' + '<use xlink:href="#i"/>' * 1000),
             "quarantine unsafe_svg",
         ),
-        "embedded_bomb.svg": (_svg(f'<image href="data:image/png;base64,{bomb}"/>'), "quarantine bomb"),
-        "embedded_drawing.svg": (
-            _svg('<image href="data:image/svg+xml;base64,PHN2Zy8+"/>'), "quarantine unsafe_svg",
-        ),
+    }  # fmt: skip
+
+
+def _drawings_that_work() -> Cases:
+    """They take long to draw."""
+    vertices = "M0 0" + " l1 1" * 20_000
+    return {
         "octaves.svg": (
             _svg('<filter id="f"><feTurbulence numOctaves="1000000000"/></filter>'), "quarantine unsafe_svg",
         ),
-        "deeply_nested.svg": (_svg("<g>" * 50_000 + "</g>" * 50_000), "quarantine unsafe_svg"),
-        "too_many_elements.svg": (_svg("<g/>" * 250_000), "quarantine unsafe_svg"),
         "marker_at_every_corner.svg": (
             _svg(
                 '<marker id="m"><path d="M0 0h9v9z"/>'
@@ -278,29 +316,17 @@ def _drawings(canary: str) -> Cases:
                  '<rect width="40" height="40" filter="url(#f)"/>'),
             "quarantine unsafe_svg",
         ),
-        "one_picture_a_thousand_times.svg": (
-            _svg(f'<image id="i" href="data:image/png;base64,{large}"/>' + '<use xlink:href="#i"/>' * 1000),
-            "quarantine unsafe_svg",
-        ),
-        "wide_as_the_sky.svg": (_svg("<rect/>", 'width="1e30" height="1e30"'), "kept"),
-        "packed.svg": (b"\x1f\x8b\x08\0" + zlib.compress(_svg("<rect/>")), "refused unreadable_image"),
-        "script.svg": (
-            _svg(f'<script>require("fs").writeFileSync("{canary}","")</script><rect onload="alert(1)" width="9"/>'),
-            "kept",
-        ),
-        "included_file.svg": (
-            _svg('<xi:include xmlns:xi="http://www.w3.org/2001/XInclude" href="file:///etc/passwd" parse="text"/>'),
-            "kept",
-        ),
-        "style_from_elsewhere.svg": (
-            b'<?xml-stylesheet href="http://127.0.0.1:9/a.css"?>'
-            + _svg("<style>@import url(file:///etc/passwd);</style><rect/>"),
-            "kept",
-        ),
     }  # fmt: skip
 
 
 @functools.cache
 def picture_cases(canary: str) -> Cases:
     """All of them. Whoever runs what is inside one writes the file `canary`."""
-    return {**_png_cases(), **_other_rasters(), **_drawings(canary)}
+    return {
+        **_png_cases(),
+        **_other_rasters(),
+        **_broken_drawings(),
+        **_drawings_that_reach_out(canary),
+        **_drawings_that_unfold(),
+        **_drawings_that_work(),
+    }

@@ -20,7 +20,7 @@ from mmlm.features.spec import IMAGE, AudioSpec, FeatureSpec, ImageSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.embeddings import Grid
 from mmlm.model.flops import Shape, forward_flops, training_flops
-from mmlm.model.gradients import ORIENTATIONS, GradientHistograms, features_of
+from mmlm.model.hog import ORIENTATIONS, HogStem, features_of
 from mmlm.model.stems import PictureConvolutions, SoundConvolutions
 from mmlm.model.transformer import FusedTransformer
 from tests.small import SPEC, sample
@@ -67,7 +67,7 @@ def test_convolutions_of_sounds_are_whispers():
     assert torch.allclose(made, torch.cat(wanted), atol=1e-5)
 
 
-@pytest.mark.parametrize("stem", ["conv", "gradients"])
+@pytest.mark.parametrize("stem", ["conv", "hog"])
 def test_packed_equals_alone(stem: str):
     model = net(image_stem=stem)
     samples = [sample(i, g) for i, g in enumerate([("image", "audio"), ("audio",), ("image",), (), ("image", "audio")])]
@@ -95,7 +95,7 @@ def two_pictures(a: int, b: int) -> Sample:
     return dataclasses.replace(one, tokens=np.array(tokens, np.int32), answer_at=one.answer_at + 1, images=pictures)
 
 
-@pytest.mark.parametrize("stem", [{}, {"image_stem": "gradients"}, {"image_stem": "linear", "image_places": "table"}])
+@pytest.mark.parametrize("stem", [{}, {"image_stem": "hog"}, {"image_stem": "linear", "image_places": "table"}])
 def test_several_pictures_anywhere_are_told_apart(stem: dict[str, Any]):
     model = net(**stem)
     ab, ba = (model(collate([two_pictures(*order)], SPEC)).label_RC for order in ((1, 2), (2, 1)))
@@ -134,7 +134,7 @@ def test_the_flops_of_convolutions_are_those_that_pytorch_counts():
 
 
 def test_the_flops_of_the_map_behind_histograms_are_those_that_pytorch_counts():
-    model = net(image_stem="gradients")
+    model = net(image_stem="hog")
     assert model.image is not None
     with FlopCounterMode(display=False) as counter:
         model.image.project(torch.randn(2 * TOKENS, SPEC.image.patch_dim), torch.arange(2 * TOKENS))  # type: ignore[union-attr]
@@ -151,7 +151,7 @@ def bars(turn: float, shade: float = 1.0) -> torch.Tensor:
 
 
 def test_edges_are_told_apart_by_their_orientation_not_by_their_strength():
-    stem, there = GradientHistograms(ImageSpec(size=16, patch=8, channels=1), 8), torch.ones(1, 16, 16, 1)
+    stem, there = HogStem(ImageSpec(size=16, patch=8, channels=1), 8), torch.ones(1, 16, 16, 1)
     for n in range(ORIENTATIONS):
         turn = math.pi * n / ORIENTATIONS
         found = stem._edges(bars(turn), there)
@@ -159,11 +159,19 @@ def test_edges_are_told_apart_by_their_orientation_not_by_their_strength():
         assert torch.allclose(found, stem._edges(bars(turn, 0.5), there), atol=0.02)
         assert torch.allclose(found, stem._edges(bars(turn + math.pi), there), atol=1e-3), "an edge has no direction"
     flat = stem._edges(torch.full((1, 16, 16, 1), 0.7), there)
-    assert flat.max() < 1e-2
+    assert not flat.any()
+
+
+def test_slopes_of_histograms_are_finite_where_nothing_changes():
+    """An explanation follows them from a plain picture on."""
+    stem = HogStem(ImageSpec(size=16, patch=8, channels=3), 8)
+    rows = torch.zeros(4, 192, requires_grad=True)
+    stem(rows, torch.arange(4)).sum().backward()
+    assert rows.grad is not None and rows.grad.isfinite().all() and rows.grad.abs().max() < 100
 
 
 def test_colours_are_shares_of_pixels_between_their_nearest_levels():
-    stem = GradientHistograms(ImageSpec(size=16, patch=8, channels=3), 8)
+    stem = HogStem(ImageSpec(size=16, patch=8, channels=3), 8)
     x = torch.randn(2, 16, 16, 3)
     found = stem._colours(x)
     assert found.shape == (2, 2, 2, 64) and torch.allclose(found.sum(-1), torch.ones(2, 2, 2), atol=1e-5)
@@ -172,19 +180,17 @@ def test_colours_are_shares_of_pixels_between_their_nearest_levels():
 
 
 def test_a_token_is_what_its_patch_shows():
-    """Two pictures that differ in one patch (and not at its border) differ in the tokens near it only, by one mean."""
+    """Of two pictures that differ inside one patch, its token differs, and those beside it whose edges are compared with its."""
     spec = ImageSpec(size=32, patch=8, channels=1)
     torch.manual_seed(0)
-    stem = GradientHistograms(spec, 8)
+    stem = HogStem(spec, 8)
     rows = torch.randn(16, 64)
     other = rows.clone()
     other[5].view(8, 8)[2:6, 2:6] += 1.0
     change = (stem(rows, torch.arange(16)) - stem(other, torch.arange(16))).abs().sum(-1) > 1e-6
     assert set(change.nonzero()[:, 0].tolist()) <= {0, 1, 2, 4, 5, 6, 8, 9, 10} and change[5]
-    assert (
-        stem.out.weight.shape == (8, features_of(spec))
-        and features_of(ImageSpec(size=32, patch=16, channels=3)) == 4 * 76
-    )
+    assert stem.out.weight.shape == (8, features_of(spec))
+    assert features_of(ImageSpec(size=32, patch=16, channels=3)) == 4 * 76
 
 
 def test_patches_that_no_power_of_two_makes_are_refused():
@@ -212,7 +218,7 @@ def test_padding_becomes_no_token():
     assert kept_patches(wide(0, 16), DROPPING.image.model_copy(update={"padding": "keep"})).tolist() == list(range(16))
 
 
-@pytest.mark.parametrize("stem", [{}, {"image_stem": "gradients"}, {"image_stem": "linear", "image_places": "table"}])
+@pytest.mark.parametrize("stem", [{}, {"image_stem": "hog"}, {"image_stem": "linear", "image_places": "table"}])
 def test_pictures_of_several_shapes_packed_equal_alone(stem: dict[str, Any]):
     model = net(DROPPING, **stem)
     samples = [

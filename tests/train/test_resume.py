@@ -1,4 +1,4 @@
-"""A training that goes on elsewhere: on other ranks, at another stage, saved otherwise; and what is refused."""
+"""A training that goes on elsewhere, on another number of ranks."""
 
 from __future__ import annotations
 

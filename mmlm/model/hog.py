@@ -27,7 +27,7 @@ FAINT = 1e-2
 """Keeps the noise of plain areas from being scaled up to edges, and the roots of rare colours from being steep."""
 
 
-class GradientHistograms(nn.Module):
+class HogStem(nn.Module):
     """Patches → tokens: histograms of the orientations of edges, normalised by their neighbourhood, of colours, and the
     mean of each channel, for each cell of a patch; then a linear map. What is computed has no parameters, is continuous
     in the pixels, and knows nothing of other pictures. Patches that are left out have no edges, nor does their border."""
@@ -35,11 +35,12 @@ class GradientHistograms(nn.Module):
     def __init__(self, spec: ImageSpec, width: int) -> None:
         super().__init__()
         self.spec = spec
-        self.cell = next(side for side in range(min(CELL, spec.patch), 0, -1) if not spec.patch % side)
+        self.cell = cell_of(spec)
         self.out = nn.Linear(features_of(spec), width)
 
     def forward(self, rows_PD: torch.Tensor, at_P: torch.Tensor) -> torch.Tensor:
-        x_IHWC, there_IHW1, place_P = pictures_of(rows_PD.float(), at_P, self.spec)
+        x_IHWC, place_P = pictures_of(rows_PD.float(), at_P, self.spec)
+        there_IHW1 = pictures_of(torch.ones_like(rows_PD, dtype=torch.float32), at_P, self.spec)[0][..., :1]
         cells = [self._edges(x_IHWC, there_IHW1), self._colours(x_IHWC).add(FAINT).sqrt(), self._means(x_IHWC)]
         n, k = self.spec.size // self.spec.patch, self.spec.patch // self.cell
         features_INND = torch.cat(cells, -1)
@@ -56,7 +57,7 @@ class GradientHistograms(nn.Module):
     def _edges(self, x_IHWC: torch.Tensor, there_IHW1: torch.Tensor) -> torch.Tensor:
         """(I, N, N, ORIENTATIONS): every channel's gradient votes, by its length, for the two orientations nearest."""
         down, right = _slope(x_IHWC, there_IHW1, 1), _slope(x_IHWC, there_IHW1, 2)
-        length = (down.square() + right.square() + 1e-12).sqrt()
+        length = (down.square() + right.square() + 1e-12).sqrt() - 1e-6  # smooth, and exactly 0 where nothing changes
         at = torch.atan2(down, right + 1e-12 * (down == 0)) % torch.pi * (ORIENTATIONS / torch.pi)
         away = (at[..., None] - torch.arange(ORIENTATIONS, device=at.device)).abs()
         near = 1 - torch.minimum(away, ORIENTATIONS - away)
@@ -91,6 +92,10 @@ def _slope(x_IHWC: torch.Tensor, there_IHW1: torch.Tensor, along: int) -> torch.
 
 def features_of(spec: ImageSpec) -> int:
     """What a patch says of itself, numbers."""
-    cell = next(side for side in range(min(CELL, spec.patch), 0, -1) if not spec.patch % side)
     each = ORIENTATIONS + len(LEVELS) ** spec.channels + spec.channels
-    return (spec.patch // cell) ** 2 * each
+    return (spec.patch // cell_of(spec)) ** 2 * each
+
+
+def cell_of(spec: ImageSpec) -> int:
+    """Side of a cell, pixels."""
+    return next(side for side in range(min(CELL, spec.patch), 0, -1) if not spec.patch % side)
