@@ -16,7 +16,7 @@ import pytest
 
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
-from mmlm.errors import ArtifactError, Interrupted
+from mmlm.errors import ArtifactError, Interrupted, WorkLost
 from mmlm.launch.local import count_signals
 from mmlm.launch.ray_train import RESTARTS, STOP_WAIT, Asked, Losses, patience, stoppable
 from mmlm.train.control import Stop, Where
@@ -101,6 +101,38 @@ def test_a_new_checkpoint_starts_the_count_of_losses_anew(tmp_path: Path) -> Non
     assert losses.survivable()
     (tmp_path / "step-00000009").rmdir()  # rolled back: no progress
     assert losses.survivable() and losses.count == 2
+
+
+def on_ray(out: Path, times: int, then: str) -> tuple[int, str]:
+    """One rank on a Ray of its own that is lost `times` times. Exit code, and what was said."""
+    code = (
+        "from pathlib import Path\nfrom mmlm.errors import MmlmError\nfrom mmlm.launch import ray_train\n"
+        f"out = Path({str(out)!r})\nargs = {{'folder': str(out), 'times': {times}, 'then': {then!r}}}\n"
+        "try:\n    ray_train.ranks(1)('tests.launch.targets:lose_times', args, log=out / 'model' / 'log')\n"
+        "except MmlmError as error:\n    print('mmlm:', error, flush=True)\n    raise SystemExit(error.exit_code)"
+    )
+    environment = {**os.environ, **quiet_environment(), "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, timeout=280, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_hang_and_a_death_are_survived_and_bad_input_is_not(tmp_path: Path) -> None:
+    status, said = on_ray(tmp_path, 2, "refuse")
+    assert "starting the ranks again (1 of 3)" in said and "starting the ranks again (2 of 3)" in said, said[-3000:]
+    assert status == ArtifactError.exit_code and "found this; wanted that; do so" in said, said[-3000:]
+    assert len(list(tmp_path.glob("attempt-*"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_losses_without_a_new_checkpoint_have_an_end(tmp_path: Path) -> None:
+    status, said = on_ray(tmp_path, 100, "")
+    assert status == WorkLost.exit_code and "again (3 of 3)" in said and "4 of 3" not in said, said[-3000:]
+    assert len(list(tmp_path.glob("attempt-*"))) == RESTARTS + 1
 
 
 def train(out: Path, log: Path) -> subprocess.Popen[bytes]:
