@@ -21,7 +21,7 @@ from mmlm.world import quiet_environment
 from tests.faults import networks
 from tests.faults.cluster import _free_port, _kill
 from tests.faults.networks import HEAD, SECOND, Hosts
-from tests.faults.stage import MARK, NOTICE, ROOT, marked, wait_for
+from tests.faults.stage import MARK, NOTICE, ROOT, wait_for
 
 STEPS, SAVE = 800, 40
 
