@@ -28,7 +28,8 @@ KUBERAY = """\
 #
 #   mmlm run stamps --data /runs/corpora --on kuberay --print --tracking-uri http://mlflow.mlflow.svc:5000
 #
-# Without --print it is applied with kubectl. For GPUs: --cluster image=mmlm:cuda --cluster gpus=1.
+# Without --print it is applied with kubectl. Each submission has a name of its own: one that has ended is not run again by
+# applying it once more. For GPUs: --cluster image=mmlm:cuda --cluster gpus=1.
 """
 
 
@@ -37,7 +38,9 @@ def examples() -> dict[Path, str]:
     command = ["mmlm", "train", "stamps", "--out", "/shared/runs/stamps"]
     tracking = {"MLFLOW_TRACKING_URI": "http://mlflow.mlflow.svc:5000"}
     batch = slurm.render(slurm.SlurmConfig(nodes=2, gpus_per_node=4), command, "mmlm-train-stamps")
-    job = kuberay.render(kuberay.KubeRayConfig(), ["mmlm", *RUN, "--inside-ray"], "mmlm-run-stamps", tracking)
+    config = kuberay.KubeRayConfig()
+    title = kuberay.Title("mmlm-run-stamps-0a1b2c", kuberay.title(config, "run", "stamps", "/runs/stamps").labels)
+    job = kuberay.render(config, ["mmlm", *RUN, "--inside-ray"], title, tracking)
     return {
         HERE / "slurm" / "train.sbatch": SLURM + batch.removeprefix("#!/usr/bin/env bash\n"),
         HERE / "kuberay" / "rayjob.yaml": KUBERAY + job,

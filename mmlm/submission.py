@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,11 +72,15 @@ def _kuberay(arguments: argparse.Namespace, verb: str, story: Story) -> int:
             wanted="a tracking server that its pods reach",
             cure=f"--tracking-uri http://mlflow.mlflow.svc:5000, or --cluster secrets.{TRACKING}=SECRET/KEY",
         )
-    name = re.sub(r"[^a-z0-9]+", "-", f"mmlm-{verb}-{story.name}".lower())[:47].strip("-")
     out = str(arguments.out or Path(config.mount) / story.name)
     command = ["mmlm", *_command(arguments, verb, arguments.story, out, arguments.data), "--inside-ray"]
-    text = kuberay.render(config, command, name, {} if secret or not uri else {TRACKING: uri})
-    print(text.rstrip() if arguments.print else kuberay.submit(text))
+    title = kuberay.title(config, verb, story.name, out)
+    text = kuberay.render(config, command, title, {} if secret or not uri else {TRACKING: uri})
+    if arguments.print:
+        print(text.rstrip())
+        return 0
+    print(kuberay.submit(text, title, config.namespace))
+    print(f"its log: kubectl logs -f job/{title.name}; to save and stop it: kubectl delete rayjob {title.name}")
     return 0
 
 

@@ -25,9 +25,13 @@ class Object(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
+Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$", max_length=63)]
+
+
 class Metadata(Object):
     name: Name
     namespace: Name | None = None
+    labels: dict[str, Label] | None = None
 
 
 class SecretKey(Object):
@@ -85,6 +89,7 @@ class SecurityContext(Object):
 
 
 class Pod(Object):
+    termination_grace_period_seconds: int
     service_account_name: str | None = None
     security_context: SecurityContext
     containers: list[Container]

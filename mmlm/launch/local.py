@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from mmlm.errors import Interrupted, LaunchError, WorkLost
 from mmlm.launch import rank as rank_process
@@ -43,6 +43,14 @@ class Launch(Protocol):
     def ranks(self) -> int: ...
 
     def __call__(self, target: str, args: dict[str, Any], *, log: Path) -> None: ...
+
+
+class Stoppable(Protocol):
+    signals: int
+    """Stop signals that this process got."""
+
+
+C = TypeVar("C", bound=Stoppable)
 
 
 class RankCrashed(LaunchError):
@@ -107,7 +115,7 @@ class LocalRanks:
             stale.unlink()
         write_json(log / "args.json", args)
         group = _Group(log)
-        with _signals(group):
+        with count_signals(group):
             try:
                 port = _free_port()
                 for rank in range(self.ranks):
@@ -274,10 +282,10 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _signals(group: _Group) -> Iterator[None]:
-    """While ranks run, a stop is counted here and passed on by `wait`; handlers can be set in the main thread only."""
+def count_signals(into: C) -> Iterator[C]:
+    """While ranks run, a stop is counted here, for who waits to pass it on; handlers can be set in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield into
         return
 
     last = 0.0
@@ -285,13 +293,13 @@ def _signals(group: _Group) -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal last
         if time.monotonic() - last > 1.0:  # one Ctrl-C may arrive twice (terminal and shell); a second one means "now"
-            group.signals += 1
+            into.signals += 1
             last = time.monotonic()
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield
+        yield into
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)

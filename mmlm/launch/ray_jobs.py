@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmlm.errors import GateFailed, Interrupted, LaunchError, MmlmError
+from mmlm.launch.ray_train import STOP_SECONDS, STOP_WAIT
 from mmlm.world import quiet_environment
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def submit(
 
     Returns the last status seen ("SUCCEEDED", or "PENDING" without `follow`). The log goes to stdout. Raises
     LaunchError when the cluster cannot be reached (within PROBE_SECONDS) or the job failed, and Interrupted when this
-    process is stopped while it follows: the job goes on then, unless `stop_on_interrupt`.
+    process is stopped while it follows: the job goes on then, or with `stop_on_interrupt` it was stopped and has ended.
     """
     address = probe(address)
     client = _client(address)
@@ -98,8 +99,11 @@ def probe(address: str) -> str:
 
 
 def job_environment(extra: dict[str, str]) -> dict[str, str]:
-    """What the job gets beside the cluster's own environment: telemetry off, this checkout on the path."""
+    """What the job gets beside the cluster's own environment: telemetry off, time to save, this checkout on the path."""
     environment = {**quiet_environment(), "PYTHONUNBUFFERED": "1"}
+    environment[STOP_WAIT] = os.environ.get(STOP_WAIT, f"{STOP_SECONDS:.0f}")
+    if os.environ.get("MMLM_STOP_FILE"):
+        environment["MMLM_STOP_FILE"] = str(Path(os.environ["MMLM_STOP_FILE"]).resolve())
     root = Path(__file__).resolve().parents[2]
     if "site-packages" not in root.parts:
         environment["PYTHONPATH"] = str(root)
@@ -159,14 +163,39 @@ async def _print_log(client: JobSubmissionClient, job: str) -> None:
 
 
 def _interrupted(client: JobSubmissionClient, job: str, address: str, stop: bool) -> Interrupted:
-    if stop:
-        client.stop_job(job)
-        return Interrupted(f"the job {job} was asked to stop", cure="run the same command again to go on")
     where = f"--address {address} {job}"
+    if not stop:
+        return Interrupted(
+            f"the job {job} goes on without us",
+            cure=f"follow it with `ray job logs -f {where}`, stop it with `ray job stop {where}`",
+        )
+    try:
+        client.stop_job(job)
+        _say(f"the job {job} is asked to stop; it saves first (Ctrl-C: do not wait for it)")
+        while not client.get_job_status(job).is_terminal():
+            time.sleep(POLL_SECONDS)
+        return _stopped(client, job)
+    except KeyboardInterrupt:
+        return Interrupted(f"the job {job} was asked to stop", cure=f"see when it has ended: `ray job status {where}`")
+    except (RuntimeError, ConnectionError, OSError) as error:
+        return Interrupted(
+            f"the job {job} could not be asked to stop, or not be seen ending ({_first_line(error)})",
+            cure=f"`ray job status {where}`, `ray job stop {where}`",
+        )
+
+
+def _stopped(client: JobSubmissionClient, job: str) -> Interrupted:
+    """That the job has ended because it was stopped, with its own last word."""
+    said = _last_word(client, job)
     return Interrupted(
-        f"the job {job} goes on without us",
-        cure=f"follow it with `ray job logs -f {where}`, stop it with `ray job stop {where}`",
+        f"the job {job} was stopped" + (f": {said}" if said else ""),
+        cure="" if "run the same command again" in said else "run the same command again to go on",
     )
+
+
+def _last_word(client: JobSubmissionClient, job: str) -> str:
+    said = [line for line in client.get_job_logs(job).splitlines() if line.startswith("mmlm: ")]
+    return said[-1].removeprefix("mmlm: ") if said else ""
 
 
 def _conclude(client: JobSubmissionClient, job: str, status: str) -> None:
@@ -174,12 +203,11 @@ def _conclude(client: JobSubmissionClient, job: str, status: str) -> None:
     if status == "SUCCEEDED":
         return
     if status == "STOPPED":
-        raise Interrupted(f"the job {job} was stopped", cure="run the same command again to go on")
+        raise _stopped(client, job)
     info: Any = client.get_job_info(job)
-    said = [line for line in client.get_job_logs(job).splitlines() if line.startswith("mmlm: ")]
     code = info.driver_exit_code
     found = f"the job {job} ended with exit code {code}" if code is not None else f"the job {job} failed"
-    found += f": {said[-1].removeprefix('mmlm: ')}" if said else f": {_first_line(info.message or 'no message')}"
+    found += f": {_last_word(client, job) or _first_line(info.message or 'no message')}"
     kinds: dict[int | None, type[MmlmError]] = {2: JobRefused, 3: GateFailed, 4: Interrupted}
     raise kinds.get(code, JobFailed)(found)
 

@@ -2,25 +2,39 @@
 
 Each worker finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment, and torch.distributed
 already initialised by Ray's torch backend: the target must ask `dist.is_initialized()` first. It runs outside the main
-thread, so it cannot set signal handlers. After a loss the target is called anew and continues from its own checkpoints,
+thread, where no signal arrives: the driver turns a stop into a file, MMLM_STOP_FILE of the workers, and waits until they
+have saved. After a loss the target is called anew and continues from its own checkpoints,
 which therefore lie on storage that every node sees, as `log` does: on as many ranks as before when there is room for
 them, else on fewer, and on more again when a node comes back.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import signal
+import threading
+import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmlm.errors import LaunchError, WorkLost
-from mmlm.launch.local import AGAIN, Launch, RankCrashed, read_error
+from mmlm.errors import Interrupted, LaunchError, MmlmError, WorkLost
+from mmlm.launch.local import AGAIN, Launch, RankCrashed, count_signals, read_error
+from mmlm.progress import tell
 from mmlm.world import quiet_environment
 
 RESTARTS = 3
-"""Lost workers or nodes that a run survives."""
+"""Losses of workers or nodes that a run survives between two checkpoints."""
+STOP = "stop"
+"""File beside the logs by which the ranks learn of a stop: no signal reaches them."""
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Ray's own variable: seconds between the SIGTERM and the SIGKILL of a job that is stopped (by default 3)."""
+STOP_SECONDS = 600.0
+"""What we set it to. A large model takes minutes to save, and on NFS a new file may be seen only after one."""
 
 
 def ranks(n: int | None = None) -> Launch:
@@ -32,7 +46,10 @@ def ranks(n: int | None = None) -> Launch:
     import ray
 
     if not ray.is_initialized():
+        ours = signal.getsignal(signal.SIGTERM)
         ray.init(log_to_driver=True)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)  # Ray's own handler ends the process with 15, which nobody resumes
     has = ray.cluster_resources()
     gpus, cpus = int(has.get("GPU", 0)), int(has.get("CPU", 0))
     wanted = n or gpus or min(2, cpus)
@@ -56,20 +73,40 @@ class RayRanks:
 
     def __call__(self, target: str, args: dict[str, Any], *, log: Path) -> None:
         log.mkdir(parents=True, exist_ok=True)
-        for stale in log.glob("rank-*.error.json"):
-            stale.unlink()
+        log = log.resolve()
         # with the default of 2 s, work done just before a loss was forgotten by Ray Train
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
         os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+        losses = Losses(log.parent / "checkpoints")
+        (log / STOP).unlink(missing_ok=True)
+        with count_signals(Asked()) as asked:
+            while (lost := self._attempt(target, args, log, asked)) is not None:
+                if asked.signals:
+                    raise Interrupted("training was stopped before it could save", cure=AGAIN)
+                if not losses.survivable():
+                    raise lost
+                tell(f"{_sentence(lost)}; starting the ranks again ({losses.count} of {RESTARTS})")
+
+    def _attempt(self, target: str, args: dict[str, Any], log: Path, asked: Asked) -> Exception | None:
+        """Run the ranks once. Returns what was lost; raises what starting again would not mend."""
+        for stale in log.glob("rank-*.error.json"):
+            stale.unlink()
+        failed: Exception | None = None
         try:
-            self._fit(target, args, log.resolve())
+            stoppable(lambda: self._fit(target, args, log), log / STOP, asked, patience())
+        except Interrupted:
+            _let_go()
+            raise
         except Exception as error:  # Ray Train wraps whatever happened in kinds of its own
-            said = [e for rank in range(self.ranks) if (e := read_error(log, rank))]
-            meant = [e for e in said if not isinstance(e, RankCrashed)]
-            lost = WorkLost(
-                f"the ranks were lost {RESTARTS + 1} times: {_innermost(error)}", cure=f"see {log}; {AGAIN}"
-            )
-            raise (meant + said + [lost])[0] from None
+            failed = error
+        said = [e for rank in range(self.ranks) if (e := read_error(log, rank))]
+        for told in said:
+            if isinstance(told, MmlmError) and not isinstance(told, RankCrashed | WorkLost):
+                raise told  # bad input stays bad; a hang need not come back
+        if failed is None:
+            return None
+        lost = WorkLost(f"the ranks were lost: {_innermost(failed)}", cure=f"see {log}; {AGAIN}")
+        return said[0] if said else lost
 
     def _fit(self, target: str, args: dict[str, Any], log: Path) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -90,8 +127,8 @@ class RayRanks:
             run_config=RunConfig(
                 name=f"ranks-{uuid.uuid4().hex[:8]}",  # a name used before would take up that run's state
                 storage_path=str(log / "ray"),
-                failure_config=FailureConfig(max_failures=RESTARTS),
-                worker_runtime_env={"env_vars": self.environment()},  # type: ignore[call-arg]  # the stubs are V1's
+                failure_config=FailureConfig(max_failures=0),  # `Losses` counts
+                worker_runtime_env={"env_vars": {**self.environment(), "MMLM_STOP_FILE": str(log / STOP)}},  # type: ignore[call-arg]  # the stubs are V1's
             ),
         ).fit()
 
@@ -104,22 +141,88 @@ class RayRanks:
 
 def run_rank(config: dict[str, Any]) -> None:
     """One worker: call the target; leave what went wrong beside the log, where the driver finds it."""
-    from mmlm.errors import MmlmError, WorkLost
     from mmlm.launch.rank import describe, resolve
     from mmlm.storage import write_json
 
-    log = Path(config["log"])
-    mine = log / f"rank-{os.environ['RANK']}.error.json"
-    for rank in range(int(os.environ["WORLD_SIZE"])):
-        earlier = read_error(log, rank)
-        if isinstance(earlier, MmlmError) and not isinstance(earlier, RankCrashed | WorkLost):
-            raise earlier  # Ray restarts the group after any error; bad input stays bad, a hang need not come back
-    mine.unlink(missing_ok=True)
+    mine = Path(config["log"]) / f"rank-{os.environ['RANK']}.error.json"
     try:
         resolve(config["target"])(**config["args"])
+    except Interrupted as stopped:  # saved: for Ray Train that is a good end, after which it starts nothing again
+        write_json(mine, describe(stopped))
     except Exception as error:
         write_json(mine, describe(error))
         raise
+
+
+class Asked:
+    """Stop signals that this process got."""
+
+    signals = 0
+
+
+class Losses:
+    """Losses of workers or nodes since the newest checkpoint of `folder` was written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        self._newest = self._step()
+
+    def survivable(self) -> bool:
+        """Count one more; whether the run may start again."""
+        newest = self._step()
+        self.count = 1 if newest > self._newest else self.count + 1
+        self._newest = newest
+        return self.count <= RESTARTS
+
+    def _step(self) -> int:
+        return max((int(path.name.partition("-")[2]) for path in self.folder.glob("step-*")), default=-1)
+
+
+def patience() -> float:
+    """Seconds for the ranks to end after a stop: those that Ray's `job stop` leaves, less a few for what follows here."""
+    try:
+        told = float(os.environ.get(STOP_WAIT, STOP_SECONDS))
+    except ValueError:
+        told = STOP_SECONDS
+    return max(told / 2, told - 15.0)
+
+
+def stoppable(work: Callable[[], object], file: Path, asked: Asked, seconds: float) -> None:
+    """Call `work` in a thread; at a stop signal write `file`, and give `work` so many `seconds` to end by itself.
+
+    Raises what `work` raises, and Interrupted when it did not end in time, or at a second signal.
+    """
+    outcome: Future[None] = Future()
+    threading.Thread(target=_settle, args=(outcome, work), daemon=True, name="ray-train").start()
+    give_up = math.inf
+    while not outcome.done():
+        if asked.signals and give_up == math.inf:
+            give_up = time.monotonic() + seconds
+            file.touch()
+            tell(f"asked to stop: the ranks have {seconds:.0f} s to finish their step and save")
+        if asked.signals > 1 or time.monotonic() > give_up:
+            raise Interrupted("training was stopped before it could save", cure=AGAIN)
+        wait([outcome], timeout=0.2)
+    outcome.result()
+
+
+def _settle(outcome: Future[None], work: Callable[[], object]) -> None:
+    try:
+        work()
+        outcome.set_result(None)
+    except BaseException as error:
+        outcome.set_exception(error)
+
+
+def _let_go() -> None:
+    """End what this process still has running on the cluster."""
+    import ray
+
+    ray.shutdown()
+
+
+def _sentence(error: Exception) -> str:
+    return error.found if isinstance(error, MmlmError) else str(error)
 
 
 def _innermost(error: BaseException) -> str:

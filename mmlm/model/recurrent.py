@@ -8,6 +8,9 @@ Axes: B record of a generation, G records of a group, L position, X valid positi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -85,29 +88,54 @@ class Reading(Concat):
         return model.norm(x_BD)
 
 
+class GroupedLSTM(nn.LSTM):
+    """Reads a batch's groups in one call of the module. How many there are differs between ranks, and ZeRO 3 gathers
+    the weights from all of them at every call: one a group would leave a rank waiting for the others for ever."""
+
+    def forward(self, x: torch.Tensor, hx: Any = None) -> Any:  # type: ignore[override]
+        """With groups for `hx`: (X, D) to (X, D), every record from an empty state. Else as PyTorch's."""
+        if not isinstance(hx, list):
+            return super().forward(x, hx)
+        return _in_groups(super().forward, x, hx)
+
+
+class GroupedGRU(nn.GRU):
+    """As `GroupedLSTM`."""
+
+    def forward(self, x: torch.Tensor, hx: Any = None) -> Any:  # type: ignore[override]
+        if not isinstance(hx, list):
+            return super().forward(x, hx)
+        return _in_groups(super().forward, x, hx)
+
+
+def _in_groups(
+    read: Callable[[torch.Tensor], tuple[torch.Tensor, Any]], x_XD: torch.Tensor, groups: Groups
+) -> torch.Tensor:
+    """(X, D). What stands behind a shorter record's end is read by nobody."""
+    made, places = [], []
+    for rows_GL in groups:
+        inside = rows_GL >= 0
+        made.append(read(x_XD[rows_GL.clamp_min(0)])[0][inside])
+        places.append(rows_GL[inside])
+    place_X = torch.cat(places)
+    back = torch.empty_like(place_X)
+    back[place_X] = torch.arange(len(back), device=back.device)
+    return torch.cat(made).index_select(0, back)
+
+
 class RecurrentBlock(nn.Module):
     """x + RNN(norm(x)), with PyTorch's kernels."""
 
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(config.width)
-        kind = nn.LSTM if config.kind == "lstm" else nn.GRU
+        kind = GroupedLSTM if config.kind == "lstm" else GroupedGRU
         self.rnn = kind(config.width, config.width, batch_first=True)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_XD: torch.Tensor, groups: Groups) -> torch.Tensor:
         """Every record from an empty state. What stands behind a shorter record's end is read by nobody."""
-        read_XD = self.norm(x_XD)
-        made, places = [], []
-        for rows_GL in groups:
-            inside = rows_GL >= 0
-            y_GLD, _ = self.rnn(read_XD[rows_GL.clamp_min(0)])
-            made.append(y_GLD[inside])
-            places.append(rows_GL[inside])
-        y_XD = made[0] if len(made) == 1 else torch.cat(made)
-        back = torch.empty_like(places[0] if len(places) == 1 else torch.cat(places))
-        back[torch.cat(places)] = torch.arange(len(back), device=back.device)
-        return x_XD + self.dropout(y_XD.index_select(0, back))
+        return x_XD + self.dropout(self.rnn(self.norm(x_XD), groups))
 
     def read(self, x_XD: torch.Tensor, rows_BL: torch.Tensor, length_B: torch.Tensor, cache: Cache) -> torch.Tensor:
         """The same for prompts, whose last state goes into `cache`."""

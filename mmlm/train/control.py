@@ -103,12 +103,14 @@ class Stop:
         self.where, self.reason = where, ""
         self._looked = 0.0
         self._before: dict[int, Any] = {}
+        # the second one is this process's own: by it Ray's driver forwards a stop (launch/ray_train.py)
+        self._files = [file for file in (where.stop_file, os.environ.get("MMLM_STOP_FILE")) if file]
 
     def __enter__(self) -> Stop:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             try:
                 self._before[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread: whoever owns the process forwards the wish differently
+            except ValueError:  # not the main thread, as on Ray: whoever owns the process forwards the wish as a file
                 break
         return self
 
@@ -132,8 +134,7 @@ class Stop:
             needed = step_seconds + look_seconds + 1.5 * save_seconds + START_SECONDS
             if now + needed > self.where.deadline:
                 self.reason = "its time is over"
-        if not self.reason and self.where.stop_file and now - self._looked > LOOK_EVERY:
+        if not self.reason and now - self._looked > LOOK_EVERY:
             self._looked = now
-            if Path(self.where.stop_file).exists():
-                self.reason = f"{self.where.stop_file} is there"
+            self.reason = next((f"{file} is there" for file in self._files if Path(file).exists()), "")
         return bool(self.reason)

@@ -45,6 +45,18 @@ def lose(rank: int) -> None:
     time.sleep(60)
 
 
+def lose_times(folder: str, times: int, then: str) -> None:
+    """Be lost so many times: by a hang that the rank itself tells of, then by death; after that `then`."""
+    attempt = len(list(Path(folder).glob("attempt-*")))
+    Path(folder, f"attempt-{attempt}").touch()
+    if attempt < times and attempt % 2 == 0:
+        raise WorkLost("a hang", cure="again")
+    if attempt < times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if then == "refuse":
+        refuse(0)
+
+
 def conflict() -> None:
     raise ArtifactConflict(Path("/somewhere"), "a" * 64, "b" * 64)
 

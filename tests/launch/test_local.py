@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 from mmlm.errors import ArtifactError, Interrupted, LaunchError, WorkLost
-from mmlm.launch import local, ray_train
-from mmlm.launch.rank import describe
-from mmlm.storage import write_json
+from mmlm.launch import local
 
 TARGETS = "tests.launch.targets"
 
@@ -65,23 +63,6 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
 def test_a_loss_that_a_rank_tells_of_is_no_stop(tmp_path: Path) -> None:
     with pytest.raises(WorkLost, match="a worker ended; again"):
         local.ranks(2)(f"{TARGETS}:lose", {"rank": 1}, log=tmp_path)
-
-
-def test_a_restarted_group_on_ray_survives_a_loss_and_no_bad_input(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    target = {"target": f"{TARGETS}:record", "args": {"folder": str(tmp_path), "value": 1}, "log": str(tmp_path)}
-    for error in (WorkLost("a hang"), ArtifactError("bad")):
-        for rank in range(2):
-            write_json(tmp_path / f"rank-{rank}.error.json", describe(error))
-        if isinstance(error, WorkLost):
-            ray_train.run_rank(target)
-            assert (tmp_path / "told-0").exists() and not (tmp_path / "rank-0.error.json").exists()
-        else:
-            with pytest.raises(ArtifactError, match="bad"):
-                ray_train.run_rank(target)
 
 
 def test_a_stop_is_forwarded_and_all_ranks_save(tmp_path: Path) -> None:

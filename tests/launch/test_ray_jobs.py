@@ -61,6 +61,18 @@ def test_a_ray_client_address_is_refused() -> None:
         ray_jobs.probe("ray://127.0.0.1:10001")
 
 
+def test_a_job_gets_time_to_save_and_the_file_that_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMLM_STOP_FILE", "stop")
+    monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
+    environment = ray_jobs.job_environment({})
+    assert environment["RAY_JOB_STOP_WAIT_TIME_S"] == "600" and environment["MMLM_STOP_FILE"] == str(
+        Path.cwd() / "stop"
+    )
+    assert environment.items() >= quiet_environment().items()
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
+    assert ray_jobs.job_environment({})["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
+
+
 def _free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     for s in sockets:
@@ -158,19 +170,36 @@ def test_an_interrupted_follower_leaves_the_job_alone_unless_asked(cluster: str,
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(Interrupted, match="asked to stop" if stop else "goes on without us"):
+    with pytest.raises(Interrupted, match="was stopped" if stop else "goes on without us"):
         ray_jobs.submit([sys.executable, "-c", code], cluster, stop_on_interrupt=stop)
     client = JobSubmissionClient(cluster)
     job = max(client.list_jobs(), key=lambda j: j.start_time or 0).submission_id
     assert job
     if stop:
-        deadline = time.monotonic() + 30
-        while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
-            time.sleep(0.2)
         assert client.get_job_status(job).value == "STOPPED"
     else:
         assert client.get_job_status(job).value == "RUNNING"
         client.stop_job(job)
+
+
+@pytest.mark.slow
+def test_a_stopped_job_has_longer_than_rays_three_seconds(cluster: str, tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n    time.sleep(6)\n    print('mmlm: saved at step 7', flush=True)\n    sys.exit(4)\n"
+        f"signal.signal(signal.SIGTERM, stop)\npathlib.Path({str(started)!r}).touch()\ntime.sleep(600)"
+    )
+
+    def interrupt() -> None:
+        while not started.exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(Interrupted, match="was stopped: saved at step 7") as caught:
+        ray_jobs.submit([sys.executable, "-c", code], cluster, stop_on_interrupt=True)
+    assert caught.value.exit_code == 4
 
 
 @pytest.mark.slow

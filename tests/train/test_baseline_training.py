@@ -106,8 +106,7 @@ def test_texts_are_refused_before_any_rank_starts(tmp_path: Path, keypad_shards:
     assert not (tmp_path / "model" / "logs").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("kind", ["lstm", pytest.param("gru", marks=SLOW)])
 def test_every_stage_equals_plain_pytorch(kind: str, tmp_path: Path):
     from tests.train.test_parity import compare, zero
 

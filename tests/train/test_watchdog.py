@@ -39,7 +39,8 @@ def test_waiting_for_the_pack_plan_is_no_hang(keypad_shards: Artifact, tmp_path:
     config = {**SMALL, "steps": 2, "data": data}
     arguments: dict[str, Any] = {"config": config, "shards": str(shards), "out": str(tmp_path / "model"), "ids": []}
     folder = shards / FOLDER
-    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # another test may have packed these shards
+    folder.mkdir()
     with (folder / ".lock").open("w") as lock:  # as another process does that packs
         fcntl.flock(lock, fcntl.LOCK_EX)
         threading.Timer(30.0, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
