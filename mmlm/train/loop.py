@@ -102,7 +102,7 @@ def _take(session: Session, step: int, batches: list[Batch], counts: dict[str, f
             terms = objective(trainer.model, there)
             trainer.backward(loss_of(terms, counts))
         sums += torch.stack([terms[n].sum.detach().float() for n in objective.names])
-        session.telemetry.count(batch, terms)
+        session.telemetry.count(batch, terms, objective.shape(batch))
     with compute():
         engine.wait(device)  # the figures would wait for it
     means = _means(terms, counts, sums, device)
