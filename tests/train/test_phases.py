@@ -48,4 +48,6 @@ def test_what_is_outside_the_arithmetic_and_what_is_in_it_add_up_to_the_step(key
     assert median(inside[step] for step in plain) < PIECES * INSIDE + 0.15
     assert median(outside[step] for step in (*plain, *looked)) < PIECES * BESIDE + 0.15  # no look in it
     # a save is outside, with it its pass over the probe batch, for which the model is slow as it is in a look
-    assert outside[7] > LOOK + INSIDE + BESIDE + PIECES * BESIDE - 0.05 and walls[7] >= inside[7] + outside[7] + LOOK - 0.1
+    assert (
+        outside[7] > LOOK + INSIDE + BESIDE + PIECES * BESIDE - 0.05 and walls[7] >= inside[7] + outside[7] + LOOK - 0.1
+    )
