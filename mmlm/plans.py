@@ -23,8 +23,9 @@ from mmlm.model.presets import PRESETS
 from mmlm.shards.config import ShardConfig
 from mmlm.train.config import TrainConfig, ZeroConfig
 from mmlm.train.devices import HOST_BANDWIDTH, NODE_LINK, PCIE_REACHED, Device
-from mmlm.train.planning import Forecast, Measured, Workload, forecast
+from mmlm.train.planning import Forecast, Measured, forecast
 from mmlm.train.probe import Teaching
+from mmlm.train.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,6 @@ def subject(name: str, overrides: list[str], out: Path | None) -> Subject:
 def work_of(what: Subject) -> Workload:
     """The mean of the first real batches, or full sequences of which every text position is a target."""
     from mmlm.data.loader import Loader
-    from mmlm.model.flops import Shape
     from mmlm.train import probe
     from mmlm.world import World
 
@@ -96,13 +96,33 @@ def work_of(what: Subject) -> Workload:
             Loader(what.shards, config.data, config.seed, World(), config.steps, quiet=True)
         ) as loader:
             return probe.workload(loader, config)
+    return _assumed(what)
+
+
+def _assumed(what: Subject) -> Workload:
+    """Full sequences, each a record that gives all that the spec has."""
+    from mmlm.model.flops import Shape
+
+    config = what.config
     rows, length = config.data.batch, getattr(config.data.pack, "length", None) or what.spec.max_len
     patches = what.spec.image_positions(1)
     audio = what.spec.audio
     mels = -(-audio.max_frames // audio.frames_per_token) if audio else 0
     targets = max(1, length - patches - mels)
     shape = Shape((length,) * rows, rows * targets, rows, rows * patches, rows * mels)
-    return Workload(shape, rows, length, f"no shards yet: every sequence holds {length} positions, all text answered")
+    source = f"no shards yet: every sequence holds {length} positions, all text answered"
+    if not config.loss.contrastive:
+        return Workload(shape, rows, length, source)
+    names = {name for pair in config.loss.contrastive.between for name in pair}
+    held = {"image": patches, "audio": mels, "context": targets}  # a view takes up as much at most
+    views = tuple(held[name] + 2 for name in sorted(names & held.keys()) if held[name]) * rows
+    seen, heard = (rows * held[name] * (name in names) for name in ("image", "audio"))
+    beside = Shape(views, 0, len(views), seen, heard, read=len(views))
+    whole = Shape(
+        shape.lengths + views, shape.targets, rows + len(views), shape.patches + seen, shape.mels + heard,
+        read=shape.targets + len(views),
+    )  # fmt: skip
+    return Workload(whole, rows, length, f"{source}; every record has all views", None, beside)
 
 
 def table(
@@ -214,9 +234,9 @@ def numbers(text: str, flag: str, least: int = 0) -> list[int]:
 
 def assumptions(what: Subject, device: Device, work: Workload, measured: bool) -> list[str]:
     """What the figures rest on, for people."""
-    lines = [
-        f"a step: {work.rows:,} sequences of {work.length:,} positions, {work.shape.tokens:,} real ones; {work.source}"
-    ]
+    lines = [f"a step: {work.rows:,} sequences of {work.length:,} positions, {work.tokens:,} real ones; {work.source}"]
+    if work.views:
+        lines.append(f"beside them {len(work.views.lengths):,} views of records with {work.views.tokens:,} positions")
     if device.is_cpu:
         lines.append(f"this machine: {device.measured}")
         lines.append(

@@ -27,6 +27,10 @@ KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Opens the experiment on MLflow's page as runs with curves, not as conversations."""
 REJECTED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
 """MLflow's error codes for a call that no repetition will mend."""
+UNCLEAR = "BAD_REQUEST"
+"""That one of them which MLflow also gives for most errors of its database: one that is read-only now, or broken."""
+ASKED = "mmlm.asked"
+"""The tag by which the two are told apart; its value is a time, since a store need not write what it has already."""
 _log = logging.getLogger("mmlm.tracking")
 
 
@@ -152,7 +156,11 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name)[:250]
 
 
-def _sent(call: Any, items: list[Any]) -> int:
+class StoreRefuses(OSError):
+    """A store that takes nothing at all: what it was given is as good as before."""
+
+
+def _sent(client: Any, state: spool.State, call: Any, items: list[Any]) -> int:
     """Send a batch; halve it where the server rejects it, so that one bad value costs only itself. Returns the number
     of dropped items. An outage raises."""
     if not items:
@@ -163,10 +171,21 @@ def _sent(call: Any, items: list[Any]) -> int:
     except Exception as error:
         if getattr(error, "error_code", "") not in REJECTED:
             raise
+        if getattr(error, "error_code", "") == UNCLEAR:
+            _require_open(client, state, error)
     if len(items) == 1:
         return 1
     middle = len(items) // 2
-    return _sent(call, items[:middle]) + _sent(call, items[middle:])
+    return _sent(client, state, call, items[:middle]) + _sent(client, state, call, items[middle:])
+
+
+def _require_open(client: Any, state: spool.State, error: Exception) -> None:
+    """Raise StoreRefuses when the run takes no tag either, which there can be nothing wrong with."""
+    try:
+        client.set_tag(state.run_id, ASKED, str(spool.now()))
+    except Exception:
+        first = (str(error).strip().splitlines() or ["it does not say why"])[0]
+        raise StoreRefuses(first) from None
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
@@ -205,7 +224,7 @@ def _forward_metrics(client: Any, state: spool.State) -> None:
     after, latest = state.metrics, state.latest
 
     def flush() -> None:
-        state.dropped += _sent(lambda some: client.log_batch(state.run_id, metrics=some), batch)
+        state.dropped += _sent(client, state, lambda some: client.log_batch(state.run_id, metrics=some), batch)
         state.metrics, state.latest = after, latest
         state.save()
         batch.clear()
@@ -234,19 +253,23 @@ def _forward_row(client: Any, state: spool.State, row: dict[str, Any]) -> None:
 
     if "params" in row:
         for some in _chunks([Param(k, v) for k, v in row["params"].items()], 100):
-            state.dropped += _sent(lambda x: client.log_batch(state.run_id, params=x), some)
+            state.dropped += _sent(client, state, lambda x: client.log_batch(state.run_id, params=x), some)
     elif "tags" in row:
         for some in _chunks([RunTag(k, v) for k, v in row["tags"].items()], 100):
-            state.dropped += _sent(lambda x: client.log_batch(state.run_id, tags=x), some)
+            state.dropped += _sent(client, state, lambda x: client.log_batch(state.run_id, tags=x), some)
     elif "text" in row:
         name, content = row["text"]
-        state.dropped += _sent(lambda _: client.log_text(state.run_id, content, name), [name])
+        state.dropped += _sent(client, state, lambda _: client.log_text(state.run_id, content, name), [name])
     elif "artifact" in row:
         path, folder = row["artifact"]
         if Path(path).is_dir():
-            state.dropped += _sent(lambda _: client.log_artifacts(state.run_id, path, folder or None), [path])
+            state.dropped += _sent(
+                client, state, lambda _: client.log_artifacts(state.run_id, path, folder or None), [path]
+            )
         elif Path(path).exists():
-            state.dropped += _sent(lambda _: client.log_artifact(state.run_id, path, folder or None), [path])
+            state.dropped += _sent(
+                client, state, lambda _: client.log_artifact(state.run_id, path, folder or None), [path]
+            )
         else:
             state.dropped += 1
     elif "end" in row:

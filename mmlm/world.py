@@ -54,6 +54,15 @@ def adopt_slurm() -> None:
         env.setdefault(key, value)
 
 
+def is_one_task(gpus: int = 0) -> bool:
+    """Whether Slurm was asked for one task, and this is it: a step of `srun`, or where there are no GPUs the whole job. A
+    job of one task with several GPUs is the usual way to let a launcher start the ranks."""
+    env = os.environ
+    if "SLURM_STEP_ID" in env:
+        return env.get("SLURM_STEP_NUM_TASKS") == "1"
+    return not gpus and env.get("SLURM_NTASKS") == "1"
+
+
 def first_host(nodes: str) -> str:
     """The first name of Slurm's short form of a list: `gpu[03-05,9],cpu1` → `gpu03`."""
     found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -247,6 +248,42 @@ def test_a_store_on_a_full_disk_gets_everything_later(tmp_path: Path, monkeypatc
         c = client(uri)
         assert [m.value for m in c.get_metric_history(run.run_id, "loss")] == list(range(5000))
         assert {r.info.status for r in c.search_runs([tracker._experiment])} == {"FINISHED"}
+
+
+def test_a_database_that_refuses_gets_everything_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow calls it a bad request, as it does a bad value."""
+    monkeypatch.setattr(tracking_store, "SEND_EVERY", 0.05)
+    monkeypatch.setattr(tracking_store.Sender.finish, "__defaults__", (0.5,))
+    uri, tables = f"sqlite:///{tmp_path}/mlflow.db", ("metrics", "params", "tags")
+
+    def execute(command: str) -> None:
+        with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", timeout=30)) as database:
+            for table in tables:
+                database.execute(command.format(table=table))
+            database.commit()
+
+    with Tracker.start(uri, story="refusing", out=tmp_path / "out") as tracker:
+        work = begin(tmp_path / "out" / "model")
+        with tracker.run("train", {"a": 1}, work) as run:
+            time.sleep(0.3)
+            execute(
+                "CREATE TRIGGER no_{table} BEFORE INSERT ON {table} BEGIN SELECT RAISE(ABORT, 'read-only for now'); END"
+            )
+            for step in range(50):
+                run.metrics({"loss": step}, step)
+            run.params({"later": 2})
+            finish(work)
+        left = spool.State.load(work.path)
+        assert left is not None and left.waiting and not left.dropped
+    assert client(uri).get_metric_history(run.run_id, "loss") == []
+    execute("DROP TRIGGER no_{table}")
+    Tracker.start(uri, story="refusing", out=tmp_path / "out").close()
+    c = client(uri)
+    assert [m.value for m in c.get_metric_history(run.run_id, "loss")] == list(range(50))
+    assert c.get_run(run.run_id).data.params == {"a": "1", "later": "2"}
+    assert {r.info.status for r in c.search_runs([tracker._experiment])} == {"FINISHED"}
+    left = spool.State.load(work.path)
+    assert left is not None and not left.waiting and not left.dropped
 
 
 class Flaky:

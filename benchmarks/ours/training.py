@@ -22,6 +22,7 @@ from mmlm.data.config import DataConfig
 from mmlm.features import spec as feature_spec
 from mmlm.features.config import FeaturesConfig, TokenizerConfig
 from mmlm.model.config import ModelConfig
+from mmlm.model.flops import Shape
 from mmlm.model.transformer import count_parameters
 from mmlm.shards.config import ShardConfig
 from mmlm.shards.shard import shard
@@ -60,6 +61,9 @@ class Timed:
         terms = self.inner(model, batch)
         self.losses.append(terms["answer"].sum.item() / self.inner.counts(batch)["answer"])
         return terms
+
+    def shape(self, batch: Batch) -> Shape:
+        return self.inner.shape(batch)
 
     def alone(self) -> Objective:
         return self.inner.alone()

@@ -15,6 +15,7 @@ from mmlm.data.collate import IGNORE, Batch
 from mmlm.errors import ConfigError
 from mmlm.features.spec import SPECIAL_TOKENS, FeatureSpec
 from mmlm.features.text import Tokenizer
+from mmlm.model.flops import Shape
 from mmlm.model.fusion_config import FusionConfig
 from mmlm.model.transformer import Output
 from mmlm.train.config import LossConfig
@@ -113,6 +114,9 @@ class Following:
 
     def counts(self, batch: Batch) -> dict[str, float]:
         return {**self.answering.counts(batch), "label_kl": float(self._taught(batch).sum())}
+
+    def shape(self, batch: Batch) -> Shape:
+        return self.answering.shape(batch)
 
     def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
         self.answering.prepare(model, batches, device)

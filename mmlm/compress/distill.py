@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
@@ -12,6 +12,12 @@ from mmlm.data.files import address, folder_of
 from mmlm.errors import ConfigError
 from mmlm.features import spec as feature_spec
 from mmlm.train.train import Launch, finished, run_ranks, write_counts
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmlm.train.objectives import Objective
+    from mmlm.world import World
 
 RECIPE = 3
 
@@ -77,48 +83,50 @@ def on_rank(
     digest: str = "",
 ) -> None:
     """What each rank runs. `shards` is a folder that all ranks see, or the address of a published set, with its `digest`."""
-    import torch
-
     from mmlm import world as worlds
     from mmlm.config import parse
-    from mmlm.train import engine, expected, pretrained, probe, weights
+    from mmlm.train import engine
     from mmlm.train.control import Where
     from mmlm.train.loop import fit
-    from mmlm.train.objectives import Answering, Distilling, Objective
+    from mmlm.train.watchdog import Watchdog
 
     settings = parse(DistillConfig, config, "distill")
-    world = worlds.from_environment()
-    device = engine.start(world)
+    world, there = worlds.from_environment(), Where(**(where or {}))
+    name = "distill" if teacher or settings.teacher else "scratch"
+    with Watchdog.of_start(there.hang_seconds, Path(out) / "logs", world, name):
+        device = engine.start(world)
+        folder = folder_of(shards, digest)
+        student, objective = _ready(settings, folder, Path(teacher) if teacher else None, Path(out), world, device)
+    counts = fit(student, objective, settings, folder, Path(out), name, there)
+    write_counts(Path(out), counts, student)
+    engine.stop()
+
+
+def _ready(
+    settings: DistillConfig, folder: Path, teacher: Path | None, out: Path, world: World, device: torch.device
+) -> tuple[Any, Objective]:
+    """The student, and what it learns: from a teacher of ours, of transformers, or from none."""
+    import torch
+
+    from mmlm.train import expected, pretrained, probe, weights
+    from mmlm.train.objectives import Answering, Distilling
+
     torch.manual_seed(settings.seed)
-    folder = folder_of(shards, digest)
     spec = feature_spec.load(folder)
     student = pretrained.build(settings.model, spec, folder)
     student.set_up(recompute=settings.recompute, compiled=settings.compile)
     fusion = getattr(settings.model, "fusion", None)
-    objective: Objective = Answering(settings.loss, spec, fusion)
-    taught = (
-        probe.Teaching(weights.load_config(Path(teacher)), settings.temperature, settings.task) if teacher else None
-    )
-    expected.write(settings, settings.model, spec, folder, Path(out), world, taught)
-    if teacher:
-        leader = weights.load_model(Path(teacher), spec).eval().requires_grad_(False).to(device)
-        if settings.precision == "bf16":
-            leader = leader.bfloat16()
-        objective = Distilling(
-            settings.loss,
-            spec,
-            leader,
-            settings.temperature,
-            settings.task,
-            fusion,
-        )
+    taught = probe.Teaching(weights.load_config(teacher), settings.temperature, settings.task) if teacher else None
+    expected.write(settings, settings.model, spec, folder, out, world, taught)
     if settings.teacher:
         from mmlm.compress.classifier import Following, SequenceClassifier
         from mmlm.features.text import Tokenizer
 
         classifier = SequenceClassifier(Path(settings.teacher.folder), spec, Tokenizer.load(folder)).to(device)
-        objective = Following(settings.loss, spec, classifier, settings.temperature, settings.task, fusion)
-    name = "distill" if teacher or settings.teacher else "scratch"
-    counts = fit(student, objective, settings, folder, Path(out), name, Where(**(where or {})))
-    write_counts(Path(out), counts, student)
-    engine.stop()
+        return student, Following(settings.loss, spec, classifier, settings.temperature, settings.task, fusion)
+    if not teacher:
+        return student, Answering(settings.loss, spec, fusion)
+    leader = weights.load_model(teacher, spec).eval().requires_grad_(False).to(device)
+    if settings.precision == "bf16":
+        leader = leader.bfloat16()
+    return student, Distilling(settings.loss, spec, leader, settings.temperature, settings.task, fusion)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +25,8 @@ CACHE_BYTES = 512 << 20
 """Decoded samples kept in memory by each rank, all its workers together, unless MMLM_DATA_CACHE_BYTES says otherwise."""
 MOST_WORKERS = 8
 """Workers of a rank with a GPU, unless MMLM_DATA_WORKERS says otherwise; without one a rank makes its batches itself."""
+SHARDS_TOLD = 10
+"""Shards with damaged records that are named before training."""
 Made = tuple[dict[str, np.ndarray], list[str], list[str]]
 """(arrays, ids, notes) of a batch."""
 
@@ -149,6 +152,11 @@ class Loader:
         _log(notes)
         return collate(samples, self.reader.spec)
 
+    @property
+    def left_out(self) -> int:
+        """Records that are in no sequence, since they could not be read when these were planned."""
+        return len(self.plan.damaged) if self.plan else 0
+
     def state(self) -> dict[str, str]:
         """Digests of all that a step's batch follows from; the step alone is missing."""
         return {
@@ -175,12 +183,25 @@ class Loader:
             f"pack: {counts['records']:,} records in {counts['sequences']:,} sequences, padding {padding:.2%}{after}; "
             f"{counts['split']:,} long records split into {counts['pieces']:,} pieces, {counts['refused']:,} left out"
         ]
+        lines += self._left_out(self.plan.damaged)
         for name, size, count in zip(order.names, order.sizes.tolist(), taken, strict=True):
             lines.append(
                 f"mixture: {name}: {count / (steps * order.batch):.1%} of {steps:,} batches, "
                 f"{size:,} sequences {count / max(size, 1):.2f} times"
             )
         return lines
+
+    def _left_out(self, damaged: Sequence[int]) -> list[str]:
+        """Of each shard with damaged records: the first of them, and how many there are."""
+        of_shard: dict[str, list[int]] = {}
+        for i in damaged:
+            of_shard.setdefault(self.reader.shard_of(i), []).append(i)
+        lines = []
+        for shard, lost in list(of_shard.items())[:SHARDS_TOLD]:
+            lines.append(f"pack: {self.reader.damage(lost[0])} and left out; such records of {shard}: {len(lost):,}")
+        if more := list(of_shard.values())[SHARDS_TOLD:]:
+            lines.append(f"pack: {sum(map(len, more)):,} records of {len(more):,} more shards are damaged and left out")
+        return [*lines, "pack: run `mmlm verify` on the shard set"] if lines else []
 
 
 def _log(notes: list[str]) -> None:

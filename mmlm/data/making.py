@@ -13,14 +13,12 @@ from mmlm.data.arrays import Empty, assemble
 from mmlm.data.augment import augment
 from mmlm.data.config import BestFitPacking, DataConfig
 from mmlm.data.modalities import drop_modalities, expected_loss, keep_modalities
-from mmlm.data.order import Order, key_of, share
+from mmlm.data.order import STAND_INS, Order, key_of, share, stand_ins
 from mmlm.data.plan import WHOLE, Plan
 from mmlm.data.reader import ShardReader
 from mmlm.errors import DataError, MmlmError
 from mmlm.features.sample import Sample
 
-STAND_INS = 16
-"""Damaged samples in a row, each standing in for the one before, after which the shards are given up."""
 AHEAD = 4
 """Batches whose shards are fetched together, where they lie elsewhere."""
 NEAR = 32
@@ -97,11 +95,11 @@ class Maker:
 
     def record(self, i: int) -> Sample:
         """Sample `i`; for a damaged one another, the same wherever and whenever it is met."""
-        n, found = len(self.reader), self._read(i)
-        for attempt in range(STAND_INS):
-            if found is not None or n == 1:
+        found = self._read(i)
+        for other in stand_ins(i, len(self.reader)):
+            if found is not None:
                 break
-            found = self._read((i + 1 + int(key_of(4, i, attempt)[0] % np.uint64(n - 1))) % n)
+            found = self._read(other)
         if i in self.damaged:
             self._note(i, found)
         return found or self._give_up(i)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -24,6 +24,9 @@ keys the permutations of seven were visibly not uniform with 16 rounds (chi-squa
 with 20 (0.2). A batch of 128 takes 0.5 ms."""
 PERIOD = 1024
 """Batches after which quotas repeat; a weight is kept to 1 / (PERIOD x batch)."""
+
+STAND_INS = 16
+"""Damaged samples in a row, each standing in for the one before, after which the shards are given up."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -42,6 +45,12 @@ def key_of(*parts: int | np.ndarray) -> np.ndarray:
     for part in parts:
         key = mix(key * np.uint64(3) + np.atleast_1d(np.asarray(part)).astype(np.uint64) + _GOLDEN)
     return key
+
+
+def stand_ins(i: int, size: int) -> Iterator[int]:
+    """Which of `size` samples are tried in the place of sample `i`, in their order; none where it is the only one."""
+    for attempt in range(STAND_INS if size > 1 else 0):
+        yield (i + 1 + int(key_of(4, i, attempt)[0] % np.uint64(size - 1))) % size
 
 
 def shuffle(places: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:

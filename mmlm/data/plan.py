@@ -2,7 +2,8 @@
 
 `<shards>/packs/<key>.parquet` (below the cache of shards where that cannot be written) has a row for each piece, in order of
 streams and sequences; its metadata tell the streams, the counts and the digest. The key covers the shards, the settings and
-the recipe. A lock keeps the other ranks waiting while one makes it; it appears whole or not at all.
+the recipe. A lock keeps the other ranks waiting while one makes it; it appears whole or not at all. Records whose bytes are
+damaged are left out; a plan names them, and is made anew once one of them can be read again.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import pyarrow.parquet as pq
 from mmlm.data.bestfit import BestFit
 from mmlm.data.config import BestFitPacking, By, NaturalMixture, NoPacking, PackConfig
 from mmlm.data.objects import cache_folder
+from mmlm.data.order import stand_ins
 from mmlm.data.reader import ShardReader
 from mmlm.errors import ArtifactError, ConfigError, DataError
-from mmlm.progress import Progress
+from mmlm.progress import Progress, tell
 from mmlm.shards.packs import FOLDER, META, content_digest
 from mmlm.storage import atomic_write, sha256_json
 
@@ -59,10 +61,12 @@ class Plan:
     streams: dict[str, dict[str, int]]
     """stream → its sequences, records, pieces, tokens; in the order of their sequences."""
     counts: dict[str, int]
-    """records, sequences, split, pieces, refused, positions (of all sequences) and tokens (that are no padding)."""
+    """records, sequences, split, pieces, refused, damaged, positions (of all sequences) and tokens (that are no padding)."""
     length: int | None
     """Positions of every sequence, or None when they are padded to the longest of their batch."""
     digest: str
+    damaged: tuple[int, ...] = ()
+    """Samples that could not be read when it was made, and are in no sequence."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -84,7 +88,8 @@ class Plan:
 def find_plan(reader: ShardReader, pack: PackConfig, by: By | None) -> Plan:
     """The plan for the samples of `reader`, read if it is there, else made. `by` None: one stream of everything.
 
-    Raises DataError when no record is left, ConfigError when a sequence is shorter than the settings allow.
+    Raises DataError when no record is left, or a damaged one and all that would stand in for it cannot be read; ConfigError
+    when a sequence is shorter than the settings allow.
     """
     if isinstance(pack, BestFitPacking) and (pack.length or reader.spec.max_len) < 8:
         raise ConfigError(f"sequences of {reader.spec.max_len}", wanted="at least 8 positions")
@@ -93,16 +98,28 @@ def find_plan(reader: ShardReader, pack: PackConfig, by: By | None) -> Plan:
         "pack": pack.model_dump(mode="json"), "by": by,
     }  # fmt: skip
     folder, name = reader.path / FOLDER, f"{sha256_json(told)[:16]}.parquet"
-    if not (folder / name).exists() and not os.access(reader.path, os.W_OK):  # shards that are only lent
+    if not os.access(reader.path, os.W_OK):  # shards that are only lent
+        if plan := _kept(reader, folder / name):
+            return plan
         folder = cache_folder() / FOLDER
     path = folder / name
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():  # while we waited, another process made it
-                _write(path, told, *_make(reader, pack, by))
+    if plan := _kept(reader, path):
+        return plan
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if plan := _kept(reader, path):  # while we waited, another process made it
+            return plan
+        if path.exists():
+            tell("pack: records that were damaged can be read again; the plan is made anew")
+        _write(path, told, *_make(reader, pack, by))
     return read_plan(path)
+
+
+def _kept(reader: ShardReader, path: Path) -> Plan | None:
+    """The plan in file `path`; None when there is none, or one of the records that it leaves out can be read again."""
+    plan = read_plan(path) if path.exists() else None
+    return None if plan and any(reader.glance(i) is not None for i in plan.damaged) else plan
 
 
 def needs_plan(reader: ShardReader, pack: PackConfig, by: By | None) -> bool:
@@ -128,7 +145,7 @@ def read_plan(path: Path) -> Plan:
     count = int(told["counts"]["sequences"])
     return Plan(
         np.searchsorted(sequence, np.arange(count + 1)), columns["sample"], columns["first"], columns["last"],
-        columns["length"], told["streams"], told["counts"], told["length"], told["digest"],
+        columns["length"], told["streams"], told["counts"], told["length"], told["digest"], tuple(told.get("damaged", ())),
     )  # fmt: skip
 
 
@@ -191,7 +208,8 @@ def _make(reader: ShardReader, pack: PackConfig, by: By | None) -> tuple[pa.Tabl
     may_split = isinstance(pack, BestFitPacking) and pack.on_long == "split"
     streams: dict[str, _Stream] = {}
     counts = {"records": 0, "refused": 0, "damaged": 0}
-    for names, samples, tokens, lengths in _windows(reader, pack, by, counts):
+    damaged: list[int] = []
+    for names, samples, tokens, lengths in _windows(reader, pack, by, damaged):
         for name in sorted(set(names.tolist())):
             mine = names == name
             stream = streams.setdefault(name, _Stream(pack, length))
@@ -207,11 +225,26 @@ def _make(reader: ShardReader, pack: PackConfig, by: By | None) -> tuple[pa.Tabl
             stream.add(_Rows.joined(parts))
     counts["records"] = sum(s.records for s in streams.values())
     counts["split"] = sum(s.split for s in streams.values())
+    counts["damaged"] = len(damaged)
+    _give_up_if(reader, damaged)
     if not counts["records"]:
         raise DataError(
             f"no training record of {reader.path} fits into a sequence of {length}", cure="raise data.pack.length"
         )
-    return _table(streams, counts, length, isinstance(pack, BestFitPacking))
+    table, made = _table(streams, counts, length, isinstance(pack, BestFitPacking))
+    return table, {**made, "damaged": damaged} if damaged else made
+
+
+def _give_up_if(reader: ShardReader, damaged: Sequence[int]) -> None:
+    """Raise DataError when what would stand in for a damaged sample is damaged, too: a loader without a plan gives up
+    shards then."""
+    lost = set(damaged)
+    for i in damaged:
+        if lost.issuperset(stand_ins(i, len(reader))):
+            raise DataError(
+                f"{reader.damage(i)}, and so is what would stand in for it; {len(lost):,} of {len(reader):,} records "
+                "cannot be read", cure="run `mmlm verify` on the shard set",
+            )  # fmt: skip
 
 
 def _table(
@@ -246,9 +279,9 @@ def _pieces(sample: int, tokens: int, length: int) -> _Rows:
 
 
 def _windows(
-    reader: ShardReader, pack: PackConfig, by: By | None, counts: dict[str, int]
+    reader: ShardReader, pack: PackConfig, by: By | None, damaged: list[int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """(streams, samples, tokens, lengths) of some shards at a time."""
+    """(streams, samples, tokens, lengths) of some shards at a time. Samples that cannot be read are added to `damaged`."""
     names: list[str] = []
     numbers: list[tuple[int, int, int]] = []
     window = pack.window if isinstance(pack, BestFitPacking) else 16
@@ -257,7 +290,7 @@ def _windows(
             for sample in samples:
                 seen = reader.glance(sample)
                 if seen is None:
-                    counts["damaged"] += 1
+                    damaged.append(sample)
                     continue
                 names.append(_stream(seen.source, seen.task, by))
                 numbers.append((sample, seen.tokens, seen.length))

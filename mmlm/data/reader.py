@@ -146,10 +146,22 @@ class ShardReader:
 
     def glance(self, i: int) -> codec.Glance | None:
         """What a pack plan asks of sample `i`; None when it is damaged."""
+        return None if isinstance(seen := self._glance(i), DataError) else seen
+
+    def damage(self, i: int) -> str:
+        """Where sample `i` is stored and why `glance` cannot read it; empty when it can."""
+        seen = self._glance(i)
+        return f"{self.place(i)} is damaged ({seen.found})" if isinstance(seen, DataError) else ""
+
+    def _glance(self, i: int) -> codec.Glance | DataError:
         try:
             return codec.glance(self.members(i), self.spec)
-        except DataError:
-            return None
+        except DataError as error:
+            return error
+
+    def shard_of(self, i: int) -> str:
+        """The file that sample `i` is stored in."""
+        return str(self._rows["path"][int(np.searchsorted(self._starts, i, "right")) - 1])
 
     def shards(self) -> Iterator[range]:
         """The numbers of the samples of each shard."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmlm import world
 from mmlm.errors import Interrupted, LaunchError
-from mmlm.launch.rank import leave_group, resolve
+from mmlm.launch.rank import die_with_parent, leave_group, resolve
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -33,8 +33,11 @@ _announced = 0
 def lead(work: Callable[[], int], guard: Callable[[Callable[[], int]], int] | None = None) -> int:
     """Run `work` where this process is alone or rank 0; elsewhere call what rank 0 announces, until it is done.
 
-    Returns the exit code of rank 0's work on every rank. `guard` turns what a following rank raises into an exit code.
+    A rank of torchrun ends with it, however that ends. Returns the exit code of rank 0's work on every rank. `guard` turns
+    what a following rank raises into an exit code.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun that is killed itself ends nobody
+        die_with_parent()
     here = world.from_environment()
     if here.size == 1:
         return work()

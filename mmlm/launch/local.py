@@ -21,7 +21,7 @@ from mmlm.errors import Interrupted, LaunchError, WorkLost
 from mmlm.launch import rank as rank_process
 from mmlm.progress import Progress
 from mmlm.storage import write_json
-from mmlm.world import cores, quiet_environment
+from mmlm.world import cores, is_one_task, quiet_environment
 
 SAVE_SECONDS = 60.0
 """How long the other ranks may take to end once one has ended after a stop: they save together. Saving itself has no
@@ -74,13 +74,15 @@ def choose(n: int | None = None) -> Launch:
 
 
 def ranks(n: int | None = None) -> Launch:
-    """A launch of `n` local ranks; by default one per GPU, or two on a machine of two cores or more."""
+    """A launch of `n` local ranks; by default one in the one task that Slurm was asked for, else one per GPU, or two on a
+    machine of two cores or more."""
     if n is not None and n < 1:
         raise LaunchError(f"{n} ranks", wanted="at least 1", cure="give --ranks a positive number")
     available = gpus()
     if n and available and n > available:
         raise LaunchError(f"{n} ranks", wanted=f"at most {available}, one per GPU", cure="give a smaller --ranks")
-    return LocalRanks(n or available or min(2, cores()), gpu=available > 0)
+    one = 1 if is_one_task(available) else 0
+    return LocalRanks(n or one or available or min(2, cores()), gpu=available > 0)
 
 
 def inprocess() -> Launch:

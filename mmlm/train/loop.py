@@ -45,13 +45,12 @@ def fit(
     device = engine.device_of(world)
     with (
         Stop(where) as stop,
+        Watchdog.of_start(where.hang_seconds, out / "logs", world, name) as watchdog,
         closing(Loader(shards, config.data, config.seed, world, config.steps, pin=device.type == "cuda")) as loader,
     ):
-        engine.broadcast(None)  # packing and planning take as long as they take: the watch begins when all have done so
-        with (
-            Watchdog(where.hang_seconds, out / "logs", world, name) as watchdog,
-            Progress(name, config.steps, "steps") as progress,
-        ):
+        engine.broadcast(None)  # all ranks have planned
+        watchdog.beat("its start")
+        with Progress(name, config.steps, "steps") as progress:
             trainer = engine.DeepSpeedEngine(model.to(device), config, world)
             session = Session(
                 trainer, objective, loader, config, shards, out, name, where, world, device, watchdog.beat
@@ -102,7 +101,7 @@ def _take(session: Session, step: int, batches: list[Batch], counts: dict[str, f
             terms = objective(trainer.model, there)
             trainer.backward(loss_of(terms, counts))
         sums += torch.stack([terms[n].sum.detach().float() for n in objective.names])
-        session.telemetry.count(batch, terms)
+        session.telemetry.count(batch, terms, objective.shape(batch))
     with compute():
         engine.wait(device)  # the figures would wait for it
     means = _means(terms, counts, sums, device)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mmlm.data.collate import IGNORE, Batch
 from mmlm.features.spec import FeatureSpec
+from mmlm.model.flops import Shape
 from mmlm.model.fusion_config import AdversarialConfig, FusionConfig
 from mmlm.model.transformer import FusedTransformer, Output
 from mmlm.train.config import LossConfig
@@ -28,6 +29,10 @@ class Objective(Protocol):
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """How many tokens or records each term of `batch` sums; needs no model."""
+        ...
+
+    def shape(self, batch: Batch) -> Shape:
+        """What a forward pass of `batch` asks of the model, in numbers; needs no model. Of a batch that is on the CPU."""
         ...
 
     def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
@@ -79,6 +84,9 @@ class Answering:
         if self.modality:
             counts["modality"] = self.modality.count(self.contrast.widen(batch) if self.contrast else batch)
         return counts | ({"contrastive": self.contrast.count(batch)} if self.contrast else {})
+
+    def shape(self, batch: Batch) -> Shape:
+        return self.contrast.shape(batch) if self.contrast else Shape.of(batch)
 
     def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
         if self.contrast:
@@ -145,6 +153,9 @@ class Distilling:
     def counts(self, batch: Batch) -> dict[str, float]:
         counts = self.answering.counts(batch)
         return {**counts, **{name: counts[name.removesuffix("_kl")] for name in self.names if name.endswith("_kl")}}
+
+    def shape(self, batch: Batch) -> Shape:
+        return self.answering.shape(batch)
 
     def prepare(self, model: torch.nn.Module, batches: list[Batch], device: torch.device) -> None:
         self.answering.prepare(model, batches, device)

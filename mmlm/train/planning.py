@@ -23,7 +23,6 @@ Time of a step = arithmetic at the rate that the device reaches + what moves thr
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,13 +32,14 @@ from mmlm.features.spec import FeatureSpec
 from mmlm.model import adapters
 from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.model.cross_entropy import LOGITS
-from mmlm.model.flops import Shape, forward_flops, training_flops
+from mmlm.model.flops import forward_flops, training_flops
 from mmlm.train import weights
 from mmlm.train.activations import activation_bytes, low_bytes
 from mmlm.train.config import LoopConfig
 from mmlm.train.devices import HOST_BANDWIDTH, NODE_LINK, PCIE_REACHED, Device
 from mmlm.train.groups import frozen_share, let_rest
 from mmlm.train.memory import SLACK, SLACK_SHARE
+from mmlm.train.workload import Workload
 
 BUCKET = 50_000_000
 """Elements of DeepSpeed's reduction and gathering buffers, as in train/engine.py."""
@@ -54,8 +54,6 @@ activations of up to 2/3 of that take as much and half again. `almanac`, 60 MB a
 after the trim before it."""
 MEETING = 12e-3
 """Seconds that ranks on one CPU spend a step in the eight collectives of it, beyond what is sent: 1 ms to 3 ms each."""
-AROUND = 64 << 10
-"""Bytes that Linux maps with every page of a file that is read."""
 CONTEXT = 1.2e9
 """Bytes of a GPU that its runtime, nccl and the allocator's holes take; an assumption."""
 PROCESS = 3.0e9
@@ -65,76 +63,6 @@ ENGINE = 0.25e-3
 measured as processor time on a busy machine."""
 KERNELS = 60
 """Kernels of a block in forward and backward, uncompiled; five times as many for all that is no block."""
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The training split as a loader meets it."""
-
-    samples: int
-    a_step: float
-    """Samples that a step takes, over all ranks."""
-    decoded: float
-    """Bytes of one sample in the loader's cache."""
-    mapped: float
-    """Bytes of the shards that lie on this machine; 0 of those that are fetched."""
-    cache: float
-    """Bytes that a rank may keep of decoded samples."""
-
-    def seen(self, steps: int, ranks: int) -> float:
-        """Share of the samples that a rank meets in so many steps: each of its steps takes some at random."""
-        return 1 - math.exp(-steps * self.a_step / ranks / max(self.samples, 1))
-
-    def touched(self, steps: int, ranks: int) -> float:
-        """Bytes of mapped shards that a rank holds in the end: with a sample comes what lies around it."""
-        size = self.mapped / max(self.samples, 1)
-        return self.mapped * (1 - math.exp(-steps * self.a_step / ranks * (size + AROUND) / max(self.mapped, 1.0)))
-
-    def cached(self, steps: int, ranks: int) -> float:
-        """Bytes of decoded samples that a rank keeps in the end."""
-        return min(self.cache, self.decoded * self.samples * self.seen(steps, ranks))
-
-    def read_anew(self, steps: int, ranks: int) -> float:
-        """Share of the samples of an average step that are not in the cache, and so are read and decoded."""
-        first = self.seen(steps, ranks) * self.samples / max(steps * self.a_step / ranks, 1e-9)
-        room = min(1.0, self.cache / max(self.decoded * self.samples, 1.0))
-        return min(1.0, first + (1 - first) * (1 - room))
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One optimizer step over all ranks: its real positions, and those that tensors hold with their padding."""
-
-    shape: Shape
-    rows: int
-    """Sequences."""
-    length: int
-    """Positions of a sequence with its padding, T."""
-    source: str
-    """Where these figures are from, for people."""
-    corpus: Corpus | None = None
-    """What the loader reads; none where there are no shards yet."""
-
-    def share(self, parts: int) -> Workload:
-        """The largest of `parts` equal parts: what one rank's micro-batch holds."""
-        rows = math.ceil(self.rows / parts)
-        f = rows / self.rows
-        lengths = self.shape.lengths[: max(1, round(len(self.shape.lengths) * f))]
-        scale = self.shape.tokens * f / max(sum(lengths), 1)
-        prompts = self.shape.prompts and self.shape.prompts[: len(lengths)]
-        media = {name: each[: len(lengths)] for name, each in self.shape.media.items()}
-        shape = Shape(
-            lengths=tuple(max(1, round(n * scale)) for n in lengths),
-            prompts=prompts and tuple(round(n * min(scale, 1)) for n in prompts),
-            targets=math.ceil(self.shape.targets * f),
-            answers=math.ceil(self.shape.answers * f),
-            patches=math.ceil(self.shape.patches * f),
-            mels=math.ceil(self.shape.mels * f),
-            read=None if self.shape.read is None else math.ceil(self.shape.read * f),
-            media=media,
-            tags=self.shape.tags[: len(lengths)],
-        )
-        return Workload(shape, rows, self.length, self.source, self.corpus)
 
 
 @dataclass(frozen=True)
@@ -152,7 +80,7 @@ class Forecast:
     seconds: dict[str, float]
     """Of one step, by part."""
     tokens: int
-    """Real positions of a step."""
+    """Real positions of a step, without those of views."""
     flops: int
     """Of a step, all ranks, recomputation not counted."""
     peak: float
@@ -283,7 +211,7 @@ def forecast(
     fits = fullest <= device.memory * 0.95
     return Forecast(
         device=device.name, ranks=ranks, stage=config.zero.stage, parameters=whole.parameters, memory=memory, host=host,
-        seconds=seconds, tokens=work.shape.tokens, flops=training_flops(model, spec, work.shape, frozen=whole.frozen),
+        seconds=seconds, tokens=work.tokens, flops=training_flops(model, spec, work.shape, frozen=whole.frozen),
         peak=device.peak, fits=fits, steps=config.steps, start=start, host_start=host_start,
     )  # fmt: skip
 
@@ -372,7 +300,8 @@ def seconds_of(
     flops, again = (
         training_flops(model, spec, mine.shape, recomputed=yes, frozen=whole.frozen) for yes in (False, True)
     )
-    arithmetic = (flops + ((again - flops) / config.recompute if config.recompute else 0)) / peak
+    ahead = forward_flops(model, spec, mine.views) if mine.views and pieces > 1 else 0  # train/terms/contrast.py
+    arithmetic = (flops + ahead + ((again - flops) / config.recompute if config.recompute else 0)) / peak
     # what is kept is written once and read once, and gradients of it are written and read as well
     moved = 4 * activation_bytes(config, model, spec, mine.shape, on_cpu=device.is_cpu) / bandwidth
     depth = len(model.channels) if model.kind == "cnn" else model.layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -22,8 +22,10 @@ from mmlm.model.streams import SLOTS
 from mmlm.train import weights
 from mmlm.train.config import LoopConfig
 from mmlm.train.objectives import Answering, Distilling, Objective, loss_of
-from mmlm.train.planning import Corpus, Measured, Workload, counted, learner
+from mmlm.train.planning import Measured, counted, learner
 from mmlm.train.planning import count as size_of
+from mmlm.train.terms.contrast import Contrast
+from mmlm.train.workload import Corpus, Workload
 from mmlm.world import World, cores
 
 T = TypeVar("T")
@@ -57,16 +59,9 @@ def workload(loader: Loader, config: LoopConfig, sequences: int = 512) -> Worklo
     """What a step of this loader holds: the mean of its first steps, as many as make `sequences`."""
     steps = max(1, min(8, sequences // config.data.batch))
     batches = [loader.batch(step) for step in range(steps)]
-    shapes = [Shape.of(batch) for batch in batches]
-    each = [(s.lengths, s.prompts_or_rest, s.tags, *(s.among(name) for name in SLOTS)) for s in shapes]
-    records = [record for columns in each for record in zip(*columns, strict=True)]
-    lengths, prompts, tags, *media = zip(*sorted(records, reverse=True)[:: len(shapes)], strict=True)
-
-    def mean(name: str) -> int:
-        return round(statistics.mean(getattr(shape, name) for shape in shapes))
-
-    figures = {name: mean(name) for name in ("targets", "answers", "patches", "mels", "read")}
-    shape = Shape(lengths, prompts=prompts, tags=tags, media=dict(zip(SLOTS, media, strict=True)), **figures)
+    contrast = Contrast(config.loss.contrastive) if config.loss.contrastive else None
+    shape = _mean([contrast.shape(batch) if contrast else Shape.of(batch) for batch in batches])
+    views = _mean([contrast.shape_of_views(batch) for batch in batches]) if contrast else None
     rows, length = (round(statistics.mean(b.tokens_BT.shape[i] for b in batches)) for i in (0, 1))
     samples = [loader.maker.record(n) for n in np.linspace(0, len(loader.reader) - 1, LOOKED_AT).astype(int).tolist()]
     corpus = Corpus(
@@ -74,7 +69,21 @@ def workload(loader: Loader, config: LoopConfig, sequences: int = 512) -> Worklo
         decoded=statistics.mean(map(decoded_bytes, samples)),
         mapped=0.0 if loader.reader.files.remote else loader.reader.shard_bytes, cache=loader.cache_bytes,
     )  # fmt: skip
-    return Workload(shape, rows, length, f"the mean of {steps} batches of the shards", corpus)
+    return Workload(shape, rows, length, f"the mean of {steps} batches of the shards", corpus, views)
+
+
+def _mean(shapes: Sequence[Shape]) -> Shape:
+    """A shape of every so many records of `shapes`, by their length, and with the mean of their figures."""
+    each = [(s.lengths, s.prompts_or_rest, s.tags, *(s.among(name) for name in SLOTS)) for s in shapes]
+    records = [record for columns in each for record in zip(*columns, strict=True)]
+    chosen = sorted(records, reverse=True)[:: len(shapes)]
+    lengths, prompts, tags, *media = zip(*chosen, strict=True) if chosen else ((),) * (3 + len(SLOTS))
+
+    def mean(name: str) -> int:
+        return round(statistics.mean(getattr(shape, name) for shape in shapes))
+
+    figures = {name: mean(name) for name in ("targets", "answers", "patches", "mels", "read")}
+    return Shape(lengths, prompts=prompts, tags=tags, media=dict(zip(SLOTS, media, strict=True)), **figures)
 
 
 def measure(
@@ -109,7 +118,8 @@ def _measure(
     def make(step: int) -> Batch:
         return loader.batches(step, config.accumulate)[0]
 
-    tried, whole = make, Shape.of(make(0))
+    objective = _objective(config, sizes, spec, teacher)
+    tried, whole = make, objective.shape(make(0))
     flops = training_flops(sizes, spec, whole)
     factor = max(1.0, (flops + (forward_flops(teacher.model, spec, whole) if teacher else 0)) / LONGEST)
     if factor > 1:
@@ -117,21 +127,22 @@ def _measure(
             update={"batch": max(ranks, int(config.data.batch / config.accumulate / factor))}
         )
         tried = Loader(shards, smaller, config.seed, here, config.steps, quiet=True).batch
-        factor = flops / training_flops(sizes, spec, Shape.of(tried(0)))
+        factor = flops / training_flops(sizes, spec, objective.shape(tried(0)))
         notes.append(f"a micro-batch was tried out at 1/{factor:.0f} of its size")
     model = learner(config, sizes, spec)
     model.set_up(recompute=config.recompute)
     if config.precision == "bf16":
         model = model.bfloat16()
-    objective = _objective(config, sizes, spec, teacher)
+    pair = min(2, config.accumulate)  # what must be known of several micro-batches before costs a pass of each
     making: list[float] = []
     learning: list[float] = []
     for step in range(repeat + 1):  # each has shapes of its own
         seconds, batch = _timed(make, step)
         making.append(seconds)
         batch = batch if tried is make else tried(step)
+        ahead, _ = _timed(lambda batch: objective.prepare(model, [batch] * pair, torch.device("cpu")), batch)
         seconds, _ = _timed(lambda batch: loss_of(objective(model, batch), objective.counts(batch)).backward(), batch)
-        learning.append(seconds)
+        learning.append(seconds + ahead / pair)
         if step >= FEWEST and sum(making) + sum(learning) > ENOUGH:
             break
     again = [_timed(make, step)[0] for step in range(len(making))]  # from the cache of decoded samples

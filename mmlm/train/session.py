@@ -119,6 +119,8 @@ class Session:
         counts: dict[str, float] = {"steps": step, "ranks": self.world.size, "zero_stage": self.config.zero.stage}
         if self.guard.skipped:
             counts |= {"skipped": len(self.guard.skipped), "rollbacks": self.guard.rollbacks}
+        if self.loader.left_out:
+            counts["damaged"] = self.loader.left_out
         return {**counts, "exported_step": export} if self.config.validation.every else counts
 
     def _exported(self, done: int) -> tuple[dict[str, torch.Tensor], int]:
@@ -171,7 +173,8 @@ class Session:
         """A row of `metrics.jsonl` where one is due."""
         if step % self.config.log_every and step != self.config.steps:
             return
-        extra = {"skipped": float(len(self.guard.skipped))} if self.guard.skipped else {}
+        seen = {"skipped": len(self.guard.skipped), "damaged": self.loader.left_out}
+        extra = {name: float(count) for name, count in seen.items() if count}
         figures = {key: value for key, value in figures.items() if math.isfinite(value)}
         row = self.telemetry.row(step, {**figures, **extra})
         if self.world.is_main:

@@ -3,7 +3,8 @@
 data_wait           share of the time that was spent waiting for batches
 outside             share outside forward, backward and optimizer (validation left out: it is forward passes)
 tokens_per_second   real tokens, padding left out; positions include it
-mfu                 operations that the model needs, by `flops_of`, over what all ranks' devices could do
+mfu                 operations that the model needs (those of views for the contrastive term included, but once), by
+                    `training_flops`, over what all ranks' devices could do
 loss_given/image    mean loss of the answers' tokens in records that give a picture and no sound, and so on
 """
 
@@ -98,10 +99,10 @@ class Telemetry:
         """A step begins."""
         self._step_began = time.perf_counter()
 
-    def count(self, batch: Batch, terms: Mapping[str, Term]) -> None:
-        """One micro-batch of this rank, still on the CPU, and its terms."""
-        shape = Shape.of(batch)
-        self._tokens += shape.tokens
+    def count(self, batch: Batch, terms: Mapping[str, Term], shape: Shape) -> None:
+        """One micro-batch of this rank, still on the CPU, its terms, and what it asked of the model: further views of its
+        records cost operations, but are no tokens of it."""
+        self._tokens += float((batch.segment_BT >= 0).sum())
         self._positions += batch.valid_BT.numel()
         self._records += len(batch.ids)
         self._flops += training_flops(self.config, self.spec, shape, frozen=self.frozen)

@@ -114,18 +114,20 @@ def on_rank(
     from mmlm.train import adapted, engine
     from mmlm.train.loop import fit
     from mmlm.train.objectives import Answering
+    from mmlm.train.watchdog import Watchdog
 
     settings = parse(TrainConfig, config, "train")
-    world = worlds.from_environment()
-    engine.start(world)
-    folder = folder_of(shards, digest)
-    spec = feature_spec.load(folder)
-    expected.write(settings, settings.model, spec, folder, Path(out), world)
-    torch.manual_seed(settings.seed)
-    model = adapted.build(settings, spec, folder)
-    model.set_up(recompute=settings.recompute, compiled=settings.compile)
+    world, there = worlds.from_environment(), Where(**(where or {}))
+    with Watchdog.of_start(there.hang_seconds, Path(out) / "logs", world, "train"):
+        engine.start(world)
+        folder = folder_of(shards, digest)
+        spec = feature_spec.load(folder)
+        expected.write(settings, settings.model, spec, folder, Path(out), world)
+        torch.manual_seed(settings.seed)
+        model = adapted.build(settings, spec, folder)
+        model.set_up(recompute=settings.recompute, compiled=settings.compile)
     objective = Answering(settings.loss, spec, getattr(settings.model, "fusion", None))
-    counts = fit(model, objective, settings, folder, Path(out), "train", Where(**(where or {})))
+    counts = fit(model, objective, settings, folder, Path(out), "train", there)
     write_counts(Path(out), counts, model)
     engine.stop()
 

@@ -19,6 +19,9 @@ from mmlm.progress import tell
 from mmlm.storage import write_json
 from mmlm.world import World
 
+START_STEPS = 12
+"""How many times as long as a step the start may take until it comes to the next part: ranks meet, a plan of packing reads
+the length of every record (60,000 a second where shards lie here), the model is tried out and built. Six hours by default."""
 GRACE = 3.0
 """Seconds between a rank's dump and its end, for the other ranks to write theirs."""
 
@@ -26,11 +29,12 @@ GRACE = 3.0
 class Watchdog:
     """`with Watchdog(...) as dog: dog.beat("step 7")`; no beat for `seconds` ends the process with code 4.
 
-    What is known to take long may: it is given twice the time that it is expected to take, where that is more.
+    What is known to take long may: it is given twice the time that it is expected to take, where that is more. What comes
+    before the first beat is given `start` seconds, where that is more.
     """
 
-    def __init__(self, seconds: float, logs: Path, world: World, name: str) -> None:
-        self.seconds, self.logs, self.world, self.name = seconds, logs, world, name
+    def __init__(self, seconds: float, logs: Path, world: World, name: str, start: float = 0.0) -> None:
+        self.seconds, self.logs, self.world, self.name, self.start = seconds, logs, world, name, start
         self.what = "its start"
         self._limit, self._due, self._armed = seconds, time.monotonic() + seconds, 0.0
         self._ended = threading.Event()
@@ -41,7 +45,7 @@ class Watchdog:
             self.logs.mkdir(parents=True, exist_ok=True)
             self._file = self._path(self.world.rank).open("w")
             threading.Thread(target=self._watch, name="mmlm-watchdog", daemon=True).start()
-            self.beat(self.what)
+            self.beat(self.what, self.start / 2)  # which is what it may be expected to take
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,6 +55,11 @@ class Watchdog:
             self._file.close()
             if not self._dumped(self.world.rank):
                 self._path(self.world.rank).unlink(missing_ok=True)
+
+    @classmethod
+    def of_start(cls, seconds: float, logs: Path, world: World, name: str) -> Watchdog:
+        """One whose first beat comes when ranks have met and batches are planned: START_STEPS times as patient till then."""
+        return cls(seconds, logs, world, name, START_STEPS * seconds)
 
     def _path(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.stacks"

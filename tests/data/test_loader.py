@@ -171,7 +171,7 @@ def test_what_stands_in_at_the_second_attempt_is_named(
 
 
 def test_a_damaged_shard_stops_with_its_name(tmp_path: Path, mixed: Artifact):
-    folder = Path(shutil.copytree(mixed.path, tmp_path / "shards"))
+    folder = Path(shutil.copytree(mixed.path, tmp_path / "shards", ignore=shutil.ignore_patterns("packs")))
     shard = sorted(folder.glob("train-*.tar"))[1]
     shard.write_bytes(shard.read_bytes()[:-512])
     config = {"batch": 8, "pack": {"kind": "best_fit"}}

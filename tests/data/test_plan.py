@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from mmlm.features.encode import opened_length
 from mmlm.shards.packs import FOLDER
 from mmlm.shards.verify import verify
 from tests.data.conftest import make_shards
+from tests.data.test_loader import damage, damage_row, loader
 
 
 def plan_of(path: Path, by: str | None = None, **pack: object) -> Plan:
@@ -142,3 +144,40 @@ def test_sharding_refuses_long_records_unless_told(tmp_path: Path, mixed: Artifa
     answered = ShardReader(mixed.path, ("test",))
     assert max(len(s.tokens) for s in answered) > 64 > max(s.answer_at for s in answered)
     assert mixed.counts["quarantined"] == 0
+
+
+def test_damaged_records_are_told_counted_and_taken_up_again_once_repaired(
+    tmp_path: Path, mixed: Artifact, capfd: pytest.CaptureFixture[str]
+):
+    folder = Path(shutil.copytree(mixed.path, tmp_path / "shards", ignore=shutil.ignore_patterns(FOLDER)))
+    shard = next(r["path"] for r in pq.read_table(folder / "manifest.parquet").to_pylist() if r["split"] == "train")
+    sound = (folder / shard).read_bytes()
+    keys = [damage(folder, n) for n in (2, 3, 9)]
+    config = {"batch": 4, "pack": {"kind": "best_fit"}}
+    plan = loader(folder, config).plan
+    assert plan and plan.damaged == (2, 3, 9) and plan.counts["damaged"] == 3
+    assert not {2, 3, 9} & set(plan.sample.tolist())
+    said = capfd.readouterr().err
+    assert f"{shard}/{keys[0]} is damaged (a sample of a shard cannot be read" in said
+    assert f"and left out; such records of {shard}: 3" in said and "mmlm verify" in said
+    loader(folder, config, 1, 2)  # another rank than the first says nothing
+    again = loader(folder, config)  # what is kept is told of at every start
+    assert again.left_out == 3 and again.state()["pack"] == plan.digest
+    assert capfd.readouterr().err.count(f"such records of {shard}: 3") == 1
+    (folder / shard).write_bytes(sound)
+    whole = loader(folder, config)
+    said = capfd.readouterr().err
+    assert "can be read again; the plan is made anew" in said and "left out;" not in said
+    assert whole.left_out == 0 and whole.plan and whole.plan.counts["records"] == plan.counts["records"] + 3
+    assert whole.state()["pack"] == plan_of(mixed.path).digest != plan.digest
+
+
+def test_a_plan_gives_up_shards_where_a_loader_without_one_does(tmp_path: Path, mixed: Artifact):
+    folder = Path(shutil.copytree(mixed.path, tmp_path / "shards", ignore=shutil.ignore_patterns(FOLDER)))
+    for row in pq.read_table(folder / "manifest.parquet").to_pylist():
+        for n in range(row["samples"] if row["split"] == "train" else 0):
+            damage_row(folder, row, n)
+    with pytest.raises(DataError, match=r"is damaged .* stand in for it; .* records cannot be read") as raised:
+        plan_of(folder)
+    assert "mmlm verify" in str(raised.value)
+    assert not list((folder / FOLDER).glob("*.parquet"))

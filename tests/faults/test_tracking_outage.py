@@ -8,28 +8,32 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmlm.artifacts import Artifact
+from mmlm.spool import State
 from mmlm.tracking import Tracker
 from mmlm.world import quiet_environment
-from tests.faults.stage import wait_for
+from tests.faults.stage import fill_blocks, make_room, small_disk, wait_for
 from tests.train.runs import SMALL, Training, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 class Server:
-    """`mlflow server` on SQLite, always at the same port."""
+    """`mlflow server` on SQLite, always at the same port. `disk`: where its database lies, by default in `folder`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, disk: Path | None = None) -> None:
         folder.mkdir(parents=True)
-        self.folder = folder
+        self.folder, self.disk = folder, disk or folder
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port: int = s.getsockname()[1]
@@ -51,7 +55,7 @@ class Server:
         ]
         command += [
             "--backend-store-uri",
-            f"sqlite:///{self.folder}/mlflow.db",
+            f"sqlite:///{self.disk}/mlflow.db",
             "--artifacts-destination",
             str(self.folder),
         ]
@@ -72,15 +76,57 @@ class Server:
             self.process.wait(30)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    made = Server(tmp_path / "server")
+@contextlib.contextmanager
+def started(folder: Path, disk: Path | None = None) -> Iterator[Server]:
+    made = Server(folder, disk)
     made.start()
     try:
         yield made
     finally:
         with contextlib.suppress(OSError):
             made.send(signal.SIGKILL)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with started(tmp_path / "server") as made:
+        yield made
+
+
+class Gateway(ThreadingHTTPServer):
+    """What stands before a server, hands everything on, and forbids everything while it is `shut`."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(("127.0.0.1", 0), _Handing)
+        self.behind, self.shut = server.uri, False
+        self.uri = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handing(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        gateway: Any = self.server
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
+        if gateway.shut:
+            self._answer(403, b"your session is over")
+            return
+        kept = {name: self.headers[name] for name in ("Content-Type",) if name in self.headers}
+        asked = urllib.request.Request(gateway.behind + self.path, body, kept, method=self.command)
+        try:
+            with urllib.request.urlopen(asked, timeout=30) as came:
+                self._answer(came.status, came.read(), came.headers.get("Content-Type", ""))
+        except urllib.error.HTTPError as error:
+            self._answer(error.code, error.read(), error.headers.get("Content-Type", ""))
+
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
+
+    def _answer(self, status: int, body: bytes, kind: str = "text/plain") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None: ...
 
 
 def curve(uri: str, name: str) -> tuple[list[Any], str]:
@@ -137,6 +183,39 @@ def test_a_server_that_stays_dead_gets_everything_at_the_next_start(
     with Tracker.start(server.uri, story="faults", out=tmp_path / "run"):
         pass
     is_complete(server.uri, out, steps)
+
+
+@pytest.mark.parametrize("how", ["full", "forbidden"])
+def test_a_store_that_takes_no_more_gets_everything_later(keypad_shards: Artifact, tmp_path: Path, how: str):
+    """The disk of its database is full, or what stands before it lets nothing through, to the end of the training."""
+    steps, out = 300, tmp_path / "run" / "model"
+    with contextlib.ExitStack() as stack:
+        disk = stack.enter_context(small_disk(tmp_path / "disk")) if how == "full" else None
+        server = stack.enter_context(started(tmp_path / "server", disk))
+        gateway = stack.enter_context(Gateway(server))
+        threading.Thread(target=gateway.serve_forever, daemon=True).start()
+        stack.callback(gateway.shutdown)
+        run = Training(keypad_shards, out, 1, {**SMALL, "steps": steps, "save_every": 100}, gateway.uri)
+        stack.callback(run.kill)
+        run.until("step 50", lambda: run.step() >= 50)
+        if disk:
+            fill_blocks(disk)
+        else:
+            gateway.shut = True
+        assert run.end() == 0, run.words()
+        assert (out / "artifact.json").exists() and sorted(losses(out)) == list(range(1, steps + 1))
+        assert run.words().count("they are kept and sent later") == 1, run.words()
+        left = State.load(out)
+        assert left is not None and left.waiting and left.dropped == 0 and not left.ended
+        assert len(curve(server.uri, "loss")[0]) < steps
+        if disk:
+            make_room(disk)
+        gateway.shut = False
+        with Tracker.start(gateway.uri, story="faults", out=tmp_path / "run"):
+            pass
+        is_complete(server.uri, out, steps)
+        left = State.load(out)
+        assert left is not None and not left.waiting and left.dropped == 0 and left.ended
 
 
 def test_a_killed_training_does_not_stay_running(keypad_shards: Artifact, tmp_path: Path, server: Server):

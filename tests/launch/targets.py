@@ -76,7 +76,8 @@ def save_on_stop(folder: str, stop: bool = False, seconds: float = 0.0) -> None:
     """Like training: a signal finishes the step, saves (for `seconds`) and ends resumable. With `stop` rank 0 signals
     the parent."""
     asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: asked.append(number))
     Path(folder, f"up-{os.environ['RANK']}").write_text(str(os.getpid()))
     while stop and len(list(Path(folder).glob("up-*"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.02)

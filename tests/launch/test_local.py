@@ -110,22 +110,56 @@ def test_zero_ranks_are_refused() -> None:
 
 def test_torchrun_leads_and_follows(tmp_path: Path) -> None:
     """Rank 0 runs the verb, the others only what it launches; without torchrun there is just the verb."""
-    script = tmp_path / "job.py"
+    agent = torchrun(tmp_path, "sum_of_ranks")
+    said = agent.communicate(timeout=120)[1]
+    assert agent.returncode == 0, said[-2000:]
+    assert sorted(p.name for p in tmp_path.glob("verb-*")) == ["verb-0"]
+    assert [(tmp_path / f"sum-{r}.txt").read_text() for r in (0, 1)] == ["3.0", "3.0"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_ranks_of_torchrun_die_with_it(tmp_path: Path, count: int) -> None:
+    """A killed agent forwards nothing; ranks that lived on would hold their GPUs and write into the folder."""
+    agent = torchrun(tmp_path, "save_on_stop", count)
+    ups = [tmp_path / f"up-{rank}" for rank in range(count)]
+    _wait(lambda: all(up.exists() and up.read_text() for up in ups), 60)
+    pids = [int(up.read_text()) for up in ups]
+    try:
+        assert all(_alive(pid) for pid in pids)
+        agent.kill()
+        agent.communicate(timeout=30)
+        _wait(lambda: not any(_alive(pid) for pid in pids), 5)
+    finally:
+        for pid in filter(_alive, pids):
+            os.kill(pid, signal.SIGKILL)
+    assert not list(tmp_path.glob("saved-*"))
+
+
+def test_torchrun_forwards_a_notice_if_told_to(tmp_path: Path) -> None:
+    """As docs/guide.md says; a SIGUSR1 that torchrun does not know of would end it, and with it the ranks."""
+    agent = torchrun(tmp_path, "save_on_stop", 2, "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    ups = [tmp_path / "up-0", tmp_path / "up-1"]
+    _wait(lambda: all(up.exists() and up.read_text() for up in ups), 60)
+    agent.send_signal(signal.SIGUSR1)
+    agent.communicate(timeout=60)
+    assert (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists()
+
+
+def torchrun(folder: Path, target: str, count: int = 2, *flags: str) -> subprocess.Popen[str]:
+    """A verb of one launch, of `target` of TARGETS on `folder`, under torchrun with `count` ranks."""
+    script = folder / "job.py"
     script.write_text(
         "import os, sys\nfrom pathlib import Path\n"
         "from mmlm.launch import local\nfrom mmlm.launch.leader import lead\n"
         "def work():\n"
-        f"    out = Path({str(tmp_path)!r}); (out / ('verb-' + os.environ.get('RANK', 'alone'))).touch()\n"
-        f"    local.choose()('{TARGETS}:sum_of_ranks', {{'folder': str(out)}}, log=out / 'log')\n"
+        f"    out = Path({str(folder)!r}); (out / ('verb-' + os.environ.get('RANK', 'alone'))).touch()\n"
+        f"    local.choose()('{TARGETS}:{target}', {{'folder': str(out)}}, log=out / 'log')\n"
         "    return 0\n"
         "if __name__ == '__main__': sys.exit(lead(work))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--", str(script)]
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(p.name for p in tmp_path.glob("verb-*")) == ["verb-0"]
-    assert [(tmp_path / f"sum-{r}.txt").read_text() for r in (0, 1)] == ["3.0", "3.0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *flags, "--", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _wait(condition: Callable[[], bool], seconds: float = 30.0) -> None:

@@ -16,7 +16,7 @@ from mmlm.artifacts import Artifact
 from mmlm.cli import main
 from mmlm.config import parse
 from mmlm.errors import ConfigError, LaunchError
-from mmlm.launch import slurm
+from mmlm.launch import local, slurm
 from mmlm.launch.slurm import SlurmConfig
 from tests.launch.slurm_here import RealSlurm, StandIns, wait_for
 
@@ -143,6 +143,23 @@ def test_a_task_of_srun_is_a_rank_and_a_batch_script_is_none(monkeypatch: pytest
     said = [os.environ[k] for k in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")]
     assert said == ["gpu3", "20006", "4", "3"]
     assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+def test_one_task_is_one_rank_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") and name != "RANK"}
+    job = {**bare, "SLURM_JOB_ID": "5003", "SLURM_PROCID": "0"}
+    step = {**job, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}
+    default = local.gpus() or min(2, world.cores())
+    for environment, wanted in ((bare, default), (job, default), (step, 1), ({**job, "SLURM_NTASKS": "4"}, default)):
+        monkeypatch.setattr(os, "environ", {**environment})
+        world.adopt_slurm()
+        assert "RANK" not in os.environ
+        assert local.choose().ranks == wanted
+    monkeypatch.setattr(os, "environ", {**job, "SLURM_NTASKS": "1"})
+    assert world.is_one_task() and not world.is_one_task(gpus=4)
+    monkeypatch.setattr(os, "environ", step)
+    assert world.is_one_task(gpus=4)
+    assert local.ranks(2 if local.gpus() != 1 else 1).ranks == (2 if local.gpus() != 1 else 1)
 
 
 @pytest.fixture(params=["stand-ins", "slurm"])

@@ -73,6 +73,33 @@ def train_poisoned(
     engine.stop()
 
 
+class Slow(Answering):
+    """Answering that takes `inside` seconds more for each forward pass, and `beside` seconds to count its targets."""
+
+    inside = beside = 0.0
+
+    def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Term]:
+        time.sleep(self.inside)
+        return super().__call__(model, batch)
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        time.sleep(self.beside)
+        return super().counts(batch)
+
+
+def train_slowly(config: dict[str, Any], shards: str, out: str, inside: float, beside: float, look: float) -> None:
+    """A training by `Slow`, each of whose passes at validation takes `look` seconds more."""
+    settings = parse(TrainConfig, config, "train")
+    engine.start(worlds.from_environment())
+    spec = feature_spec.load(Path(shards))
+    model = weights.build(settings.model, spec)
+    model.register_forward_pre_hook(lambda module, _: None if module.training else time.sleep(look))
+    objective = Slow(settings.loss, spec)
+    objective.inside, objective.beside = inside, beside
+    fit(model, objective, settings, Path(shards), Path(out), "train", Where())
+    engine.stop()
+
+
 def slow_looks(config: dict[str, Any], shards: str, out: str, chunk: float, hang: float) -> None:
     """A look by a model that takes `chunk` seconds for each pass without gradients, under a watchdog of `hang` seconds;
     then, for steps up to the one after which a look is due, whether a time limit that leaves no room for it is too near."""

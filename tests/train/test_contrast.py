@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmlm import world as worlds
 from mmlm.artifacts import Artifact
 from mmlm.config import parse
 from mmlm.data.collate import Batch, collate, field_rows, pack
+from mmlm.data.loader import Loader
 from mmlm.data.modalities import alone
 from mmlm.data.views import only_views, view, with_views
 from mmlm.errors import ConfigError
@@ -31,10 +35,15 @@ from mmlm.features.spec import ANSWER, AUDIO, BOS, CONTEXT, EOS, IMAGE
 from mmlm.features.text import train_tokenizer
 from mmlm.launch.local import ranks
 from mmlm.model.config import ModelConfig
+from mmlm.model.flops import Shape, training_flops
 from mmlm.model.transformer import FusedTransformer
 from mmlm.train import engine, weights
 from mmlm.train.config import ContrastiveConfig, LossConfig, TrainConfig
+from mmlm.train.devices import Device
 from mmlm.train.objectives import Answering, loss_of
+from mmlm.train.planning import forecast
+from mmlm.train.probe import workload
+from mmlm.world import World
 from tests.small import SPEC, sample
 
 GIVEN = [
@@ -188,6 +197,46 @@ def test_two_ranks_plan_and_train_with_it(keypad_shards: Artifact, tmp_path: Pat
     assert planned["ranks"] == 2 and planned["step_seconds"] > 0
     rows = [json.loads(line)["metrics"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows and all(row["loss_contrastive"] > 0 for row in rows)
+    settings = parse(TrainConfig, config, "test")
+    with closing(Loader(keypad_shards.path, settings.data, settings.seed, World(), 3, quiet=True)) as loader:
+        batches = [loader.batch(step) for step in range(3)]
+    spec = loader.reader.spec
+    objective = Answering(settings.loss, spec)
+    flops = sum(training_flops(settings.model, spec, objective.shape(batch)) for batch in batches)
+    row, tokens = rows[-1], sum(Shape.of(batch).tokens for batch in batches)
+    assert row["tflops"] * 1e12 * row["step_seconds"] * 3 == pytest.approx(flops, rel=1e-6)
+    assert row["tokens_per_second"] * row["step_seconds"] * 3 == pytest.approx(tokens)  # a view is no further data
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_views_are_in_the_plan_as_pytorch_counts_them(keypad_shards: Artifact, pieces: int):
+    """Of a step, as mfu counts it; the first pass of several micro-batches is in the planned time alone."""
+    changes = {"data": {"batch": 16}, "accumulate": pieces, "loss": {"contrastive": {"between": [["image", "audio"]]}}}
+    with_them, without = (
+        parse(TrainConfig, {**BASE, **{k: v for k, v in changes.items() if k != left_out}}, "test")
+        for left_out in ("", "loss")
+    )
+    with closing(Loader(keypad_shards.path, with_them.data, 0, World(), 100, quiet=True)) as loader:
+        works = [workload(loader, config, sequences=64) for config in (with_them, without)]
+        batches = [loader.batch(step) for step in range(4)]
+    spec = loader.reader.spec
+    model = weights.build(with_them.model, spec).double()  # the counter does not know the fused attention of float32
+    objective = Answering(with_them.loss, spec)
+    with FlopCounterMode(display=False) as counter:
+        for batch in batches:
+            loss_of(objective(model, batch), objective.counts(batch)).backward()
+    device = Device("slow", 1e10, 80e9, 3e12, 450e9)
+    more, less = (
+        forecast(config, config.model, spec, work, device, 1)
+        for config, work in zip((with_them, without), works, strict=True)
+    )
+    assert more.flops == pytest.approx(counter.get_total_flops() / len(batches), rel=0.05)
+    assert more.flops > 1.3 * less.flops and more.tokens == less.tokens
+    assert more.memory["activations"] > less.memory["activations"]
+    whole = replace(works[0], views=None)
+    once = forecast(with_them, with_them.model, spec, whole, device, 1).seconds["forward_backward"]
+    assert (more.seconds["forward_backward"] > once) == (pieces > 1)
+    assert works[0].views and len(works[0].views.lengths) == works[0].views.answers > 0
 
 
 def thing(seed: int) -> Sample:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mmlm import artifacts
 from mmlm.artifacts import Artifact
 from mmlm.config import parse
+from mmlm.data.plan import FOLDER
 from mmlm.launch.local import ranks
 from mmlm.tracking import NullTracker
 from mmlm.train.config import TrainConfig
 from mmlm.train.train import train
 from tests.data.conftest import make_shards
-from tests.data.test_loader import PACKED
+from tests.data.test_loader import PACKED, damage
 
 CONFIG: dict[str, Any] = {
     "steps": 4, "save_every": 2, "log_every": 1, "precision": "fp32",
@@ -43,3 +46,16 @@ def test_packed_training_is_the_same_however_it_is_shared_out(
     assert alone == pytest.approx(pair, rel=1e-4)
     said = (tmp_path / "pair" / "logs" / "rank-0.log").read_text()
     assert "padding" in said and "mixture: story: 25.0% of 4 batches" in said
+
+
+def test_records_that_cannot_be_packed_are_in_the_log_the_figures_and_the_counts(shards: Artifact, tmp_path: Path):
+    folder = Path(shutil.copytree(shards.path, tmp_path / "shards", ignore=shutil.ignore_patterns(FOLDER)))
+    keys = [damage(folder, n) for n in (2, 9)]
+    config = parse(TrainConfig, {**CONFIG, "steps": 2}, "test")
+    made = train(config, artifacts.read(folder), out=tmp_path / "model", launch=ranks(1), tracker=NullTracker())
+    assert made.counts["damaged"] == 2
+    rows = [json.loads(line)["metrics"] for line in (made.path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["damaged"] for row in rows] == [2.0, 2.0]
+    said = (made.path / "logs" / "rank-0.log").read_text()
+    (told,) = (line for line in said.splitlines() if "and left out; such records of" in line)  # the probe has stand-ins
+    assert f"/{keys[0]} is damaged" in told and told.endswith(": 2")

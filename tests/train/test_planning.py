@@ -27,7 +27,8 @@ from mmlm.train.activations import activation_bytes
 from mmlm.train.config import FreezeConfig, TrainConfig
 from mmlm.train.devices import DEVICES, Device
 from mmlm.train.objectives import Answering, loss_of
-from mmlm.train.planning import Corpus, Count, Workload, between_ranks, count, counted, forecast, over_pcie
+from mmlm.train.planning import Count, between_ranks, count, counted, forecast, over_pcie
+from mmlm.train.workload import Corpus, Workload
 from tests.small import SPEC, sample
 
 CPU = Device("cpu", 1e11, 16e9, 1e10, 1e9, per_node=2)
@@ -256,6 +257,23 @@ def test_a_lone_train_yaml_is_planned(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         plans.numbers("0,1", "--gpus", least=1)
     assert main(["plan", "demo", "--gpu", "h100", "--gpus", "0"]) == 2
+
+
+def test_views_are_planned_before_there_are_shards(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("model: {width: 64, layers: 2, heads: 2, embedding: 16}\ndata: {batch: 8}\n")
+    (tmp_path / "shard.yaml").write_text("features: {max_len: 256, image: {size: 32, patch: 8, channels: 1}}\n")
+    of = {}
+    for between in ("", "[[image, context]]", "[[image, audio]]"):
+        loss = [f"train.loss.contrastive={{between: {between}}}"] if between else []
+        what = plans.subject(str(tmp_path / "train.yaml"), loss, tmp_path / "out")
+        work = plans.work_of(what)
+        of[between] = (forecast(what.config, what.config.model, what.spec, work, CPU, 1), work.views)
+    (plain, none), (both, views), (picture, alone) = of.values()
+    assert none is None and views and alone
+    assert sorted(alone.lengths) == [18] * 8  # 16 patches, <bos> and <answer>; there is no sound
+    assert sorted(views.lengths) == [18] * 8 + [256 - 16 + 2] * 8 and views.patches == alone.patches == 8 * 16
+    assert plain.tokens == both.tokens == picture.tokens == 8 * 256
+    assert plain.flops < picture.flops < both.flops < 2 * plain.flops
 
 
 def test_what_a_rank_keeps_of_its_samples() -> None:

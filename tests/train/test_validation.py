@@ -20,6 +20,7 @@ from mmlm.errors import ConfigError
 from mmlm.features import spec as feature_spec
 from mmlm.launch.local import ranks
 from mmlm.model.config import ModelConfig
+from mmlm.model.flops import Shape
 from mmlm.tracking import NullTracker
 from mmlm.train import checkpoint, validation, weights
 from mmlm.train.config import TrainConfig
@@ -133,7 +134,7 @@ def test_a_roll_back_and_a_lost_loss_leave_no_trace_in_the_next_row(tmp_path: Pa
 
     def step(loss: float) -> None:
         telemetry.begin()
-        telemetry.count(batch, {"answer": Term(torch.tensor(loss), 1.0, torch.full((answers,), loss))})
+        telemetry.count(batch, {"answer": Term(torch.tensor(loss), 1.0, torch.full((answers,), loss))}, Shape.of(batch))
         telemetry.end()
 
     for loss in (9.0, 9.0, 9.0):

@@ -16,7 +16,7 @@ from mmlm.artifacts import Artifact
 from mmlm.data.plan import FOLDER
 from mmlm.errors import WorkLost
 from mmlm.launch.local import ranks
-from mmlm.train.watchdog import GRACE, Watchdog
+from mmlm.train.watchdog import GRACE, START_STEPS, Watchdog
 from mmlm.world import World
 from tests.train.runs import SMALL
 
@@ -47,6 +47,24 @@ def test_waiting_for_the_pack_plan_is_no_hang(keypad_shards: Artifact, tmp_path:
         began = time.monotonic()
         ranks(1)("tests.train.targets:train_poisoned", {**arguments, "loss": 1.0, "hang": 5.0}, log=tmp_path / "logs")
     assert time.monotonic() - began > 30
+
+
+@pytest.mark.parametrize("target", ["mmlm.train.train:on_rank", "tests.train.targets:train_poisoned"])
+def test_a_start_that_hangs_is_ended_in_the_end(keypad_shards: Artifact, tmp_path: Path, target: str):
+    """In what comes before the loop, as the command runs it, and in the loop's own planning."""
+    shards = Path(shutil.copytree(keypad_shards.path, tmp_path / "shards"))
+    config = {**SMALL, "steps": 2, "data": {"batch": 12, "pack": {"kind": "best_fit"}}}
+    arguments: dict[str, Any] = {"config": config, "shards": str(shards), "out": str(tmp_path / "model")}
+    if target.startswith("tests"):
+        arguments |= {"ids": [], "loss": 1.0, "hang": 1.5}
+    else:
+        arguments |= {"where": {"hang_seconds": 1.5}}
+    (shards / FOLDER).mkdir(exist_ok=True)
+    with (shards / FOLDER / ".lock").open("w") as lock:  # of a process that never comes to an end
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(WorkLost, match=f"nothing came forward for {START_STEPS * 1.5:g} s in its start"):
+            ranks(1)(target, arguments, log=tmp_path / "model" / "logs")
+    assert "find_plan" in (tmp_path / "model" / "logs" / "rank-0.stacks").read_text()
 
 
 def test_a_long_look_is_no_hang_and_a_time_limit_leaves_room_for_it(keypad_shards: Artifact, tmp_path: Path):

@@ -13,6 +13,7 @@ Axes: V view, N view of the whole step, E embedding.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from mmlm.data.collate import Batch
 from mmlm.data.views import View, only_views, pad_rows, view, with_views
+from mmlm.model.flops import Shape
 from mmlm.train.config import ContrastiveConfig
 from mmlm.train.terms.term import Term
 
@@ -53,6 +55,16 @@ class Contrast:
 
     def views(self, batch: Batch) -> list[View]:
         return [view(batch, name) for name in self.modalities]
+
+    def shape(self, batch: Batch) -> Shape:
+        """What the widened `batch` asks of the model; its features are not copied for that."""
+        return Shape.of(self.widen(_without_features(batch)))
+
+    def shape_of_views(self, batch: Batch) -> Shape:
+        """What the views of `batch` alone ask of it."""
+        bare = _without_features(batch)
+        views = [one for one in self.views(bare) if len(one.record_V)]
+        return Shape.of(only_views(bare, views)) if views else Shape((), 0, read=0, prompts=())
 
     def widen(self, batch: Batch) -> Batch:
         """The batch with its views as further sequences."""
@@ -125,6 +137,11 @@ class Contrast:
                 each_A = torch.nn.functional.cross_entropy(score_AB, same_AB.long().argmax(1), reduction="none")
                 loss_N = loss_N.index_add(0, of_a, each_A / 2)
         return loss_N
+
+
+def _without_features(batch: Batch) -> Batch:
+    """The same rows of patches and mel frames, of no values."""
+    return replace(batch, patches_PD=batch.patches_PD[:, :0], mels_MD=batch.mels_MD[:, :0])
 
 
 def _gathered(mine: Table) -> tuple[Table, int]:
