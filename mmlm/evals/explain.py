@@ -11,33 +11,29 @@ what the embedded patch would be given where the stem is linear; and at the embe
 difference of the two log-probabilities (completeness); how well is measured, and more steps are taken until it is.
 
 Of a model that reads a pretrained encoder's features they are made at those, and summed over each of its tokens; saying
-nothing is then what the encoder makes of the picture in its own mean colour, or of silence.
+nothing is then what the encoder makes of the picture in its own mean colour, or of silence. A BERT-style encoder of text has
+its own table of tokens, and its own padding says nothing.
 
 Axes: n points on the way, L position, D width, P patch, M mel token, K field, F frame.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from mmlm.data.borders import kept_patches
-from mmlm.data.collate import IGNORE, Batch, collate, field_rows
+from mmlm.data.collate import Batch
 from mmlm.errors import ConfigError, DataError
 from mmlm.evals.answer import Answerer
+from mmlm.evals.log_probability import LogProbability
 from mmlm.evals.rollout import roll_out
 from mmlm.features.sample import Sample
-from mmlm.features.spec import ANSWER, AUDIO, EOS, FIELDS, IMAGE, PAD, SPECIAL_TOKENS, ImageSpec
-from mmlm.model.sampling import words_only
-from mmlm.model.transformer import Output
+from mmlm.features.spec import ANSWER, AUDIO, FIELDS, IMAGE, SPECIAL_TOKENS, ImageSpec
 
 STEPS = 64
 """Points on the way at first (Gauss-Legendre); doubled up to MOST while the sum is off by more than the tolerance."""
@@ -164,11 +160,11 @@ def explain(
     if sample.answer_at < 0:
         raise DataError("a piece of a long text has no answer to explain", wanted="a question")
     of, answer = _wanted(answerer, sample, label, text)
-    score = _LogProbability(answerer, sample, of, answer)
+    score = LogProbability(answerer, sample, of, answer)
     if not score.inputs:
         raise DataError(
             f"the model reads nothing of this question that an answer could be put down to ({type(answerer.model).__name__})",
-            wanted="a picture, a sound or fields, or a Transformer, lstm or gru, which read text",
+            wanted="a picture, a sound or fields, or a model that reads text: any but a cnn",
         )
     starts = score.starts(encode)
     found = list(score.inputs)
@@ -202,7 +198,7 @@ def _wanted(answerer: Answerer, sample: Sample, label: str | None, text: str | N
 
 
 def _integrate(
-    score: _LogProbability, starts: dict[str, torch.Tensor], steps: int
+    score: LogProbability, starts: dict[str, torch.Tensor], steps: int
 ) -> tuple[dict[str, np.ndarray], int, float]:
     """Attributions by name, without the axis of points; the steps that were taken; their sum."""
     try:
@@ -223,153 +219,6 @@ def _integrate(
             values = {n: x[0].detach().cpu().double().numpy() for n, x in zip(names, made, strict=True)}
             return values, steps, float(sum(x.sum() for x in values.values()))
         steps *= 2
-
-
-class _LogProbability:
-    """The score as a function of what enters the model: (n, …) tensors by name → (n,) log-probabilities."""
-
-    def __init__(self, answerer: Answerer, sample: Sample, of: str, answer: str) -> None:
-        self.model = cast(Any, answerer.model)
-        self.spec, self.device, self.of = answerer.spec, answerer.device, of
-        prompt = [*sample.tokens[: sample.answer_at].tolist(), ANSWER]
-        own = [*answerer.tokenizer.encode(answer), EOS] if of == "text" else []
-        self.sample = dataclasses.replace(sample, tokens=np.array([*prompt, *own], np.int32))
-        self._batches: dict[int, Batch] = {}
-        self.reads = hasattr(self.model, "tokens")
-        """Whether the model reads text at all."""
-        one = self.batch(1)
-        self.answer, self.task = answer, sample.task
-        number = self.spec.task(sample.task).number if of == "number" else None
-        self.scale = number[1] if number else 1.0
-        tokens_L = one.tokens_BT[one.valid_BT]
-        where = int(one.answer_at_R[0])
-        self.read = list(range(where, len(tokens_L) - 1)) if own else [where]
-        """Positions whose next token, or whose class, is the answer."""
-        self.prompt_text_L = (tokens_L >= len(SPECIAL_TOKENS)) & one.prompt_BT[one.valid_BT]
-        with torch.no_grad():
-            self.inputs: dict[str, torch.Tensor] = {}
-            if self.reads:
-                self.inputs["tokens"] = self.model.tokens(tokens_L)[None]
-            if len(one.patches_PD):
-                self.inputs["patches"] = one.patches_PD[None]
-            if len(one.mels_MD):
-                self.inputs["mels"] = one.mels_MD[None]
-            if len(one.values_K):
-                self.inputs["fields"] = self.model.fields(one.values_K[:, None], one.value_at_K)[None]
-
-    def batch(self, n: int) -> Batch:
-        """The question `n` times."""
-        if n not in self._batches:
-            self._batches[n] = collate([self.sample] * n, self.spec).to(self.device)
-        return self._batches[n]
-
-    @torch.no_grad()
-    def starts(self, encode: Callable[[Sample], None] | None) -> dict[str, torch.Tensor]:
-        """Where the way begins."""
-        found: dict[str, torch.Tensor] = {}
-        if self.reads:
-            pad_D = self.model.tokens(torch.tensor(PAD, device=self.device))
-            found["tokens"] = torch.where(self.prompt_text_L[None, :, None], pad_D, self.inputs["tokens"])
-        if "patches" in self.inputs:  # standardised: 0 is the mean of the picture
-            found["patches"] = torch.zeros_like(self.inputs["patches"])
-        if "mels" in self.inputs and self.spec.audio:
-            factor, offset = self.spec.audio.to_unit
-            found["mels"] = torch.full_like(self.inputs["mels"], self.spec.audio.silence * factor + offset)
-        found |= self._encoded_starts(encode)
-        if "fields" in self.inputs and self.spec.fields:
-            rows = field_rows(self.spec)
-            at = torch.tensor([rows[(name, "missing")] for name in self.spec.fields.names], device=self.device)
-            found["fields"] = self.model.fields(torch.ones(len(at), 1, device=self.device), at)[None]
-        return found
-
-    def _encoded_starts(self, encode: Callable[[Sample], None] | None) -> dict[str, torch.Tensor]:
-        """What the pretrained encoders make of pictures and sounds that say nothing."""
-        read = {"patches": self.spec.encoder("image"), "mels": self.spec.encoder("audio")}
-        names = [name for name, encoder in read.items() if encoder and name in self.inputs]
-        if not names:
-            return {}
-        if encode is None:
-            raise ConfigError(
-                "the model reads what pretrained encoders make of pictures and sounds, and none is given",
-                wanted="`encode`, which makes their features",
-            )
-        silence = self.spec.audio.silence if self.spec.audio else 0.0
-        empty = dataclasses.replace(
-            self.sample,
-            images=[_of_one_colour(picture) for picture in self.sample.images],
-            sounds=[np.full_like(mel, silence) for mel in self.sample.sounds],
-            features={},
-        )
-        encode(empty)
-        batch = collate([empty], self.spec).to(self.device)
-        rows = {"patches": batch.patches_PD, "mels": batch.mels_MD}
-        return {name: rows[name][None] for name in names}
-
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        given = dict(zip(self.inputs, inputs, strict=True))
-        n = len(inputs[0])
-        batch = self.batch(n)
-        if "patches" in given:
-            batch = dataclasses.replace(batch, patches_PD=given["patches"].flatten(0, 1))
-        if "mels" in given:
-            batch = dataclasses.replace(batch, mels_MD=given["mels"].flatten(0, 1))
-        with self._embedding(given.get("tokens")), _giving(self.model.fields, given.get("fields")):
-            output: Output = self.model(batch)
-        return self._text(output, batch, n) if self.of == "text" else self._head(output.label_RC.float())
-
-    @contextmanager
-    def _embedding(self, tokens_NLD: torch.Tensor | None) -> Iterator[None]:
-        """In here the model reads `tokens_NLD`. It may embed parts of a sequence, as often as its fusion wants."""
-        if tokens_NLD is None:
-            yield
-            return
-        flat, own = tokens_NLD.flatten(0, 1), self.model.embed
-
-        def embed(batch: Batch, keep_BT: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
-            with _giving(self.model.tokens, flat[keep_BT.flatten()]):
-                made: torch.Tensor = own(batch, keep_BT, *more, **named)
-            return made
-
-        self.model.embed = embed
-        try:
-            yield
-        finally:
-            del self.model.embed
-
-    def _head(self, head_NC: torch.Tensor) -> torch.Tensor:
-        task = self.spec.task(self.task)
-        if self.of == "number" and task.number:
-            return head_NC[:, self.spec.number_rows()[self.task]] * task.number[1] + task.number[0]
-        first, last = self.spec.label_offsets()[self.task]
-        own_NC = head_NC[:, first:last]
-        if self.of == "label":
-            each_NC = F.logsigmoid(own_NC) if task.multiple else own_NC.log_softmax(-1)
-            return each_NC[:, task.labels.index(self.answer)]
-        held_C = torch.tensor([label in self.answer.split(", ") for label in task.labels], device=self.device)
-        return F.logsigmoid(torch.where(held_C, own_NC, -own_NC)).sum(1)
-
-    def _text(self, output: Output, batch: Batch, n: int) -> torch.Tensor:
-        log_AV = words_only(output.answer_AV.float()).log_softmax(-1)
-        targets_A = batch.target_BT[batch.target_BT != IGNORE]
-        return log_AV.gather(1, targets_A[:, None]).view(n, -1).sum(1)
-
-
-@contextmanager
-def _giving(module: torch.nn.Module | None, rows: torch.Tensor | None) -> Iterator[None]:
-    """In here `module` gives `rows`, (…, D), whatever it is asked; what it makes beyond them stays."""
-    if module is None or rows is None:
-        yield
-        return
-    flat = rows.flatten(0, -2)
-
-    def replace(_: Any, __: Any, made: torch.Tensor) -> torch.Tensor:
-        return torch.cat([flat, made[len(flat) :]]).view_as(made)
-
-    handle = module.register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _parts(
@@ -458,12 +307,6 @@ def _picture(
         rolled[kept] = rolled_P
     grid = None if rolled_P is None else rolled.reshape(n, n)
     return PicturePart(picture_HWC, pixels, each.sum((2, 3, 4)), grid)
-
-
-def _of_one_colour(picture_HWC: np.ndarray) -> np.ndarray:
-    """The picture's own mean colour everywhere."""
-    mean_C = picture_HWC.mean((0, 1), keepdims=True)
-    return np.broadcast_to(np.rint(mean_C), picture_HWC.shape).astype(np.uint8)
 
 
 def _encoded_picture(picture_HWC: np.ndarray, each_P: np.ndarray, rolled_P: np.ndarray | None) -> PicturePart:

@@ -15,6 +15,8 @@ from tokenizers import models, normalizers, pre_tokenizers
 from mmlm.compress.classifier import Following, SequenceClassifier
 from mmlm.data.collate import Batch, pack
 from mmlm.errors import ConfigError
+from mmlm.evals.answer import Answerer
+from mmlm.evals.explain import explain
 from mmlm.features import spec as feature_spec
 from mmlm.features.sample import Sample
 from mmlm.features.spec import ANSWER, BOS, EOS, FeatureSpec, ImageSpec, TaskSpec
@@ -183,3 +185,36 @@ def test_a_classifier_of_other_classes_is_refused(tmp_path: Path):
     (folder / "config.json").write_text(json.dumps({**settings, "architectures": ["BertModel"]}))
     with pytest.raises(ConfigError, match="no sequence classifier"):
         SequenceClassifier(folder, spec, Tokenizer.load(shards))
+
+
+def test_an_answer_is_explained_by_the_words_that_the_encoder_read(tmp_path: Path):
+    """Integrated gradients by hand, along transformers' own embedded words, give the same."""
+    pytest.importorskip("captum")
+    folder = folder_of(tmp_path / "bert")
+    spec, shards = shards_of(tmp_path / "shards", (folder / "tokenizer.json").read_text())
+    given = TrainConfig.model_validate({"model": {"pretrained": {"folder": str(folder)}}})
+    net: Any = pretrained.build(pretrained.settled(given, shards).model, spec, shards).eval()
+    net.label.weight.data.mul_(40.0)
+    tokenizer = Tokenizer.load(shards)
+    answerer = Answerer.__new__(Answerer)
+    answerer.__dict__.update(model=net, spec=spec, tokenizer=tokenizer, device=torch.device("cpu"))
+    tokens = [BOS, *tokenizer.encode(TEXTS[0]), ANSWER]
+    asked = Sample("s", "verdict", np.array(tokens, np.int32), len(tokens) - 1, label="yes")
+    found = explain(answerer, asked, label="no")
+    assert found.complete and not found.rolled_out
+    assert [part.text.strip() for part in found.parts] == TEXTS[0].split()  # type: ignore[union-attr]
+    assert found.by_modality == {"text": pytest.approx(found.score - found.start, abs=found.tolerance)}
+
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(TEXTS[0], return_tensors="pt")["input_ids"]
+    table = net.encoder.get_input_embeddings()
+    real, start = table(ids).detach(), table(ids).detach()
+    start[:, 1:-1] = table.weight[0].detach()
+    total = torch.zeros_like(real)
+    for n in range(400):
+        here = (start + (n + 0.5) / 400 * (real - start)).requires_grad_()
+        hidden = net.encoder(inputs_embeds=here, attention_mask=torch.ones_like(ids)).last_hidden_state
+        net.label(hidden.mean(1)).log_softmax(-1)[0, 0].backward()
+        total += (here.grad * (real - start) / 400).detach()  # type: ignore[operator]
+    by_hand = total.sum(-1)[0, 1:-1].tolist()
+    assert max(map(abs, by_hand)) > 0.05
+    assert [part.attribution for part in found.parts] == pytest.approx(by_hand, abs=0.01)

@@ -43,6 +43,12 @@ class EncoderModel(FusedTransformer):
         nn.init.normal_(self.label.weight, std=0.02)
         nn.init.zeros_(self.label.bias)
 
+    @property
+    def words(self) -> nn.Embedding:
+        """The table of the encoder's own tokens."""
+        table: nn.Embedding = self.encoder.get_input_embeddings()
+        return table
+
     def set_up(self, *, recompute: int = 0, compiled: bool = False) -> None:
         if recompute or compiled:
             raise ConfigError("recompute or compile for an encoder", wanted="recompute: 0 and compile: false")
