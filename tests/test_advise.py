@@ -63,6 +63,31 @@ def test_the_kind_follows_from_data_and_tasks(given: Facts, kind: str):
     assert kind_of(given) == kind
 
 
+SMALL_PATCHES = ImageSpec(size=16, patch=4, channels=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "stem"),
+    [
+        (facts(630, 20_000, CLASSES, image=IMAGE), "hog"),
+        (facts(630, 20_000, CLASSES, WRITTEN, image=IMAGE, audio=AUDIO), "hog"),
+        (facts(2_000, 60_000, CLASSES, image=IMAGE), "hog"),
+        (facts(2_001, 60_000, CLASSES, image=IMAGE), None),  # enough to learn edges from
+        (facts(630, 20_000, CLASSES, audio=AUDIO), None),  # there is no picture
+        (facts(630, 20_000, CLASSES, image=SMALL_PATCHES), None),
+        (facts(630, 20_000, CLASSES, image=IMAGE, encoders={"image": READ}), None),  # no patch is read
+        (facts(630, 20_000, CLASSES, image=IMAGE, encoders={"image": READ.model_copy(update={"read": False})}), "hog"),
+    ],
+)
+def test_few_pictures_are_read_by_histograms(given: Facts, stem: str | None):
+    advice = advise(given, HERE, 8.0, cost)
+    assert advice.model.get("kind", "transformer") == "transformer"
+    assert advice.model.get("image_stem") == stem
+    told = [reason for reason in advice.reasons if "image_stem" in reason.choice]
+    assert [".548" in reason.source for reason in told] == [True] * (stem is not None)
+    assert count(parse(ModelConfig, advice.model, "test"), given.spec) > 0  # a train.yaml takes it
+
+
 @pytest.mark.parametrize("tokens", [1e5, 1e7, 1e8, 1e9, 1e11])
 def test_parameters_are_fed_by_twenty_tokens_each(tokens: float):
     given = facts(100_000, tokens, WRITTEN)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
 from mmlm.data.config import AugmentConfig
+from mmlm.features.image import opencv
 from mmlm.features.sample import Sample
 
 
@@ -24,6 +26,9 @@ def augment(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> 
 def _picture(x_HWC: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
     if config.flip and rng.random() < 0.5:
         x_HWC = x_HWC[:, ::-1]
+    if config.resamples:  # drawn only when asked for: what other settings draw stays as it was
+        degrees, zoom = rng.uniform(-config.turn, config.turn), rng.uniform(*np.log(config.zoom))
+        x_HWC = turned(x_HWC, degrees, math.exp(zoom))
     if config.shift:
         down, right = rng.integers(-config.shift, config.shift + 1, 2)
         n = config.shift
@@ -32,8 +37,24 @@ def _picture(x_HWC: np.ndarray, config: AugmentConfig, rng: np.random.Generator)
         x_HWC = padded[n + down : n + down + H, n + right : n + right + W]
     if config.contrast:
         factors = rng.uniform(1 - config.contrast, 1 + config.contrast, x_HWC.shape[-1])
-        x_HWC = np.clip(x_HWC * factors, 0, 255).astype(np.uint8)
+        made = np.clip(np.arange(256)[:, None] * factors, 0, 255).astype(np.uint8)  # what each value becomes
+        x_HWC = opencv().LUT(np.ascontiguousarray(x_HWC), made[None]).reshape(x_HWC.shape)
     return x_HWC
+
+
+def turned(x_HWC: np.ndarray, degrees: float, zoom: float) -> np.ndarray:
+    """The picture turned counterclockwise and enlarged about its middle in one bilinear resampling, as large as before; what
+    lies outside of it repeats its edge."""
+    cv2 = opencv()
+    H, W, _ = x_HWC.shape
+    down, right = (H - 1) / 2, (W - 1) / 2
+    c, s = (f(math.radians(degrees)) / zoom for f in (math.cos, math.sin))
+    # From a pixel of the new picture to where it lies in the old one. The middle of the outermost pixels is the centre, so that
+    # quarter turns of squares meet pixels exactly.
+    back = np.array([[c, -s, right - c * right + s * down], [s, c, down - s * right - c * down]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    found = cv2.warpAffine(np.ascontiguousarray(x_HWC), back, (W, H), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(found).reshape(x_HWC.shape)  # OpenCV leaves out an axis of one channel
 
 
 def _sound(x_FM: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:

@@ -9,6 +9,16 @@ from pydantic import AfterValidator, Field
 from mmlm.config import Config
 
 
+def _rising(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError("the smaller factor comes first")
+    return ends
+
+
+Factor = Annotated[float, Field(ge=0.1, le=10)]
+Zoom = Annotated[tuple[Factor, Factor], AfterValidator(_rising)]
+
+
 class AugmentConfig(Config):
     """Random changes to training samples; a pure function of (seed, position), so the same on any number of ranks."""
 
@@ -16,12 +26,22 @@ class AugmentConfig(Config):
     """Pictures are moved by up to this many pixels in both directions, their edge repeated."""
     flip: bool = False
     """Half of the pictures are mirrored left to right."""
+    turn: float = Field(0.0, ge=0, le=180)
+    """Pictures are turned by up to this many degrees either way about their middle, their edge repeated."""
+    zoom: Zoom = (1.0, 1.0)
+    """Pictures are enlarged by a factor between these two, evenly by its logarithm, about their middle; below 1 they become
+    smaller, their edge repeated."""
     contrast: float = Field(0.0, ge=0, lt=1)
     """Colour channels are scaled by factors from 1 - contrast to 1 + contrast."""
     time_mask: float = Field(0.0, ge=0, lt=1)
     """Up to this share of a sound's frames, in one run, is silenced."""
     mel_mask: int = Field(0, ge=0)
     """Up to this many neighbouring mel bins are silenced (SpecAugment, Park et al. 2019)."""
+
+    @property
+    def resamples(self) -> bool:
+        """Whether pictures are turned or zoomed."""
+        return self.turn > 0 or self.zoom != (1.0, 1.0)
 
 
 class NoPacking(Config):

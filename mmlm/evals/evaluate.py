@@ -36,7 +36,7 @@ from mmlm.progress import Progress
 from mmlm.storage import sha256_json, write_json
 from mmlm.tracking import NullTracker
 
-RECIPE = 1
+RECIPE = 2
 """Bumped when the same config, shards and models would give other rows."""
 CHUNK = 1024
 """Samples decoded at once."""

@@ -41,7 +41,9 @@ class HogStem(nn.Module):
     def forward(self, rows_PD: torch.Tensor, at_P: torch.Tensor) -> torch.Tensor:
         x_IHWC, place_P = pictures_of(rows_PD.float(), at_P, self.spec)
         there_IHW1 = pictures_of(torch.ones_like(rows_PD, dtype=torch.float32), at_P, self.spec)[0][..., :1]
-        cells = [self._edges(x_IHWC, there_IHW1), self._colours(x_IHWC).add(FAINT).sqrt(), self._means(x_IHWC)]
+        cells = [
+            edges(x_IHWC, self.cell, there_IHW1), colours(x_IHWC, self.cell).add(FAINT).sqrt(), means(x_IHWC, self.cell)
+        ]  # fmt: skip
         n, k = self.spec.size // self.spec.patch, self.spec.patch // self.cell
         features_INND = torch.cat(cells, -1)
         features_PD = (
@@ -50,44 +52,50 @@ class HogStem(nn.Module):
         features_PD = F.layer_norm(features_PD[place_P], features_PD.shape[1:])
         return self.out(features_PD.to(rows_PD.dtype))
 
-    def _means(self, x_IHWC: torch.Tensor) -> torch.Tensor:
-        """Of each cell, (I, N, N, channels)."""
-        return F.avg_pool2d(x_IHWC.movedim(-1, 1), self.cell).movedim(1, -1)
 
-    def _edges(self, x_IHWC: torch.Tensor, there_IHW1: torch.Tensor) -> torch.Tensor:
-        """(I, N, N, ORIENTATIONS): every channel's gradient votes, by its length, for the two orientations nearest."""
-        down, right = _slope(x_IHWC, there_IHW1, 1), _slope(x_IHWC, there_IHW1, 2)
-        length = (down.square() + right.square() + 1e-12).sqrt() - 1e-6  # smooth, and exactly 0 where nothing changes
-        at = torch.atan2(down, right + 1e-12 * (down == 0)) % torch.pi * (ORIENTATIONS / torch.pi)
-        away = (at[..., None] - torch.arange(ORIENTATIONS, device=at.device)).abs()
-        near = 1 - torch.minimum(away, ORIENTATIONS - away)
-        votes_INNB = self._means((near.clamp_min(0) * length[..., None]).sum(-2))
-        energy_INN1 = self._around(votes_INNB.square().sum(-1, keepdim=True))
-        return (votes_INNB / (energy_INN1 + FAINT**2).sqrt()).clamp_max(CLIP) / CLIP
-
-    @staticmethod
-    def _around(x_INN1: torch.Tensor) -> torch.Tensor:
-        """The sum of a cell and its eight neighbours."""
-        return 9 * F.avg_pool2d(x_INN1.movedim(-1, 1), 3, 1, 1).movedim(1, -1)
-
-    def _colours(self, x_IHWC: torch.Tensor) -> torch.Tensor:
-        """(I, N, N, levels to the power of the channels): shares of a cell's pixels, each between its nearest levels."""
-        levels = torch.tensor(LEVELS, device=x_IHWC.device)
-        share = (1 - (x_IHWC.clamp(LEVELS[0], LEVELS[-1])[..., None] - levels).abs()).clamp_min(0)
-        joint = share[..., 0, :]
-        for c in range(1, x_IHWC.shape[-1]):
-            joint = (joint[..., :, None] * share[..., None, c, :]).flatten(-2)
-        return self._means(joint)
+def means(x_IHWC: torch.Tensor, cell: int) -> torch.Tensor:
+    """Of each cell of `cell` pixels a side, (I, N, N, channels)."""
+    return F.avg_pool2d(x_IHWC.movedim(-1, 1), cell).movedim(1, -1)
 
 
-def _slope(x_IHWC: torch.Tensor, there_IHW1: torch.Tensor, along: int) -> torch.Tensor:
+def edges(x_IHWC: torch.Tensor, cell: int, there_IHW1: torch.Tensor | None = None) -> torch.Tensor:
+    """(I, N, N, ORIENTATIONS) of standardised pictures: every channel's gradient votes, by its length, for the two
+    orientations nearest. `there_IHW1`: 0 for pixels that are left out; None: there are none."""
+    down, right = _slope(x_IHWC, there_IHW1, 1), _slope(x_IHWC, there_IHW1, 2)
+    length = (down.square() + right.square() + 1e-12).sqrt() - 1e-6  # smooth, and exactly 0 where nothing changes
+    at = torch.atan2(down, right + 1e-12 * (down == 0)) % torch.pi * (ORIENTATIONS / torch.pi)
+    away = (at[..., None] - torch.arange(ORIENTATIONS, device=at.device)).abs()
+    near = 1 - torch.minimum(away, ORIENTATIONS - away)
+    votes_INNB = means((near.clamp_min(0) * length[..., None]).sum(-2), cell)
+    energy_INN1 = _around(votes_INNB.square().sum(-1, keepdim=True))
+    return (votes_INNB / (energy_INN1 + FAINT**2).sqrt()).clamp_max(CLIP) / CLIP
+
+
+def colours(x_IHWC: torch.Tensor, cell: int) -> torch.Tensor:
+    """(I, N, N, levels to the power of the channels): shares of a cell's pixels, each between its nearest levels."""
+    levels = torch.tensor(LEVELS, device=x_IHWC.device)
+    share = (1 - (x_IHWC.clamp(LEVELS[0], LEVELS[-1])[..., None] - levels).abs()).clamp_min(0)
+    joint = share[..., 0, :]
+    for c in range(1, x_IHWC.shape[-1]):
+        joint = (joint[..., :, None] * share[..., None, c, :]).flatten(-2)
+    return means(joint, cell)
+
+
+def _around(x_INN1: torch.Tensor) -> torch.Tensor:
+    """The sum of a cell and its eight neighbours."""
+    return 9 * F.avg_pool2d(x_INN1.movedim(-1, 1), 3, 1, 1).movedim(1, -1)
+
+
+def _slope(x_IHWC: torch.Tensor, there_IHW1: torch.Tensor | None, along: int) -> torch.Tensor:
     """Half the difference of the two neighbours of a pixel; 0 where one of them is not there."""
     size = x_IHWC.shape[along]
     after, before = x_IHWC.narrow(along, 2, size - 2), x_IHWC.narrow(along, 0, size - 2)
-    both = there_IHW1.narrow(along, 2, size - 2) * there_IHW1.narrow(along, 0, size - 2)
+    found = (after - before) / 2
+    if there_IHW1 is not None:
+        found = found * there_IHW1.narrow(along, 2, size - 2) * there_IHW1.narrow(along, 0, size - 2)
     padding = [0, 0, 0, 0, 0, 0]
     padding[2 * (3 - along)] = padding[2 * (3 - along) + 1] = 1
-    return F.pad((after - before) * both / 2, padding)
+    return F.pad(found, padding)
 
 
 def features_of(spec: ImageSpec) -> int:

@@ -56,3 +56,12 @@ def test_augmentation_leaves_the_sample_alone_and_stays_in_range():
     assert not (changed.images[0] == before[0]).all()
     again = augment(one, config, np.random.default_rng(1))
     assert (again.images[0] == changed.images[0]).all() and (again.sounds[0] == changed.sounds[0]).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_contrast_scales_each_channel(channels: int):
+    one = sample(1)
+    one.images = [np.random.default_rng(0).integers(0, 256, (16, 16, channels), dtype=np.uint8)]
+    found = augment(one, AugmentConfig(contrast=0.3), np.random.default_rng(2)).images[0]
+    factors = np.random.default_rng(2).uniform(0.7, 1.3, channels)
+    assert (found == np.clip(one.images[0] * factors, 0, 255).astype(np.uint8)).all()

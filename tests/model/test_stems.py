@@ -20,7 +20,7 @@ from mmlm.features.spec import IMAGE, AudioSpec, FeatureSpec, ImageSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.embeddings import Grid
 from mmlm.model.flops import Shape, forward_flops, training_flops
-from mmlm.model.hog import ORIENTATIONS, HogStem, features_of
+from mmlm.model.hog import ORIENTATIONS, HogStem, colours, edges, features_of
 from mmlm.model.stems import PictureConvolutions, SoundConvolutions
 from mmlm.model.transformer import FusedTransformer
 from tests.small import SPEC, sample
@@ -151,14 +151,13 @@ def bars(turn: float, shade: float = 1.0) -> torch.Tensor:
 
 
 def test_edges_are_told_apart_by_their_orientation_not_by_their_strength():
-    stem, there = HogStem(ImageSpec(size=16, patch=8, channels=1), 8), torch.ones(1, 16, 16, 1)
     for n in range(ORIENTATIONS):
         turn = math.pi * n / ORIENTATIONS
-        found = stem._edges(bars(turn), there)
+        found = edges(bars(turn), 8)
         assert (found.argmax(-1) == n).all(), n
-        assert torch.allclose(found, stem._edges(bars(turn, 0.5), there), atol=0.02)
-        assert torch.allclose(found, stem._edges(bars(turn + math.pi), there), atol=1e-3), "an edge has no direction"
-    flat = stem._edges(torch.full((1, 16, 16, 1), 0.7), there)
+        assert torch.allclose(found, edges(bars(turn, 0.5), 8), atol=0.02)
+        assert torch.allclose(found, edges(bars(turn + math.pi), 8), atol=1e-3), "an edge has no direction"
+    flat = edges(torch.full((1, 16, 16, 1), 0.7), 8, torch.ones(1, 16, 16, 1))
     assert not flat.any()
 
 
@@ -171,11 +170,10 @@ def test_slopes_of_histograms_are_finite_where_nothing_changes():
 
 
 def test_colours_are_shares_of_pixels_between_their_nearest_levels():
-    stem = HogStem(ImageSpec(size=16, patch=8, channels=3), 8)
     x = torch.randn(2, 16, 16, 3)
-    found = stem._colours(x)
+    found = colours(x, 8)
     assert found.shape == (2, 2, 2, 64) and torch.allclose(found.sum(-1), torch.ones(2, 2, 2), atol=1e-5)
-    one = stem._colours(torch.tensor([-1.5, 0.5, 0.0]).expand(1, 16, 16, 3))[0, 0, 0].view(4, 4, 4)
+    one = colours(torch.tensor([-1.5, 0.5, 0.0]).expand(1, 16, 16, 3), 8)[0, 0, 0].view(4, 4, 4)
     assert one[0, 2, 1] == 0.5 and one[0, 2, 2] == 0.5
 
 
