@@ -21,6 +21,8 @@ from mmlm.features.spec import AUDIO, FIELDS, IMAGE, PAD, AudioSpec, EncoderSpec
 Empty = Callable[[tuple[int, ...], Any], np.ndarray]
 IGNORE = -100
 """Target of a position that is not trained on."""
+FIXED = ((np.arange(256.0) - 127.5) / 63.75).astype(np.float32)[None]
+"""(1, 256): what each value of a picture becomes on a fixed scale."""
 _SLOTS = (IMAGE, AUDIO, FIELDS)
 
 
@@ -209,8 +211,8 @@ def _encoded_rows(
 def _patches(
     records: list[list[np.ndarray]], spec: ImageSpec | None, empty: Empty = np.empty
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per-picture standardised patches, (pictures * tokens, patch_dim), and their places; those that are left out are
-    standardised along, so that a picture looks alike with and without them."""
+    """Patches on the spec's scale, (pictures * tokens, patch_dim), and their places; those that are left out count for a
+    relative scale, so that a picture looks alike with and without them."""
     pictures = [x for record in records for x in record]
     if spec is None or not pictures:
         return np.zeros((0, spec.patch_dim if spec else 1), np.float32), np.zeros(0, np.int64)
@@ -219,7 +221,7 @@ def _patches(
     made = empty((len(pictures), spec.tokens, spec.patch_dim), np.float32)
     for x_HWC, x_PD in zip(pictures, made, strict=True):
         cut = x_HWC.reshape(n, p, n, p, spec.channels).transpose(0, 2, 1, 3, 4).reshape(spec.tokens, spec.patch_dim)
-        cv2.LUT(cut, _standardised(cv2, cut), dst=x_PD)
+        cv2.LUT(cut, FIXED if spec.scale == "fixed" else _standardised(cv2, cut), dst=x_PD)
     frames = np.array([n for record in records for n in range(len(record))], np.int64)
     at_PT = frames[:, None] * spec.tokens + np.arange(spec.tokens)
     if spec.padding == "keep":

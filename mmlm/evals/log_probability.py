@@ -21,7 +21,7 @@ from mmlm.data.collate import IGNORE, Batch, collate, field_rows
 from mmlm.errors import ConfigError
 from mmlm.evals.answer import Answerer
 from mmlm.features.sample import Sample
-from mmlm.features.spec import ANSWER, EOS, PAD, SPECIAL_TOKENS
+from mmlm.features.spec import ANSWER, EOS, PAD, SPECIAL_TOKENS, ImageSpec
 from mmlm.model.huggingface.encoder import MOVED, EncoderModel
 from mmlm.model.sampling import words_only
 from mmlm.model.transformer import Output
@@ -84,8 +84,8 @@ class LogProbability:
         found: dict[str, torch.Tensor] = {}
         if self.reads:
             found["tokens"] = torch.where(self.prompt_text_L[None, :, None], self._pad(), self.inputs["tokens"])
-        if "patches" in self.inputs:  # standardised: 0 is the mean of the picture
-            found["patches"] = torch.zeros_like(self.inputs["patches"])
+        if "patches" in self.inputs and self.spec.image:
+            found["patches"] = _of_mean_colour(self.inputs["patches"], self.batch(1).patch_at_P, self.spec.image)
         if "mels" in self.inputs and self.spec.audio:
             factor, offset = self.spec.audio.to_unit
             found["mels"] = torch.full_like(self.inputs["mels"], self.spec.audio.silence * factor + offset)
@@ -206,6 +206,17 @@ def _giving(module: torch.nn.Module | None, rows: torch.Tensor | None) -> Iterat
         yield
     finally:
         handle.remove()
+
+
+def _of_mean_colour(patches_1PD: torch.Tensor, at_P: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
+    """Every patch in the mean colour of its picture; on a relative scale in its mean, which is 0 there."""
+    made_1PD = torch.zeros_like(patches_1PD)
+    if spec.scale == "fixed":
+        for picture in (at_P // spec.tokens).unique():
+            here_P = at_P // spec.tokens == picture
+            pixels_NC = patches_1PD[0, here_P].reshape(-1, spec.channels)
+            made_1PD[0, here_P] = pixels_NC.mean(0).repeat(spec.patch**2)
+    return made_1PD
 
 
 def _of_one_colour(picture_HWC: np.ndarray) -> np.ndarray:

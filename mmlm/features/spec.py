@@ -29,6 +29,9 @@ class ImageSpec(Config):
     padding: Literal["keep", "drop"] = "keep"
     """`drop`: patches at two opposite edges that have but the colour of the corner, as what `pad` fills up with, become no
     tokens: a wide picture is then as long as its shape."""
+    scale: Literal["relative", "fixed"] = "relative"
+    """`relative`: a picture's own mean becomes 0 and its standard deviation 1, so that light and exposure say nothing. `fixed`:
+    black is -2 and white 2 in all of them, so that how bright a picture is, and of which colour, tells something, too."""
 
     @property
     def tokens(self) -> int:
@@ -168,14 +171,15 @@ class FeatureSpec(Config):
 
     @property
     def digest(self) -> str:
-        # without encoders, several classes at once, numbers and left-out padding it is what it was before there were any
+        # without encoders, several classes at once, numbers, padding left out and a fixed scale it is what it was before them
         data = self.model_dump(mode="json", exclude=None if self.encoders else {"encoders"})
         for task in data["tasks"]:
             for name, absent in (("multiple", False), ("number", None)):
                 if task[name] == absent:
                     del task[name]
-        if data["image"] and data["image"]["padding"] == "keep":
-            del data["image"]["padding"]
+        for name, usual in (("padding", "keep"), ("scale", "relative")):
+            if data["image"] and data["image"][name] == usual:
+                del data["image"][name]
         for encoder in data.get("encoders", {}).values():
             if not encoder["read"]:
                 del encoder["read"]

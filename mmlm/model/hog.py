@@ -22,7 +22,7 @@ CELL = 8
 CLIP = 0.3
 """What one orientation of a cell counts at most, of a neighbourhood's length 1 (as section 6.4 clips, there at 0.2)."""
 LEVELS = (-1.5, -0.5, 0.5, 1.5)
-"""Of a channel in a standardised picture: so many to the power of the channels colours."""
+"""Of a channel, on either scale of pictures: so many to the power of the channels colours."""
 FAINT = 1e-2
 """Keeps the noise of plain areas from being scaled up to edges, and the roots of rare colours from being steep."""
 
@@ -59,7 +59,7 @@ def means(x_IHWC: torch.Tensor, cell: int) -> torch.Tensor:
 
 
 def edges(x_IHWC: torch.Tensor, cell: int, there_IHW1: torch.Tensor | None = None) -> torch.Tensor:
-    """(I, N, N, ORIENTATIONS) of standardised pictures: every channel's gradient votes, by its length, for the two
+    """(I, N, N, ORIENTATIONS) of pictures on either scale: every channel's gradient votes, by its length, for the two
     orientations nearest. `there_IHW1`: 0 for pixels that are left out; None: there are none."""
     down, right = _slope(x_IHWC, there_IHW1, 1), _slope(x_IHWC, there_IHW1, 2)
     length = (down.square() + right.square() + 1e-12).sqrt() - 1e-6  # smooth, and exactly 0 where nothing changes

@@ -46,6 +46,20 @@ def test_slots_open_to_as_many_positions_as_features():
     assert batch.patches_PD[:4].mean().abs() < 1e-5  # standardised per picture
 
 
+def test_on_a_fixed_scale_a_picture_keeps_how_bright_it_is_and_of_which_colour():
+    assert SPEC.image is not None
+    fixed = SPEC.model_copy(update={"image": SPEC.image.model_copy(update={"scale": "fixed"})})
+    dark, light = sample(1, ("image",)), sample(1, ("image",))
+    dark.images[0] = dark.images[0] // 2
+    light.images[0] = 255 - dark.images[0]
+    of_dark, of_light = (collate([one], fixed).patches_PD for one in (dark, light))
+    assert of_dark.mean() < 0 and np.allclose(of_dark, -of_light, atol=1e-6)
+    p, n, (H, W, C) = SPEC.image.patch, SPEC.image.size // SPEC.image.patch, dark.images[0].shape
+    back_HWC = of_dark.reshape(n, n, p, p, C).permute(0, 2, 1, 3, 4).reshape(H, W, C)
+    assert np.allclose(back_HWC * 63.75 + 127.5, dark.images[0], atol=1e-4)
+    assert fixed.digest != SPEC.digest
+
+
 def test_augmentation_leaves_the_sample_alone_and_stays_in_range():
     one = sample(1)
     before = one.images[0].copy(), one.sounds[0].copy()

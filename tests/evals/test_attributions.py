@@ -175,6 +175,20 @@ def test_attributions_add_up_however_modalities_meet(form: dict[str, str], of: s
         assert np.exp(found.score) == pytest.approx(other.answer([sample])[0].label_scores["ne"], rel=1e-3)
 
 
+def test_on_a_fixed_scale_a_picture_says_nothing_in_its_mean_colour():
+    assert SPEC.image is not None
+    spec = SPEC.model_copy(update={"image": SPEC.image.model_copy(update={"scale": "fixed"})})
+    torch.manual_seed(1)
+    other = answering(weights.build(ModelConfig(width=32, layers=1, heads=2), spec))
+    other.spec = spec
+    sample, plain = crafted("corner", 1, 5), crafted("corner", 1, 5)
+    plain.images = [np.full_like(sample.images[0], 60)]
+    found = explain(other, sample, label="ne")
+    assert found.complete and found.by_modality["image"]
+    nothing = explain(other, plain, label="ne")  # of one colour: the way is a point
+    assert nothing.complete and nothing.by_modality["image"] == pytest.approx(0, abs=1e-6)
+
+
 def test_too_few_steps_are_made_more(answerer: Any):
     found = explain(answerer, crafted("corner", 1, 6), steps=2)
     assert found.complete and found.steps > 2

@@ -184,7 +184,7 @@ def test_without_encoders_nothing_changes(corpus, shards: Artifact, tmp_path: Pa
     for task in old["tasks"]:
         del task["multiple"], task["number"]
     if old["image"]:
-        del old["image"]["padding"]
+        del old["image"]["padding"], old["image"]["scale"]
     assert FeatureSpec.model_validate(old).digest == spec.digest == sha256_json(old)
     assert encoders.recipe(config.features, spec) == {}
     other = stored_samples(shards.path)

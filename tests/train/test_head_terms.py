@@ -140,7 +140,7 @@ def test_specs_without_such_tasks_keep_their_digest():
     data = SPEC.model_dump(mode="json", exclude={"encoders"})
     for task in data["tasks"]:
         assert task.pop("multiple") is False and task.pop("number") is None
-    assert data["image"].pop("padding") == "keep"
+    assert data["image"].pop("padding") == "keep" and data["image"].pop("scale") == "relative"
     from mmlm.storage import sha256_json
 
     assert SPEC.digest == sha256_json(data) != HEADED.digest

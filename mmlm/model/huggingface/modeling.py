@@ -102,7 +102,7 @@ class MmlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         **_: Any,
     ) -> MmlmOutput:
-        """`patches` (P, D) are flattened patches of standardised pictures and `patch_at` their numbers in the picture, row
+        """`patches` (P, D) are flattened patches of pictures on the spec's scale and `patch_at` their numbers in the picture, row
         by row; `mels` (M, D) rows of stacked log-mel frames and `mel_at` their numbers in the sound; `values` (K,)
         standardised numbers, and 1 for the category that is present, with the numbers `value_at` of their fields.
         """
