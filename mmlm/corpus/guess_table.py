@@ -12,8 +12,9 @@ from mmlm.corpus.columns import ANSWER, LABEL, QUESTION, ROWS, WELL_FILLED, Colu
 from mmlm.corpus.drafts import SPLIT_NAMES, Refusal, as_label
 from mmlm.corpus.elsewhere import filled
 from mmlm.corpus.guess import Guess, _listed, measure, text_sizes
+from mmlm.corpus.readers.delimited import csv_encoding
 from mmlm.corpus.readers.hf import TRANSCRIBE
-from mmlm.corpus.readers.rows import csv_encoding, read_rows
+from mmlm.corpus.readers.rows import read_rows
 from mmlm.corpus.records import Target
 from mmlm.corpus.select import find
 from mmlm.errors import DataError

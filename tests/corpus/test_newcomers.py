@@ -18,7 +18,7 @@ from mmlm.corpus import columns, guess_files
 from mmlm.corpus.config import ScanConfig
 from mmlm.corpus.explain import explain_files
 from mmlm.corpus.guess import Guess, look
-from mmlm.corpus.readers.rows import csv_encoding
+from mmlm.corpus.readers.delimited import csv_encoding
 from mmlm.corpus.scan import scan
 from mmlm.errors import DataError
 from mmlm.story import load

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlm.corpus.drafts import Refusal
-from mmlm.corpus.readers import rows
+from mmlm.corpus.readers import delimited, rows
 from mmlm.corpus.readers.rows import read_rows
 from mmlm.errors import DataError
 from tests.corpus.samples import Scan, png, write_lines
@@ -81,17 +81,19 @@ def test_a_csv_file_that_is_one_line_is_never_held_whole(tmp_path: Path) -> None
 def test_a_long_line_of_chinese_is_looked_at_in_little_memory(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"a,b\n1," + "猫狗".encode("gbk") * (6 << 20) + b"\n")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert rows.csv_encoding(tmp_path / "t.csv") == "gb18030"
+    assert delimited.csv_encoding(tmp_path / "t.csv") == "gb18030"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < 8 * (tmp_path / "t.csv").stat().st_size
 
 
 def test_a_csv_row_is_bounded_over_all_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "MAX_LINE", 100)
+    monkeypatch.setattr(delimited, "MAX_LINE", 100)
+    monkeypatch.setattr(delimited, "MAX_OVER_LINES", 100)
     long, lines = "x" * 101, "\n".join(["x" * 9] * 10)
     (tmp_path / "t.csv").write_text(f'a,b\n1,{long}\n2,y\n3,"{lines}"\n4,"{"x" * 90}\n"\n', newline="")
     refused = [r for r in read_rows(tmp_path / "t.csv", "t.csv") if isinstance(r, Refusal)]
-    assert [(r.source, r.reason) for r in refused] == [("t.csv:2", "too_large"), ("t.csv:13", "too_large")]
+    assert [(r.source, r.reason) for r in refused[:2]] == [("t.csv:2", "too_large"), ("t.csv:4", "too_large")]
+    assert [(r.source, r.reason) for r in refused[2:]] == [(f"t.csv:{n}", "bad_row") for n in range(5, 14)]
     assert [r["a"] for r in read(tmp_path / "t.csv") if isinstance(r, dict)] == ["2", "4"]
 
 

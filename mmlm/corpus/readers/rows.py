@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmlm.corpus.drafts import Refusal, other_encoding
+from mmlm.corpus.drafts import Refusal
+from mmlm.corpus.readers.delimited import MAX_LINE, read_csv
 from mmlm.errors import DataError
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-MAX_LINE = 64 << 20
-"""Bytes of the longest JSON line that is read, and characters of the longest item of a JSON list or row of a CSV file."""
 BATCH_BYTES = 64 << 20
 """Bytes of rows with pictures in them that are held at a time."""
 _CHUNK = 1 << 20
@@ -42,7 +39,7 @@ def read_rows(path: Path, shown: str) -> Iterator[Row | Refusal]:
         elif ending == ".json":
             yield from _json_list(path, shown)
         elif ending in (".csv", ".tsv"):
-            yield from _csv(path, shown)
+            yield from read_csv(path, shown)
         elif ending == ".parquet":
             yield from parquet_rows(path, shown)
         else:
@@ -255,112 +252,6 @@ def _is_row(line: bytes) -> bool:
         return isinstance(parse_json(line), dict)
     except ValueError:
         return False
-
-
-def _csv(path: Path, shown: str) -> Iterator[Row | Refusal]:
-    csv.field_size_limit(min(sys.maxsize, MAX_LINE))
-    encoding = csv_encoding(path)
-    # half a surrogate pair comes through and its row is refused, as what is not UTF-8 is
-    errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
-    with path.open(encoding=encoding, errors=errors, newline="") as f:
-        lines = _CsvLines(f)
-        try:
-            yield from _csv_rows(lines, shown, path.suffix.lower() == ".tsv")
-        except UnicodeDecodeError as error:
-            where = f"{shown}:{lines.number + 1}"
-            yield Refusal(where, "", "bad_encoding", f"not {error.encoding.upper()}; the rest is not read")
-
-
-def _csv_rows(lines: _CsvLines, shown: str, tabs: bool) -> Iterator[Row | Refusal]:
-    reader = csv.reader(lines, delimiter="\t" if tabs else max(",;\t|", key=lines.first().count))
-    try:
-        header = next(reader, None)
-    except _TooLarge as error:
-        yield Refusal(f"{shown}:1", "", "too_large", f"{error} where the names of the columns stand; nothing is read")
-        return
-    except csv.Error as error:
-        raise DataError(f"{shown}: {error}", wanted="a CSV file", cure="check its first line") from None
-    if not header:
-        return
-    # what is not UTF-8 in a name is escaped, since the cells under it may be sound
-    header = [name.encode("utf-8", "backslashreplace").decode() for name in header]
-    header = [name.strip() or f"column_{number}" for number, name in enumerate(header, 1)]
-    while True:
-        lines.begin_row()
-        try:
-            cells = next(reader, None)
-        except (csv.Error, _TooLarge) as error:
-            reason = "too_large" if isinstance(error, _TooLarge) else "bad_row"
-            yield Refusal(f"{shown}:{lines.number}", "", reason, str(error))
-            continue
-        if cells is None:
-            return
-        where = f"{shown}:{lines.number}"
-        if not cells:
-            continue
-        if len(cells) != len(header):
-            yield Refusal(where, "", "bad_row", f"{len(cells)} cells under {len(header)} columns")
-        elif any(not cell.isascii() and not _encodable(cell) for cell in cells):
-            yield Refusal(where, "", "bad_encoding", f"not {lines.encoding}")
-        else:
-            yield where, dict(zip(header, cells, strict=True))
-
-
-class _TooLarge(Exception):
-    """A row of a CSV file is longer than MAX_LINE. It comes out of the csv reader, which then begins a new row."""
-
-
-class _CsvLines:
-    """The lines of a CSV file for the csv reader, which asks for more of them as long as a quote is open.
-
-    Raises _TooLarge where a row would have more than MAX_LINE characters, and has then passed over that line.
-    """
-
-    def __init__(self, file: TextIO) -> None:
-        self.file, self.number, self.held = file, 0, 0
-        self.encoding = "UTF-16" if file.encoding == "utf-16" else "UTF-8"
-
-    def first(self) -> str:
-        """The first line, or its first MAX_LINE characters; it is not passed over."""
-        line = self.file.readline(MAX_LINE)
-        self.file.seek(0)
-        return line
-
-    def begin_row(self) -> None:
-        self.held = 0
-
-    def __iter__(self) -> _CsvLines:
-        return self
-
-    def __next__(self) -> str:
-        line = self.file.readline(MAX_LINE + 1)
-        if not line:
-            raise StopIteration
-        self.number += 1
-        self.held += len(line)
-        if self.held > MAX_LINE:
-            while line and line[-1] not in "\r\n":
-                line = self.file.readline(_CHUNK)
-            raise _TooLarge(f"a row of more than {MAX_LINE:,} characters")
-        return line
-
-
-def csv_encoding(path: Path) -> str:
-    """`utf-16` when the file begins with its mark, as "Unicode text" of a spreadsheet does, `gb18030` (which includes GBK) when
-    it is Chinese text in it, `cp1252` when it is Western European text in that, else `utf-8-sig`. Raises OSError."""
-    with path.open("rb") as f:
-        if f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return "utf-16"
-        f.seek(0)
-        return other_encoding(iter(lambda: f.readline(MAX_LINE), b"")) or "utf-8-sig"
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def parquet_rows(path: Path, shown: str) -> Iterator[Row | Refusal]:
