@@ -178,8 +178,9 @@ def _outcomes(config: ScanConfig, data: Path | str, curation: Curator) -> Iterat
         data, drop=config.on_bad_part == "drop_part", allow_remote=config.allow_remote, threads=min(8, 2 * cores()),
         video=config.allow_video,
     )  # fmt: skip
+    repeats: dict[int, int] = {}
     for source in config.sources:
-        yield from reader.look(curation.each(read_source(source, data)))
+        yield from reader.look(curation.each(read_source(source, data, repeats)))
 
 
 def _settled(

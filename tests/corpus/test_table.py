@@ -64,6 +64,24 @@ def test_the_order_of_lines_and_files_does_not_matter(tmp_path: Path, scanned: S
     assert one.artifact.digest == other.artifact.digest
 
 
+def test_a_row_without_an_id_in_two_sources_is_two_records(tmp_path: Path, scanned: Scan) -> None:
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(200)]
+    write_table(tmp_path / "train.csv", rows[:150])
+    write_table(tmp_path / "test.csv", rows[120:180])
+    ask = [{"task": "t", "text": "text", "label": "label"}]
+    train, test = ({"kind": "table", "files": f"{s}.csv", "split": s, "ask": ask} for s in ("train", "test"))
+    alone, both = scanned(tmp_path, train), scanned(tmp_path, train, test, error_budget=0.0)
+    assert both.counts["kept"] == 210 and both.counts["train_copies_of_held_out"] == 30
+    for name, record in alone.records.items():  # what is added renames nothing
+        assert both.records[name].content_hash == record.content_hash and both.records[name].source == "train.csv"
+    assert sum(r.split == "test" for r in both.records.values()) == 60
+    lines = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}]
+    for name in ("a", "b"):
+        write_lines(tmp_path / f"{name}.jsonl", lines)
+    chats = [{"kind": "chat", "files": f"{name}.jsonl", "split": "train"} for name in ("a", "b")]
+    assert scanned(tmp_path, *chats).counts["kept"] == 2
+
+
 def test_rows_without_ids_are_named_by_content_and_repeats_stay_together(tmp_path: Path, scanned: Scan) -> None:
     rows = [{"text": f"text {i % 20}", "label": "ab"[i % 2]} for i in range(40)]
     source = {"kind": "table", "files": "t.jsonl", "ask": [{"task": "t", "text": "text", "label": "label"}]}

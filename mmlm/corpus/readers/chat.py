@@ -36,12 +36,15 @@ _PLACEHOLDER = re.compile(r"\s?<(image|audio|video)>\s?")
 _LISTS = {"image": ("images", "image"), "audio": ("audios", "audio"), "video": ("videos", "video")}
 
 
-def read_chat(source: ChatSource, files: Iterable[tuple[str, Path]], data: str) -> Outcomes:
+def read_chat(
+    source: ChatSource, files: Iterable[tuple[str, Path]], data: str, repeats: dict[int, int] | None = None
+) -> Outcomes:
     """Drafts of every line of `files` ((name shown, path)).
 
+    `repeats`: how often each line without an id was seen, to be shared among sources.
     The last assistant turn is the target. Every message is a turn; those before the last question have negative numbers.
     """
-    repeats: dict[int, int] = {}
+    repeats = {} if repeats is None else repeats
     for shown, path in files:
         for row in read_rows(path, shown):
             if isinstance(row, Refusal):

@@ -76,8 +76,10 @@ def hf_files(source: HfSource, folder: Path) -> list[tuple[str, str]]:
     return sorted(found, key=lambda pair: pair[1])
 
 
-def read_hf(source: HfSource, folder: Path, data: str, need: Need = lambda path: path) -> Outcomes:
-    """Drafts of every row of the data set in `folder`; `need` gives a file with its content.
+def read_hf(
+    source: HfSource, folder: Path, data: str, need: Need = lambda path: path, repeats: dict[int, int] | None = None
+) -> Outcomes:
+    """Drafts of every row of the data set in `folder`; `need` gives a file with its content. `repeats`: see `read_asked`.
 
     Raises DataError when nothing says what is to be answered.
     """
@@ -101,7 +103,7 @@ def read_hf(source: HfSource, folder: Path, data: str, need: Need = lambda path:
             refused.append(one[1])
         yield from refused  # nothing else is there, and no question to be made up
         return
-    yield from read_asked(inferred(source, features), rows, data, by_content=True)
+    yield from read_asked(inferred(source, features), rows, data, True, repeats)
 
 
 def inferred(source: HfSource, features: Features) -> TableSource:

@@ -181,29 +181,33 @@ def _matching(source: Source, data: Path, pattern: str) -> Iterator[str]:
             raise DataError(f"there is no file {data / name}", wanted=f"a {source.kind} corpus", cure=_FETCH)
 
 
-def read_source(source: Source, data: Path | str) -> Outcomes:
-    """All drafts and refusals of a source, in the order of its sorted files."""
+def read_source(source: Source, data: Path | str, repeats: dict[int, int] | None = None) -> Outcomes:
+    """All drafts and refusals of a source, in the order of its sorted files.
+
+    `repeats`: how often each row without an id was seen. Where several sources are read, they share it, so that a row
+    that two of them hold is two records.
+    """
     pieces = None if isinstance(source, KeypadSource | DocumentsSource) else source.pieces
     trusted = _trusted(source)
-    for outcome in _read(source, data):
+    for outcome in _read(source, data, repeats):
         if isinstance(outcome, Draft) and (pieces or trusted):
             yield replace(outcome, pieces=pieces, trusted=trusted)
         else:
             yield outcome
 
 
-def _read(source: Source, data: Path | str) -> Outcomes:
+def _read(source: Source, data: Path | str, repeats: dict[int, int] | None) -> Outcomes:
     absolute = data if isinstance(data, str) else os.path.abspath(data)
     if isinstance(source, FolderSource):
         return read_folders(source, _tree(source, data))
     if isinstance(source, SidecarSource):
         return read_sidecar(source, _tree(source, data))
     if isinstance(source, HfSource):
-        return _read_hf(source, data, absolute)
+        return _read_hf(source, data, absolute, repeats)
     if isinstance(source, TableSource):
-        return read_table(source, _shown(opened(files_of(source, data), data)), absolute)
+        return read_table(source, _shown(opened(files_of(source, data), data)), absolute, repeats)
     if isinstance(source, WebDatasetSource):
-        return read_webdataset(source, opened(files_of(source, data), data), absolute)
+        return read_webdataset(source, opened(files_of(source, data), data), absolute, repeats)
     if isinstance(source, DocumentsSource):
         from mmlm.corpus.readers.documents import read_documents
 
@@ -217,12 +221,12 @@ def _read(source: Source, data: Path | str) -> Outcomes:
         name = f"{KEYPAD_FOLDER}/{KEYPAD_TABLE}"
         chat = ChatSource(kind="chat", files=[name], root=KEYPAD_FOLDER)
         return read_chat(chat, [(name, data / name)], absolute)
-    return read_chat(source, _shown(opened(files_of(source, data), data)), absolute)
+    return read_chat(source, _shown(opened(files_of(source, data), data)), absolute, repeats)
 
 
-def _read_hf(source: HfSource, data: Path | str, absolute: str) -> Outcomes:
+def _read_hf(source: HfSource, data: Path | str, absolute: str, repeats: dict[int, int] | None) -> Outcomes:
     with data_set(source, data) as (folder, need):
-        yield from read_hf(source, folder, absolute, need)
+        yield from read_hf(source, folder, absolute, need, repeats)
 
 
 @contextmanager

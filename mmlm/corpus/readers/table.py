@@ -32,24 +32,31 @@ from mmlm.storage import sha256_bytes, sha256_json
 _HALF = "a text with half a surrogate pair in it"
 
 
-def read_table(source: TableSource, files: Iterable[tuple[str, Path]], data: str) -> Outcomes:
-    """Drafts of every row of `files` ((name shown, path)), every question of `source.ask` counted.
+def read_table(
+    source: TableSource, files: Iterable[tuple[str, Path]], data: str, repeats: dict[int, int] | None = None
+) -> Outcomes:
+    """Drafts of every row of `files` ((name shown, path)), every question of `source.ask` counted. `repeats`: see `read_asked`.
 
     Raises DataError when a column that the map or a question names is in no row at all.
     """
     rows = ((shown, row, "") for shown, path in files for row in read_rows(path, shown))
-    yield from read_asked(source, rows, data)
+    yield from read_asked(source, rows, data, repeats=repeats)
 
 
 def read_asked(
-    source: TableSource, rows: Iterable[tuple[str, Row | Refusal, str]], data: str, by_content: bool = False
+    source: TableSource,
+    rows: Iterable[tuple[str, Row | Refusal, str]],
+    data: str,
+    by_content: bool = False,
+    repeats: dict[int, int] | None = None,
 ) -> Outcomes:
     """Drafts of `rows` ((source shown, row, its split or "")), as the map and the questions of `source` say.
 
+    `repeats`: how often each row without an id was seen, to be shared among sources: else their equal rows have one id.
     `by_content`: a row without a group is grouped by the content of its media, as long as one record is made of it.
     Raises DataError when a column that the map or a question names is in no row at all.
     """
-    reader = _Reader(source, data, by_content)
+    reader = _Reader(source, data, by_content, {} if repeats is None else repeats)
     shown: dict[str, None] = {}
     for name, row, split in rows:
         if len(shown) < 3:
@@ -64,11 +71,11 @@ def read_asked(
 class _Reader:
     """Reads rows; remembers which selectors ever found something, and how often each id-less row was seen."""
 
-    def __init__(self, source: TableSource, data: str, by_content: bool = False) -> None:
+    def __init__(self, source: TableSource, data: str, by_content: bool, repeats: dict[int, int]) -> None:
         self.source, self.data, self.root = source, data, source.root
         self.unseen = {s: s for s in _columns(source)}
         self.rows, self.columns = 0, set[str]()
-        self.repeats: dict[int, int] = {}
+        self.repeats = repeats
         names = [ask.task for ask in source.ask]
         alone = len(source.ask) == 1 and source.ask[0].each is None
         self.by_content = by_content and alone

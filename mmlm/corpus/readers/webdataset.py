@@ -41,7 +41,9 @@ Sample = tuple[str, Row | Refusal, str]
 """(tar shown, its row, its split)."""
 
 
-def read_webdataset(source: WebDatasetSource, files: Iterable[tuple[str, Path]], data: str) -> Outcomes:
+def read_webdataset(
+    source: WebDatasetSource, files: Iterable[tuple[str, Path]], data: str, repeats: dict[int, int] | None = None
+) -> Outcomes:
     """Drafts of every sample of `files` ((name shown, path)).
 
     Raises DataError when it cannot be inferred what is to be answered.
@@ -58,7 +60,7 @@ def read_webdataset(source: WebDatasetSource, files: Iterable[tuple[str, Path]],
         yield from (refusal for _, refusal, _ in peeked if isinstance(refusal, Refusal))
         return
     table = inferred(source, [row[1] for _, row, _ in islice(peeked, 10_000) if not isinstance(row, Refusal)])
-    yield from read_asked(table, chain(peeked, samples), data, by_content=True)
+    yield from read_asked(table, chain(peeked, samples), data, True, repeats)
 
 
 def inferred(source: WebDatasetSource, rows: list[dict[str, Any]]) -> TableSource:
