@@ -54,13 +54,17 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}([-_@]\w+)?")
 
 
 class Columns:
-    """The columns of a table (nested ones by their selectors) and what each of them is.
+    """The columns of tables that belong together (nested ones by their selectors) and what each of them is.
 
-    `free` are those without a role yet; `odd` those that are never used: row numbers, and names that are no selectors.
+    `tables` are the rows that are looked at of each. `free` are those without a role yet; `odd` those that are never used:
+    numbers of rows, and names that are no selectors.
     """
 
-    def __init__(self, data: Path, groups: list[tuple[str, str]], rows: list[dict[str, Any]], total: int) -> None:
-        self.data, self.groups, self.rows, self.total = data, groups, rows, total
+    def __init__(
+        self, data: Path, groups: list[tuple[str, str]], tables: list[list[dict[str, Any]]], total: int
+    ) -> None:
+        self.data, self.groups, self.tables, self.total = data, groups, tables, total
+        self.rows = rows = [row for table in tables for row in table]
         self.values = {c: [v for r in rows for v in find(r, c)[:1]] for c in flat_columns(rows)}
         self.values = {c: [v for v in vs if v != ""] for c, vs in self.values.items()}
         self.values = {c: vs for c, vs in self.values.items() if vs}
@@ -160,11 +164,19 @@ class Columns:
                 self.take(column)
                 break
         for column in [*self.named(_ID), *(c for c in self.single() if re.search(r"_id$|[a-z]I[dD]$", c))]:
-            if len(self.distinct(column)) == len(self.rows):
-                found["id"] = column
-                self.take(column)
-                break
+            if "id" not in found and len(self.distinct(column)) == len(self.rows):
+                found["id"] = self.take(column) or ""
+            elif self.unique(column):  # such as numbers that begin anew in each table
+                self.odd.append(self.take(column) or "")
         return found
+
+    def unique(self, column: str) -> bool:
+        """Whether no table has a value of the column twice, as it is with names and numbers of the rows."""
+        for rows in self.tables:
+            values = [str(v) for row in rows for v in find(row, column)[:1] if v != ""]
+            if len(set(values)) < len(values):
+                return False
+        return True
 
     def is_number(self, column: str) -> bool:
         texts = [t for t in self.texts(column) if t]
@@ -179,7 +191,7 @@ class Columns:
     def numbers_rows(self, column: str) -> bool:
         """Whether a column without a name of its own counts the rows, such as the index that pandas writes."""
         return bool(re.fullmatch(r"column_\d+|unnamed: ?\d+", column.strip().lower())) and (
-            self.is_number(column) and len(self.distinct(column)) == len(self.values[column])
+            self.is_number(column) and self.unique(column)
         )
 
     def label(self, likely: str = "") -> str | None:
@@ -270,8 +282,9 @@ class Columns:
         return [c for c in self.free if "[" not in c]
 
     def inputs(self) -> list[str]:
-        """Free columns that may be given to the model: not those that stand among answers, such as `labels.colour`."""
-        return [c for c in self.single() if c not in self.among_answers]
+        """Free columns that may be given to the model: not those that stand among answers, such as `labels.colour`, nor
+        those that are called as numbers of rows are."""
+        return [c for c in self.single() if c not in self.among_answers and last_of(c) not in _ID]
 
     def tells(self, column: str, label: str) -> bool:
         """Whether a column gives the label away: each of its values goes with one label only, or each label with one

@@ -42,8 +42,9 @@ def look_at_tables(data: Path, names: list[str]) -> Guess:
     groups, without = _with_target(groups, rows, likely or _target_of(data, groups, rows))
     if without:
         says.append(f"Left out, since nothing in it is labelled: {_listed(without)}.")
-    every = [r for name, _ in groups for r in rows[name]]
-    return _Table(data, groups, every, sum(totals[n] for n, _ in groups)).guess(likely, says)
+    return _Table(data, groups, [rows[name] for name, _ in groups], sum(totals[n] for n, _ in groups)).guess(
+        likely, says
+    )
 
 
 def _sampled_rows(data: Path, name: str) -> tuple[list[dict[str, Any]], int]:
@@ -87,7 +88,7 @@ def _target_of(data: Path, groups: list[tuple[str, str]], rows: dict[str, list[d
     if len(groups) == 1:
         return ""
     training = next((g for g in groups if g[1] == "train"), groups[0])
-    ask = _Table(data, [training], rows[training[0]], 0).guess("", []).scan["sources"][0]["ask"][0]
+    ask = _Table(data, [training], [rows[training[0]]], 0).guess("", []).scan["sources"][0]["ask"][0]
     return str(ask.get("label") or ask.get("answer") or "")
 
 

@@ -120,6 +120,29 @@ def test_tables_per_split(tmp_path: Path, scanned: Scan) -> None:
     assert made.counts["val"] > 0
 
 
+def test_numbers_of_rows_are_never_given_to_the_model(tmp_path: Path, scanned: Scan) -> None:
+    for name, n in (("train", 150), ("test", 60)):
+        rows = [
+            {
+                "": i,
+                "id": i,
+                "customer_id": 500 - i,
+                "number": i // 2,
+                "text": f"a {name} text {i}",
+                "label": "ab"[i % 2],
+            }
+            for i in range(n)
+        ]
+        write_csv(tmp_path / f"{name}.csv", rows)
+    guess = look(tmp_path)
+    assert guess.modalities == ("text",)
+    assert [source["map"] for source in guess.scan["sources"]] == [{}, {}]
+    assert any(line.startswith("Not used:") and "`id`" in line and "`customer_id`" in line for line in guess.says)
+    assert scan_guess(guess, scanned).counts["kept"] == 210
+    alone = look(tmp_path / "train.csv")
+    assert alone.scan["sources"][0]["map"] == {"id": "id"}
+
+
 def test_questions_and_answers(tmp_path: Path, scanned: Scan) -> None:
     rows = [{"question": f"what is {i}?", "answer": f"it is the number {i}"} for i in range(12)]
     (tmp_path / "qa.json").write_text(json.dumps({"data": rows}))
