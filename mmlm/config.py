@@ -182,7 +182,8 @@ def split_override(text: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
-_CREDENTIALS = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)[^/@\s]+@")
+# From the beginning of a word only, since the text may be a media cell of megabytes: each letter of it could begin a scheme.
+_CREDENTIALS = re.compile(r"(?<![\w+.-])(?=[\w+.-]*?[a-zA-Z])(?P<scheme>[\w+.-]*+://)[^/@\s]++@")
 
 
 def blank_credentials(text: str) -> str:

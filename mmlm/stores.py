@@ -25,7 +25,8 @@ CONNECT_SECONDS, READ_SECONDS = 20.0, 60.0
 """How long a store may take to answer, and to send the next bytes."""
 SLOWEST = 64 << 10
 """Bytes a second below which a download counts as stuck: a store could send a byte a minute for ever."""
-_QUERY = re.compile(r"((?:https?|s3|gs|gcs)://[^\s?'\"<>]+)\?[^\s'\"<>)]*")
+_QUERY = re.compile(r"(?=[^\s?'\"<>]*?(?:https?|s3|gs|gcs)://[^\s?'\"<>])([^\s?'\"<>]++)\?[^\s'\"<>)]*+|[^\s?'\"<>]++")
+"""A word that holds an address, and its query; or a word without one, passed over whole so that no part is looked at again."""
 _SIGNATURE = re.compile(
     r"(?i)(x-(amz|goog|oss|cos)-|awsaccesskeyid|googleaccessid|(access_?)?(token|key)=|api_?key|signature|sig=|s[eprtv]{1,2}=|"
     r"expires|policy|key-pair-id)"
@@ -80,7 +81,7 @@ class Stat:
 
 def blank(text: str) -> str:
     """`text` without credentials: neither `user:password@` nor the query of a (perhaps signed) address."""
-    return _QUERY.sub(r"\1?***", blank_credentials(text))
+    return _QUERY.sub(lambda found: f"{found[1]}?***" if found[1] else found[0], blank_credentials(text))
 
 
 def unsigned(uri: str) -> str:

@@ -33,6 +33,8 @@ CHUNK = 32
 """Files that one thread takes at a time; one by one, handing them over costs more than reading them."""
 LARGE = 32 << 20
 """Bytes from which on a local file is hashed piece by piece instead of being held in memory."""
+MAX_URI = 4096
+"""Characters of the longest address of a medium, as many as a path may have; what is longer is content, or rubbish."""
 MAX_PIECES = 10_000
 """Pieces of the longest sound that is cut; more than that is a header that lies."""
 
@@ -102,13 +104,17 @@ class MediaReader:
     def _read(self, key: tuple[str, str]) -> Seen | RefuseError:
         kind, uri = key
         try:
+            if len(uri) > MAX_URI:
+                raise RefuseError(
+                    "bad_name", f"an address of {len(uri):,} characters; at most {MAX_URI:,} are looked up"
+                )
             if kind == "video" and not self.video:
                 raise RefuseError("unsupported_kind", "a video, and allow_video is false")
             if is_remote(uri) and not self.allow_remote and (not uri.startswith(self.trusted) or "/../" in uri):
                 raise RefuseError("remote_uri", "it lies elsewhere; fetch it, or set allow_remote: true")
             return self._local_large(kind, uri) or self._header(kind, self._bytes(uri))
         except RefuseError as error:
-            return RefuseError(error.reason, f"{blank(uri)}: {error.detail}")
+            return RefuseError(error.reason, f"{blank(uri[:MAX_URI])}: {error.detail}")
 
     def _bytes(self, uri: str) -> bytes:
         try:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from mmlm.corpus.manifest_files import files_of, reading
 from mmlm.storage import sha256_bytes, sha256_json
 
 Kind = Literal["text", "image", "audio", "video", "fields"]
@@ -188,10 +188,10 @@ def read_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of all `records-*.parquet` in a manifest folder, in order of id; a row group at a time is in memory.
 
-    With `keep` only rows whose ids it answers with true, which `columns` must have.
+    With `keep` only rows whose ids it answers with true, which `columns` must have. Raises ArtifactError for a broken file.
     """
-    for path in sorted(manifest.glob("records-*.parquet")):
-        with pq.ParquetFile(path) as f:
+    for path in files_of(manifest):
+        with reading(path) as f:
             for number in range(f.num_row_groups):
                 for chunk in f.read_row_group(number, columns=columns).to_batches(max_chunksize=batch):
                     if keep:

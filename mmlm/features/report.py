@@ -13,7 +13,8 @@ from mmlm.features.text import Tokenizer
 
 # Letters of languages that are written without spaces: kana, Chinese characters, Hangul aside (Korean has spaces).
 _ALONE = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-_WORDS = re.compile(f"[{_ALONE}]|[^\\s{_ALONE}]*\\w[^\\s{_ALONE}]*")
+# A run is looked through from its beginning only: one of dashes would be from each of them.
+_WORDS = re.compile(f"[{_ALONE}]|(?<![^\\s{_ALONE}])[^\\w\\s{_ALONE}]*+[^\\W{_ALONE}][^\\s{_ALONE}]*+")
 
 
 def count_words(text: str) -> int:

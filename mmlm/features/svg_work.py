@@ -21,6 +21,8 @@ MAX_OCTAVES = 16
 """Octaves of one noise filter."""
 MAX_KERNEL = 81
 """Values of one convolution filter's matrix."""
+MAX_STYLE = 2 << 20
+"""Characters of all style sheets; what is longer than some thousand holds fonts or pictures."""
 LAYER = 40
 """A group that is drawn apart and laid over the rest: opacity, masks, clips, blend modes."""
 PRIMITIVE = 200
@@ -32,10 +34,11 @@ DASHES = 300
 MOST_DASHES = 1_000_000
 """Above this resvg draws no dashes at all."""
 
-_RULE = re.compile(r"([^{}]*)\{([^{}]*)\}")
+# Each looks at a character a few times only, whatever the document holds: none begins within what it has looked through.
+_RULE = re.compile(r"(?<![^{}])([^{}]*+)\{([^{}]*+)\}")
 _WORD = re.compile(r"[\w-]+|\*")
-_REFERENCE = re.compile(r"url\(\s*['\"]?\s*#([^)'\"\s]+)")
-_PROPERTY = re.compile(r"([\w-]+)\s*:\s*([^;]*)")
+_REFERENCE = re.compile(r"url\(\s*+(?:['\"]\s*+)?+#([^)'\"\s]+)")
+_PROPERTY = re.compile(r"(?<![\w-])([\w-]++)\s*+:\s*+([^;]*+)")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _APART = frozenset(("filter", "mask", "clip-path", "mix-blend-mode", "isolation"))
 _TELLING = _APART | {"opacity", "marker", "marker-mid", "stroke-dasharray"}
@@ -46,18 +49,23 @@ Context = tuple[int, float]
 
 
 class Work:
-    """Adds up the work of a parsed drawing. `of` raises SampleError `unsafe_svg` when it is too much."""
+    """Adds up the work of a parsed drawing. It and `of` raise SampleError `unsafe_svg` when it is too much."""
 
     def __init__(self, root: ET.Element, pixels: Mapping[int, int] | None = None) -> None:
         """`pixels`: id() of an element → pixels of the picture embedded in it, which is decoded at every use."""
         self.pixels = pixels or {}
         self.by_id: dict[str, ET.Element] = {}
         self.rules: list[tuple[set[str], dict[str, str], list[str]]] = []
+        sheets = []
         for element in root.iter():
             if name := element.get("id"):
                 self.by_id.setdefault(name, element)
             if name_of(element) == "style":
-                self.rules += _rules("".join(element.itertext()))
+                sheets.append("".join(element.itertext()))
+        if (size := sum(map(len, sheets))) > MAX_STYLE:
+            raise SampleError("unsafe_svg", f"style sheets of {size:,} characters", wanted=f"at most {MAX_STYLE:,}")
+        for sheet in sheets:
+            self.rules += _rules(sheet)
         self.known: dict[tuple[int, Context], int] = {}
         self.visits = 0
 

@@ -162,14 +162,33 @@ class Committer:
 
 
 def read_published(folder: Path) -> list[dict[str, Any]]:
-    """The units of a finished shard set as journal rows."""
+    """The units of a finished shard set as journal rows. Raises ArtifactError when its tables are missing or broken."""
     failed: dict[str, list[dict[str, str]]] = {}
-    for lost in pq.read_table(folder / QUARANTINE).to_pylist():
+    for lost in _read_table(folder / QUARANTINE, ["reason"]):
         failed.setdefault(lost.get("unit_id") or "", []).append(lost)
     rows = []
-    for row in pq.read_table(folder / MANIFEST).to_pylist():
+    for row in _read_table(folder / MANIFEST, ["path", "unit_id", "split", "generation", "index", "last_id"]):
         name = row["path"].removesuffix(".tar") or f"{row['split']}-{row['index']:05d}-{row['unit_id'][:8]}"
         rows.append({**row, "name": name, "quarantine": failed.get(row["unit_id"], [])})
+    return rows
+
+
+def _read_table(path: Path, columns: list[str]) -> list[dict[str, Any]]:
+    try:
+        table = pq.read_table(path)
+        found = f"has no column {missing[0]!r}" if (missing := sorted({*columns} - {*table.column_names})) else ""
+    except FileNotFoundError:
+        found = "is missing"
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the disk, not the file; Arrow's own have no number
+            raise
+        found = f"cannot be read ({' '.join(str(error).split())[:200]})"
+    if found:
+        raise ArtifactError(
+            f"{path} {found}", wanted="the table that the shard set was finished with",
+            cure=f"bring the file back, or remove {path.parent} and run shard again",
+        )  # fmt: skip
+    rows: list[dict[str, Any]] = table.to_pylist()
     return rows
 
 

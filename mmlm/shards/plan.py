@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import soundfile
 from PIL import features as pillow
 
+from mmlm.corpus.manifest_files import files_of, reading
 from mmlm.corpus.records import SCHEMA, SPLITS
 from mmlm.errors import DataError
 from mmlm.features.spec import FeatureSpec
@@ -133,8 +133,8 @@ def read_units(manifest: Path, slots: Iterable[Slot]) -> Iterator[Unit]:
     waiting = sorted(slots, key=lambda slot: slot.first_row, reverse=True)
     active: list[tuple[Slot, list[pa.Table]]] = []
     base = 0
-    for path in _files(manifest):
-        with pq.ParquetFile(path) as file:
+    for path in files_of(manifest):
+        with reading(path) as file:
             for number in range(file.num_row_groups):
                 count = file.metadata.row_group(number).num_rows
                 while waiting and waiting[-1].first_row < base + count:
@@ -165,13 +165,9 @@ def _is_key(table: pa.Table | pa.RecordBatch, key: Key) -> Any:
     )
 
 
-def _files(manifest: Path) -> list[Path]:
-    return sorted(manifest.glob("records-*.parquet"))
-
-
 def _batches(manifest: Path) -> Iterator[pa.RecordBatch]:
-    for path in _files(manifest):
-        with pq.ParquetFile(path) as file:
+    for path in files_of(manifest):
+        with reading(path) as file:
             if missing := set(_COLUMNS) - set(file.schema_arrow.names):
                 raise DataError(
                     f"{path} has no column {sorted(missing)[0]!r}: an older mmlm made it", cure="scan again"

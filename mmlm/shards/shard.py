@@ -12,6 +12,7 @@ from typing import Any
 
 from mmlm import artifacts, world
 from mmlm.artifacts import Artifact, Work
+from mmlm.corpus.manifest_files import require_whole
 from mmlm.corpus.records import read_records
 from mmlm.errors import ArtifactError, DataError
 from mmlm.features import spec as feature_spec
@@ -67,7 +68,8 @@ def shard(
     work from `config.ray_from` records on. A killed run is taken up where it stopped and gives the same bytes.
     `earlier`: the shard set of the corpus before it grew; its tokenizer stays, and its shards are taken over.
     `retry`: in a finished shard set, make the shards again that lost samples for this reason (or `all`).
-    Raises DataError when more samples fail than `config.error_budget` allows, or none was lost to `retry`.
+    Raises DataError when more samples fail than `config.error_budget` allows, or none was lost to `retry`; ArtifactError
+    when files of `manifest` are missing or broken.
     """
     work = artifacts.begin(
         Path(out),
@@ -81,7 +83,7 @@ def shard(
         },
     )
     if retry:
-        kept = _reopen(work, retry)
+        kept = _reopen(work, retry, manifest)
         earlier = None  # it lost the same samples
     elif work.artifact:
         _finish_closing(work, manifest)
@@ -100,7 +102,7 @@ def shard(
         work.release()
 
 
-def _reopen(work: Work, reason: str) -> Boundaries:
+def _reopen(work: Work, reason: str, manifest: Artifact) -> Boundaries:
     """Take the units that lost samples to `reason` out of the finished set; returns where its shards end."""
     if not work.artifact:
         work.release()
@@ -111,6 +113,7 @@ def _reopen(work: Work, reason: str) -> Boundaries:
         )
     work.lock()
     try:
+        require_whole(manifest.path, manifest.counts.get("kept"))  # while the finished set is still one
         kept = borders(read_published(work.path))
         reopen(work.path, reason)
         work.reopen()
@@ -145,6 +148,7 @@ def _finish_closing(work: Work, manifest: Artifact) -> None:
 
 
 def _make(config: ShardConfig, manifest: Artifact, work: Work, places: Places) -> Artifact:
+    require_whole(manifest.path, manifest.counts.get("kept"))
     tokenizer = find_tokenizer(manifest, config.features, work.path, places.earlier)
     spec = make_spec(manifest, config.features, tokenizer)
     tokenizer.save(work.path)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from mmlm import artifacts
 from mmlm.config import parse
+from mmlm.corpus.manifest_files import require_whole
 from mmlm.errors import ArtifactError, ConfigError
 from mmlm.features import spec as feature_spec
 from mmlm.features.text import FILE as TOKENIZER
@@ -47,7 +48,7 @@ def verify(path: Path | str) -> list[str]:
             read = index.read_bytes if index.is_file() else lambda: None
             problems += verify_shard(row, _blocks(tar) if tar.is_file() else None, read)
     problems += verify_packs(path, artifacts.read(path, "shards").digest, sum(row["samples"] for row in rows))
-    return [*problems, *not_listed((tar.name for tar in path.rglob("*.tar")), rows)]
+    return [*problems, *not_listed((tar.name for tar in path.glob("*.tar")), rows)]  # in folders lie sets of their own
 
 
 def verify_tables(path: Path) -> tuple[list[str], list[dict[str, Any]] | None]:
@@ -100,6 +101,7 @@ def rebuild(
             wanted="the same versions",
             cure="install those versions to rebuild",
         )
+    require_whole(source.path, source.counts.get("kept"))
     config = parse(ShardConfig, artifact.config, str(path / artifacts.NAME))
     rows = rows_of(path)
     written = [row for row in rows if row["path"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,17 @@ def test_spans_in_the_data(tmp_path: Path, scanned: Scan) -> None:
     assert made.reasons == {"t.jsonl:3": "bad_span", "t.jsonl:4": "bad_span", "t.jsonl:6": "missing_file"}
     assert made.records["0"].content_hash != made.records["1"].content_hash
     assert made.artifact.extra["media"]["audio_seconds"]["max"] == 4.0
+
+
+def test_a_cell_that_no_path_can_be_as_long_as_is_not_looked_up(tmp_path: Path, scanned: Scan) -> None:
+    fill(tmp_path, {"talk.wav": sound(1)})
+    longest = "./" * ((media.MAX_URI - 8) // 2) + "talk.wav"
+    cells = [longest, "a1" * (media.MAX_URI // 2) + "b", "a1" * 500_000, "https://" * 100_000]
+    write_lines(tmp_path / "t.jsonl", [{"id": str(i), "a": cell, "l": "y"} for i, cell in enumerate(cells)])
+    started = time.process_time()
+    made = scanned(tmp_path, TABLE)
+    assert time.process_time() - started < 10  # letter by letter it took hours
+    assert (set(made.records), made.reasons) == ({"0"}, {f"t.jsonl:{line}": "bad_name" for line in (2, 3, 4)})
 
 
 def test_large_files_are_hashed_without_being_held(

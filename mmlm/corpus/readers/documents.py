@@ -29,7 +29,7 @@ from mmlm.storage import sha256_bytes
 _MARKDOWN = (".md", ".markdown")
 _HTML = (".html", ".htm", ".xhtml")
 _WARC = (".warc", ".warc.gz")
-_HEADING = re.compile(r"^#{1,6}[ \t]+(.+?)[ \t#]*$", re.M)
+_HEADING = re.compile(r"^#{1,6}([ \t].*)$", re.M)
 _FENCE = re.compile(r"^(```|~~~)[^\n]*\n.*?^\1", re.M | re.S)
 _TITLE = re.compile(r"^title:[ \t]*(.+)$", re.M)
 _CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w-]{1,40})", re.I)
@@ -129,11 +129,21 @@ def _document(
     fences = [m.span() for m in _FENCE.finditer(text)]
     ends = [end for _, end in fences]
     headings = []
-    for match in _HEADING.finditer(text):
-        at = bisect_right(ends, match.start())
-        if at == len(fences) or match.start() < fences[at][0]:
-            headings.append((match.start(), match[1]))
+    for offset, heading in headings_of(text):
+        at = bisect_right(ends, offset)
+        if at == len(fences) or offset < fences[at][0]:
+            headings.append((offset, heading))
     return Document(shown, title or (headings[0][1] if headings else ""), text, tuple(headings))
+
+
+def headings_of(text: str) -> Iterator[tuple[int, str]]:
+    """(offset, heading) of each Markdown heading with signs before it, its closing signs left out; code is not told apart."""
+    for match in _HEADING.finditer(text):
+        told = match[1].lstrip(" \t")
+        # what consists of nothing else keeps one character
+        heading = told.rstrip(" \t#") or told[:1] or match[1][1:][-1:]
+        if heading:
+            yield match.start(), heading
 
 
 def decode_html(data: bytes, charset: str = "") -> str:
