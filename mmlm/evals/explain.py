@@ -155,7 +155,8 @@ def explain(
     """Explain the answer that `answerer` gives to `sample`, or another `label` or `text` as if it were given.
 
     `encode` puts the features of pretrained encoders into a sample; wanted where the model reads such features.
-    Raises ConfigError when Captum is not installed or the task has no such label, DataError for a piece of a text.
+    Raises ConfigError when Captum is not installed, the task has no such label or the model writes no text, DataError for a
+    piece of a text.
     """
     if sample.answer_at < 0:
         raise DataError("a piece of a long text has no answer to explain", wanted="a question")
@@ -189,12 +190,24 @@ def _wanted(answerer: Answerer, sample: Sample, label: str | None, text: str | N
     if label is not None:
         return "label", label
     if text is not None:
+        _require_words(answerer, sample, labels)
         return "text", text
     given = answerer.answer([sample])[0]
-    if task is None or task.has_text:
+    written = task is None or (task.has_text and answerer.model.generates)
+    kind = "number" if task and task.number else "labels" if task and task.multiple else "label" if labels else "text"
+    if written or kind == "text":
+        _require_words(answerer, sample, labels)
         return "text", given.answer
-    kind = "number" if task.number else "labels" if task.multiple else "label" if labels else "text"
     return kind, given.answer
+
+
+def _require_words(answerer: Answerer, sample: Sample, labels: Sequence[str]) -> None:
+    if not answerer.model.generates:
+        raise ConfigError(
+            f"a text is to be explained of a model that writes nothing ({type(answerer.model).__name__})",
+            wanted=f"a class of the task {sample.task}: {', '.join(labels[:20])}" if labels else "its number",
+            cure="name one with --label, or ask without --answer" if labels else "ask without --answer",
+        )
 
 
 def _integrate(
