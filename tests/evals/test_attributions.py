@@ -321,6 +321,20 @@ def test_an_encoder_has_its_classes_explained_and_no_text(has_text: bool):
     assert found.of == "label" and found.complete and found.answer == other.answer([sample])[0].label
 
 
+def test_a_set_of_classes_is_explained_by_its_probability_whatever_they_are_called():
+    """As printed, "fast, cheap" looks like two classes."""
+    tasks = [TaskSpec(name="corner", labels=["cheap", "fast, cheap", "good"], multiple=True)]
+    spec, sample = SPEC.model_copy(update={"tasks": tasks}), crafted("corner", 0, 1)
+    torch.manual_seed(0)
+    other = answering(weights.build(ModelConfig(width=32, layers=1, heads=2), spec), spec)
+    with torch.no_grad():
+        other.model.label.bias.copy_(torch.tensor([-4.0, 4.0, 4.0]))
+    answer = other.answer([sample])[0]
+    found = explain(other, sample)
+    assert (found.of, found.answer, answer.labels) == ("labels", "fast, cheap, good", ["fast, cheap", "good"])
+    assert found.complete and np.exp(found.score) == pytest.approx(answer.score, rel=1e-3)
+
+
 def test_a_text_of_a_cnn_is_not_explained():
     net = weights.build(CnnConfig(channels=(8,), width=16), SPEC)
     with pytest.raises(ConfigError, match=r"writes nothing \(CnnModel\).*--label"):
