@@ -155,12 +155,13 @@ def explain(
     """Explain the answer that `answerer` gives to `sample`, or another `label` or `text` as if it were given.
 
     `encode` puts the features of pretrained encoders into a sample; wanted where the model reads such features.
-    Raises ConfigError when Captum is not installed or the task has no such label, DataError for a piece of a text.
+    Raises ConfigError when Captum is not installed, the task has no such label or the model writes no text, DataError for a
+    piece of a text.
     """
     if sample.answer_at < 0:
         raise DataError("a piece of a long text has no answer to explain", wanted="a question")
-    of, answer = _wanted(answerer, sample, label, text)
-    score = LogProbability(answerer, sample, of, answer)
+    of, answer, held = _wanted(answerer, sample, label, text)
+    score = LogProbability(answerer, sample, of, answer, held)
     if not score.inputs:
         raise DataError(
             f"the model reads nothing of this question that an answer could be put down to ({type(answerer.model).__name__})",
@@ -177,7 +178,8 @@ def explain(
     return Explanation(answer, of, end, begin, total - (end - begin), steps, rows is not None, parts, score.scale)
 
 
-def _wanted(answerer: Answerer, sample: Sample, label: str | None, text: str | None) -> tuple[str, str]:
+def _wanted(answerer: Answerer, sample: Sample, label: str | None, text: str | None) -> tuple[str, str, Sequence[str]]:
+    """What is explained, as text, its kind before it and behind it the classes that hold, where several may."""
     if label is not None and text is not None:
         raise ConfigError("both a label and a text to explain", wanted="one of them")
     task = next((t for t in answerer.spec.tasks if t.name == sample.task), None)
@@ -187,14 +189,26 @@ def _wanted(answerer: Answerer, sample: Sample, label: str | None, text: str | N
             f"the task {sample.task} has no class {label!r}", wanted=f"one of {', '.join(labels[:20]) or 'none'}"
         )
     if label is not None:
-        return "label", label
+        return "label", label, ()
     if text is not None:
-        return "text", text
+        _require_words(answerer, sample, labels)
+        return "text", text, ()
     given = answerer.answer([sample])[0]
-    if task is None or task.has_text:
-        return "text", given.answer
-    kind = "number" if task.number else "labels" if task.multiple else "label" if labels else "text"
-    return kind, given.answer
+    written = task is None or (task.has_text and answerer.model.generates)
+    kind = "number" if task and task.number else "labels" if task and task.multiple else "label" if labels else "text"
+    if written or kind == "text":
+        _require_words(answerer, sample, labels)
+        return "text", given.answer, ()
+    return kind, given.answer, given.labels or ()
+
+
+def _require_words(answerer: Answerer, sample: Sample, labels: Sequence[str]) -> None:
+    if not answerer.model.generates:
+        raise ConfigError(
+            f"a text is to be explained of a model that writes nothing ({type(answerer.model).__name__})",
+            wanted=f"a class of the task {sample.task}: {', '.join(labels[:20])}" if labels else "its number",
+            cure="name one with --label, or ask without --answer" if labels else "ask without --answer",
+        )
 
 
 def _integrate(

@@ -9,7 +9,7 @@ Axes: N copies of the question, T position of a batch, L position of the questio
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -30,7 +30,8 @@ from mmlm.model.transformer import Output
 class LogProbability:
     """The score as a function of what enters the model: (n, …) tensors by name → (n,) log-probabilities."""
 
-    def __init__(self, answerer: Answerer, sample: Sample, of: str, answer: str) -> None:
+    def __init__(self, answerer: Answerer, sample: Sample, of: str, answer: str, held: Collection[str] = ()) -> None:
+        """`held`: where `of` is `labels`, the classes that hold."""
         self.model = cast(Any, answerer.model)
         self.spec, self.device, self.of = answerer.spec, answerer.device, of
         prompt = [*sample.tokens[: sample.answer_at].tolist(), ANSWER]
@@ -40,7 +41,7 @@ class LogProbability:
         self.reads = isinstance(self.model, EncoderModel) or hasattr(self.model, "tokens")
         """Whether the model reads text at all."""
         one = self.batch(1)
-        self.answer, self.task = answer, sample.task
+        self.answer, self.held, self.task = answer, held, sample.task
         number = self.spec.task(sample.task).number if of == "number" else None
         self.scale = number[1] if number else 1.0
         tokens_L = one.tokens_BT[one.valid_BT]
@@ -149,7 +150,7 @@ class LogProbability:
         if self.of == "label":
             each_NC = F.logsigmoid(own_NC) if task.multiple else own_NC.log_softmax(-1)
             return each_NC[:, task.labels.index(self.answer)]
-        held_C = torch.tensor([label in self.answer.split(", ") for label in task.labels], device=self.device)
+        held_C = torch.tensor([label in self.held for label in task.labels], device=self.device)
         return F.logsigmoid(torch.where(held_C, own_NC, -own_NC)).sum(1)
 
     def _text(self, output: Output, batch: Batch, n: int) -> torch.Tensor:

@@ -21,7 +21,8 @@ from mmlm.model.cross_entropy import AnswerHead, AnswerLoss, Lead
 DEFAULT = "default"
 """Name of the adapter that a training makes."""
 PARTS = "adapter_parts"
-"""Attribute of a model: adapter → tensors of what was trained along with it, by name."""
+"""Attribute of a model: adapter → tensors of what was trained along with it, by the names of a model without adapters. None →
+what the base has in their places, of these parts alone."""
 TRUNK = ("tokens", "blocks", "norm", "answer", "encoder")
 """What a pretrained trunk brings along."""
 
@@ -95,8 +96,8 @@ def adapted_maps(model: nn.Module, *, all_maps: bool = False) -> list[str]:
 
 
 def switch(model: nn.Module, name: str | None) -> None:
-    """Make the adapter `name` the active one, with the parts that were trained along with it; or none, which leaves those
-    parts as they are. Raises ConfigError when there is no such adapter."""
+    """Make the adapter `name` the active one, with the parts that were trained along with it; or none. Where an adapter has no
+    parts of its own, the base's are. Raises ConfigError when there is no such adapter."""
     if name is not None and name not in names(model):
         raise ConfigError(
             f"the model has no adapter {name!r}", wanted=", ".join(names(model)) or "a model with adapters",
@@ -106,9 +107,12 @@ def switch(model: nn.Module, name: str | None) -> None:
         layer.enable_adapters(name is not None)
         if name is not None:
             layer.set_adapter(name)
-    parts = getattr(model, PARTS, {}).get(name)
-    if parts:
-        model.load_state_dict(parts, strict=False)
+    parts = getattr(model, PARTS, {})
+    wanted = {**parts.get(None, {}), **parts.get(name, {})}
+    if wanted:
+        # a map that another adapter lies on has moved below `base_layer`
+        here = {key.replace(".base_layer.", "."): key for key in model.state_dict()}
+        model.load_state_dict({here[key]: part for key, part in wanted.items() if key in here}, strict=False)
 
 
 def names(model: nn.Module) -> list[str]:
@@ -131,6 +135,7 @@ def merge(model: nn.Module) -> None:
                 if not layer.disable_adapters:
                     layer.merge()
                 setattr(parent, child, layer.get_base_layer())
+    vars(model).pop(PARTS, None)
 
 
 def own_names(state: Mapping[str, torch.Tensor], name: str = DEFAULT) -> dict[str, torch.Tensor]:
@@ -156,9 +161,12 @@ def load(model: nn.Module, found: Mapping[str, torch.Tensor], name: str) -> None
                 wanted=f"{tuple(parameter.shape)}", cure="use the adapter of this model",
             )  # fmt: skip
         parameter.data.copy_(given)
-    if not hasattr(model, PARTS):
-        setattr(model, PARTS, {})
-    getattr(model, PARTS)[name] = {key: value for key, value in found.items() if ".lora_" not in key}
+    switch(model, None)
+    parts: dict[str | None, dict[str, torch.Tensor]] = getattr(model, PARTS, {None: {}})
+    parts[name] = base_names(found)
+    own = base_names(model.state_dict())
+    parts[None] |= {key: own[key].clone() for key in parts[name] if key in own and key not in parts[None]}
+    setattr(model, PARTS, parts)
     switch(model, name)
 
 

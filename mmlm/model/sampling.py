@@ -38,7 +38,9 @@ def shares(logits_BV: torch.Tensor, config: GenerationConfig) -> tuple[torch.Ten
 
     Temperature first, then top-k, top-p and min-p, each on what the one before has left.
     """
-    logits_BV = logits_BV / config.temperature
+    # The most probable token stays at 0 however small the temperature is, of which even the inverse must be finite.
+    temperature = max(config.temperature, torch.finfo(logits_BV.dtype).tiny)
+    logits_BV = (logits_BV - logits_BV.amax(-1, True)) / temperature
     if config.top_k is None and config.top_p == 1:
         share_BV = logits_BV.softmax(-1)
         if config.min_p:

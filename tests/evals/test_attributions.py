@@ -105,10 +105,10 @@ def answerer() -> Any:
     return answering(net)
 
 
-def answering(net: FusedTransformer) -> Any:
+def answering(net: FusedTransformer, spec: FeatureSpec = SPEC) -> Any:
     """An Answerer without a folder."""
     found = Answerer.__new__(Answerer)
-    parts = SimpleNamespace(model=net.eval(), spec=SPEC, tokenizer=Letters(), device=torch.device("cpu"))
+    parts = SimpleNamespace(model=net.eval(), spec=spec, tokenizer=Letters(), device=torch.device("cpu"))
     found.__dict__.update(parts.__dict__)
     return found
 
@@ -179,8 +179,7 @@ def test_on_a_fixed_scale_a_picture_says_nothing_in_its_mean_colour():
     assert SPEC.image is not None
     spec = SPEC.model_copy(update={"image": SPEC.image.model_copy(update={"scale": "fixed"})})
     torch.manual_seed(1)
-    other = answering(weights.build(ModelConfig(width=32, layers=1, heads=2), spec))
-    other.spec = spec
+    other = answering(weights.build(ModelConfig(width=32, layers=1, heads=2), spec), spec)
     sample, plain = crafted("corner", 1, 5), crafted("corner", 1, 5)
     plain.images = [np.full_like(sample.images[0], 60)]
     found = explain(other, sample, label="ne")
@@ -307,6 +306,39 @@ def test_a_question_of_which_nothing_is_read_is_refused():
     words = Sample("w", "word", np.array([BOS, 9, 10, ANSWER], np.int32), 3, label="w0")
     with pytest.raises(DataError, match=r"reads nothing of this question.*CnnModel"):
         explain(answering(net), words, label="w0")
+
+
+@pytest.mark.parametrize("has_text", [False, True])
+def test_an_encoder_has_its_classes_explained_and_no_text(has_text: bool):
+    """Its head decides as well where a task has texts beside its classes."""
+    tasks = [TaskSpec(name="corner", labels=TASKS["corner"], has_text=has_text)]
+    spec, sample = SPEC.model_copy(update={"tasks": tasks}), crafted("corner", 0, 1)
+    torch.manual_seed(0)
+    other = answering(weights.build(ModelConfig(width=32, layers=1, heads=2, layout="encoder"), spec), spec)
+    with pytest.raises(ConfigError, match=r"writes nothing.*wanted a class of the task corner: nw, ne.*--label"):
+        explain(other, sample, text="abc")
+    found = explain(other, sample)
+    assert found.of == "label" and found.complete and found.answer == other.answer([sample])[0].label
+
+
+def test_a_set_of_classes_is_explained_by_its_probability_whatever_they_are_called():
+    """As printed, "fast, cheap" looks like two classes."""
+    tasks = [TaskSpec(name="corner", labels=["cheap", "fast, cheap", "good"], multiple=True)]
+    spec, sample = SPEC.model_copy(update={"tasks": tasks}), crafted("corner", 0, 1)
+    torch.manual_seed(0)
+    other = answering(weights.build(ModelConfig(width=32, layers=1, heads=2), spec), spec)
+    with torch.no_grad():
+        other.model.label.bias.copy_(torch.tensor([-4.0, 4.0, 4.0]))
+    answer = other.answer([sample])[0]
+    found = explain(other, sample)
+    assert (found.of, found.answer, answer.labels) == ("labels", "fast, cheap, good", ["fast, cheap", "good"])
+    assert found.complete and np.exp(found.score) == pytest.approx(answer.score, rel=1e-3)
+
+
+def test_a_text_of_a_cnn_is_not_explained():
+    net = weights.build(CnnConfig(channels=(8,), width=16), SPEC)
+    with pytest.raises(ConfigError, match=r"writes nothing \(CnnModel\).*--label"):
+        explain(answering(net), crafted("corner", 0, 1), text="abc")
 
 
 def test_a_model_without_words_is_given_no_choices():

@@ -135,6 +135,41 @@ def test_several_adapters_lie_on_one_model():
     assert torch.equal(net(batch()).answer_AV, first.answer_AV)
 
 
+def test_no_adapter_leaves_anything_behind():
+    """Each was trained along with other parts; a map that is such a part of one has the matrices of another on it."""
+    one, two = LoraConfig(rank=2, targets=("blocks",)), LoraConfig(rank=2, targets=("blocks.1", "label"))
+    random = torch.Generator().manual_seed(3)
+
+    def kept(net: FusedTransformer, name: str, config: LoraConfig, *tops: str) -> dict[str, torch.Tensor]:
+        adapters.add(net, config, name)
+        _learn(net, len(name), name)
+        state = net.state_dict()
+        parts = {k: torch.randn(v.shape, generator=random) for k, v in state.items() if k.split(".")[0] in tops}
+        return adapters.own_names(state, name) | {k: v for k, v in parts.items() if not adapters.is_adapter(k)}
+
+    def answer(net: FusedTransformer) -> torch.Tensor:
+        out = net(batch())
+        return torch.cat([out.answer_AV.flatten(), out.label_RC.flatten()])
+
+    net = model(None)
+    wanted: dict[str | None, torch.Tensor] = {None: answer(model(None))}
+    found = {"one": kept(model(None), "one", one, "label"), "three": kept(model(None), "three", two, "label", "image")}
+    for name, config in (("one", one), ("three", two)):
+        alone = model(None)
+        for laid in (alone, net):
+            adapters.add(laid, config, name)
+            adapters.load(laid, found[name], name)
+        wanted[name] = answer(alone)
+    for asked in (None, "one", None, "three", "one", "three", None):
+        adapters.switch(net, asked)
+        assert torch.equal(answer(net), wanted[asked]), asked
+    assert not any(torch.allclose(wanted[a], wanted[b], atol=1e-2) for a, b in ((None, "one"), ("one", "three")))
+    assert "tokens.weight" not in getattr(net, adapters.PARTS)[None], "the whole base is not kept twice"
+    adapters.switch(net, "one")
+    adapters.merge(net)
+    assert torch.allclose(answer(net), wanted["one"], atol=1e-5)
+
+
 def test_what_cannot_be_adapted_is_said():
     with pytest.raises(ConfigError, match=r"`lora.targets` names 'heads', which fits no linear map.*such as blocks"):
         model(LoraConfig(targets=("heads",)))

@@ -94,6 +94,27 @@ def test_settings_of_older_files_are_read():
     assert fields["kv_heads"] == 4 and fields["head_size"] is None and not fields["tied"]
 
 
+MISTRAL = {
+    "model_type": "mistral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+    "num_attention_heads": 16, "max_position_embeddings": 32768,
+}  # fmt: skip
+
+
+def test_null_is_what_transformers_takes_it_for_and_not_the_default():
+    """Mistral 7B v0.2 and on have `"sliding_window": null`: every position is attended to."""
+    with pytest.raises(ConfigError, match="attends to the last 4096 positions only"):
+        from_settings(MISTRAL, "there", 8192)
+    assert transformers.MistralConfig(**{**MISTRAL, "sliding_window": None}).sliding_window is None
+    fields = from_settings({**MISTRAL, "sliding_window": None}, "there", 8192)
+    assert fields["kv_heads"] == transformers.MistralConfig(**MISTRAL).num_key_value_heads == 8
+    for kind, config in (("qwen2", transformers.Qwen2Config), ("qwen3", transformers.Qwen3Config)):
+        given = {**MISTRAL, "model_type": kind, "num_key_value_heads": None}
+        assert from_settings(given, "there", 96)["kv_heads"] == config(**given).num_key_value_heads == 16
+    # transformers 4 read null so of Mistral, too; 5 refuses it
+    given = {**MISTRAL, "sliding_window": None, "num_key_value_heads": None}
+    assert from_settings(given, "there", 96)["kv_heads"] == 16
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -106,6 +127,7 @@ def test_settings_of_older_files_are_read():
         ({"model_type": "mistral", "sliding_window": 32}, "the last 32 positions only; wanted at least 96"),
         ({"layer_types": ["linear_attention"]}, "layers of linear_attention"),
         ({"hidden_size": None}, "has no 'hidden_size'"),
+        ({"num_attention_heads": None}, "has no 'num_attention_heads'"),
         ({"num_hidden_layers": "many"}, "cannot be used"),
     ],
 )

@@ -73,6 +73,17 @@ def test_tokens_are_drawn_as_often_as_their_shares_say(case: dict[str, Any]) -> 
     np.testing.assert_allclose(counts, literal(x_BV[0].numpy(), **settings), atol=1 / times + 1e-9)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 1e-300])
+@pytest.mark.parametrize("case", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}], ids=str)
+def test_the_smallest_temperatures_draw_the_most_probable_token(temperature: float, case: dict[str, Any]) -> None:
+    x_BV = torch.tensor([[1.0, 5.0, 3.0, 2.0], [-9.0, -torch.inf, -3.0, -torch.inf]])
+    config = GenerationConfig(temperature=temperature, **case)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert drawn(x_BV.to(dtype), config, [0.999, 0.999]).tolist() == [1, 2]
+        share_BW, _ = shares(x_BV.to(dtype), config)
+        assert (share_BW.amax(-1) == 1).all() and (share_BW.sum(-1) == 1).all()
+
+
 def test_the_ends_of_the_interval_are_tokens_that_may_be_drawn() -> None:
     x_BV = torch.tensor([[-torch.inf, 1.0, -torch.inf, 2.0, -torch.inf]]).expand(2, 5)
     for case in ({}, {"top_k": 4}, {"top_p": 0.9999999}):

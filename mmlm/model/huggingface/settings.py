@@ -97,7 +97,8 @@ def from_settings(settings: Mapping[str, Any], where: str, length: int) -> dict[
             f"{where} is quantised", wanted="plain weights (float32, bfloat16, float16)",
             cure="take the checkpoint that it was made from",
         )  # fmt: skip
-    found = {**ABSENT[kind], **{k: v for k, v in settings.items() if v is not None}}
+    # null is not absent: it means no window, or as many heads of keys as of queries
+    found = {k: v for k, v in {**ABSENT[kind], **settings}.items() if v is not None}
     _require_known(found, kind, where, length)
     try:
         heads, width = int(found["num_attention_heads"]), int(found["hidden_size"])
