@@ -15,6 +15,8 @@ from mmlm.advise.rules import SIZES, advise
 from mmlm.artifacts import Artifact
 from mmlm.cli import main
 from mmlm.config import parse
+from mmlm.data.reader import ShardReader
+from mmlm.features.encode import opened_length
 from mmlm.features.spec import AudioSpec, EncoderSpec, FeatureSpec, ImageSpec, TaskSpec
 from mmlm.model.config import ModelConfig
 from mmlm.train.config import TrainConfig
@@ -28,8 +30,10 @@ WRITTEN = TaskSpec(name="say", has_text=True)
 
 
 def facts(train: int, tokens: float, *tasks: TaskSpec, test: int = 1000, val: int = 100, **spec: Any) -> Facts:
+    """Every record has a picture and a second of sound, where there is room for them."""
     features = FeatureSpec(vocab_size=512, tokenizer_digest="none", max_len=128, tasks=list(tasks), **spec)
-    return Facts("data", features, None, train, test, val, tokens, tokens)
+    media = train * (features.image_positions(1) + features.audio_positions([100]))
+    return Facts("data", features, None, train, test, val, tokens, tokens, media)
 
 
 def cost(model: dict[str, Any], settings: dict[str, Any]) -> tuple[int, float, bool]:
@@ -100,6 +104,51 @@ def test_parameters_are_fed_by_twenty_tokens_each(tokens: float):
         assert 20 * larger > 4 * tokens or longer > 8.0 or not room, "a larger one would do"
 
 
+H100 = Machine(64, 1e12, ["H100"] * 8)
+
+
+def test_patches_and_mel_tokens_feed_parameters_as_words_do():
+    given = facts(1_000_000, 5_000_000, CLASSES, image=IMAGE, audio=AUDIO)
+    assert given.media_tokens == 1_000_000 * (16 + 13)
+    advice = advise(given, H100, 100.0, lambda model, settings: (*cost(model, settings)[:1], 0.1, True))
+    parameters = cost(advice.model, {})[0]
+    assert advice.preset == "mini" and 4 * 5_000_000 / 20 < parameters <= 4 * 34_000_000 / 20
+    told = next(reason.why for reason in advice.reasons if "preset" in reason.choice)
+    assert "5,000,000 tokens of text and 29,000,000 of pictures and sounds, 4 times over, feed about 6,800,000" in told
+    texts = advise(facts(1_000_000, 5_000_000, CLASSES), H100, 100.0, cost)
+    assert texts.preset == "tiny" and not any("pictures" in reason.why for reason in texts.reasons)
+
+
+@pytest.mark.parametrize(
+    ("train", "machine", "steps", "says"),
+    [
+        (10, HERE, 200, "fewer than 200 hardly"),
+        (150, HERE, 200, "fewer than 200 hardly"),
+        (200, HERE, 250, "40.0 times through the data"),
+        (60_000, HERE, 2000, "2,000 steps are the most"),
+        (60_000, H100, 4688, "10.0 times through the data"),
+        (1_000_000, HERE, 7813, "once is the least"),
+    ],
+)
+def test_steps_come_with_the_rule_that_decided_them(train: int, machine: Machine, steps: int, says: str):
+    advice = advise(facts(train, 5 * train, CLASSES, image=IMAGE), machine, 8.0, cost)
+    told = next(reason for reason in advice.reasons if "steps" in reason.choice)
+    assert advice.settings["steps"] == steps and says in told.why
+    times = steps * advice.settings["data"]["batch"] / train
+    assert ("10 to 40 epochs" in told.source) == (9.5 <= times <= 40.5), "a reason that its own figure contradicts"
+
+
+def test_what_an_encoder_made_is_not_augmented():
+    def augmented(**spec: Any) -> dict[str, Any]:
+        settings = advise(facts(500, 2000, CLASSES, **spec), HERE, 8.0, cost).settings
+        return dict(settings["data"].get("augment", {}))
+
+    assert augmented(image=IMAGE, audio=AUDIO) == {"shift": 2, "time_mask": 0.1}
+    assert augmented(image=IMAGE, audio=AUDIO, encoders={"image": READ}) == {"time_mask": 0.1}
+    assert augmented(image=IMAGE, audio=AUDIO, encoders={"audio": READ}) == {"shift": 2}
+    assert augmented(image=IMAGE, encoders={"image": READ}) == {}
+
+
 def test_every_choice_has_a_reason_and_small_data_a_warning():
     advice = advise(facts(300, 2000, CLASSES, image=IMAGE, test=60), HERE, 8.0, cost)
     told = " ".join(reason.choice for reason in advice.reasons)
@@ -119,6 +168,10 @@ def test_facts_of_a_manifest_and_of_its_shards_agree(keypad_manifest: Artifact, 
     assert scanned.media == sharded.media == ("image", "audio")
     assert [t.name for t in scanned.spec.tasks] == [t.name for t in sharded.spec.tasks] and scanned.texts
     assert 0.2 < scanned.tokens / sharded.tokens < 5
+    assert scanned.media_tokens == scanned.train * (8 * 8 + 7)  # 64 pixels; half of the sounds last .57 s
+    reader = ShardReader(keypad_shards.path, ("train",))
+    opened = sum(opened_length(s, reader.spec) - len(s.tokens) + len(s.images) + len(s.sounds) for s in reader)
+    assert sharded.media_tokens == pytest.approx(opened, rel=0.2)
 
 
 def test_nothing_is_written_unless_asked_and_what_is_written_trains(

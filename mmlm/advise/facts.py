@@ -15,6 +15,7 @@ from mmlm.artifacts import Artifact
 from mmlm.corpus.records import read_rows
 from mmlm.errors import ArtifactError, ConfigError
 from mmlm.features import spec as feature_spec
+from mmlm.features.borders import picture_positions
 from mmlm.features.spec import AudioSpec, FeatureSpec, FieldsSpec, ImageSpec, TaskSpec
 
 LOOKED_AT = 2000
@@ -41,6 +42,8 @@ class Facts:
     """Of text in the training split, all together."""
     answers: float
     """Of them in answers that are texts."""
+    media_tokens: float
+    """Patches and mel tokens, or what encoders make in their place, of all pictures and sounds of the training split."""
 
     @property
     def texts(self) -> bool:
@@ -138,8 +141,23 @@ def of_manifest(name: str, manifest: Artifact) -> Facts:
     train = int(counts.get("train", 0))
     return Facts(
         name, spec, None, train, int(counts.get("test", 0)), int(counts.get("val", 0)),
-        train * (question + answer) / BYTES_A_TOKEN, train * answer / BYTES_A_TOKEN,
+        train * (question + answer) / BYTES_A_TOKEN, train * answer / BYTES_A_TOKEN, train * _media_tokens(manifest, spec),
     )  # fmt: skip
+
+
+def _media_tokens(manifest: Artifact, spec: FeatureSpec) -> float:
+    """Of a record of this manifest, on average: pictures are one each, and sounds as long as half of them are."""
+    records = manifest.counts.get("modalities") or {}
+    each = {"image": spec.image_positions(1), "audio": 0}
+    if spec.audio:
+        median = ((manifest.extra.get("media") or {}).get("audio_seconds") or {}).get(
+            "median"
+        ) or spec.audio.max_seconds
+        frames = min(spec.audio.max_frames, int(median * spec.audio.sample_rate) // spec.audio.hop)
+        each["audio"] = spec.audio_positions([frames])
+    each["video"] = sum(each.values())
+    given = sum(records.get(kind, 0) * tokens for kind, tokens in each.items())
+    return given / max(sum(int(manifest.counts.get(split, 0)) for split in ("train", "val", "test")), 1)
 
 
 def of_shards(name: str, folder: Path, manifest: Artifact | None) -> Facts:
@@ -150,17 +168,15 @@ def of_shards(name: str, folder: Path, manifest: Artifact | None) -> Facts:
     readers = {split: ShardReader(folder, (split,), 1 << 25) for split in ("train", "val", "test")}
     train = readers["train"]
     step = max(1, len(train) // LOOKED_AT)
-    whole, answers = [], []
+    whole, answers, media = [], [], []
     for n in range(0, len(train), step):
         sample = train[n]
         whole.append(len(sample.tokens))
         written = len(sample.tokens) - 1 - sample.answer_at
         answers.append(written if _written(spec, sample.task) else 0)
-    mean = statistics.mean(whole) if whole else 0.0
-    return Facts(
-        name, spec, folder, len(train), len(readers["test"]), len(readers["val"]),
-        len(train) * mean, len(train) * (statistics.mean(answers) if answers else 0.0),
-    )  # fmt: skip
+        media.append(picture_positions(sample, spec) + spec.audio_positions([len(x) for x in sample.sounds]))
+    each = (len(train) * (statistics.mean(found) if found else 0.0) for found in (whole, answers, media))
+    return Facts(name, spec, folder, len(train), len(readers["test"]), len(readers["val"]), *each)
 
 
 def _written(spec: FeatureSpec, name: str) -> bool:
@@ -185,7 +201,7 @@ def as_json(facts: Facts, here: Machine) -> tuple[dict[str, Any], dict[str, Any]
     data = {
         "name": facts.name, "shards": str(facts.shards) if facts.shards else None, "train": facts.train, "val": facts.val,
         "test": facts.test, "modalities": ["text", *facts.spec.modalities], "text_tokens": round(facts.tokens),
-        "answer_tokens": round(facts.answers),
+        "answer_tokens": round(facts.answers), "media_tokens": round(facts.media_tokens),
         "tasks": [
             {"name": t.name, "classes": len(t.labels), "number": bool(t.number), "text": t.has_text} for t in facts.spec.tasks
         ],

@@ -120,7 +120,8 @@ def words(found: dict[str, Any]) -> str:
     where = ", ".join(machine["gpus"]) or "no GPU"
     lines = [
         f"{data['name']}: {data['train']:,} records to learn from, {data['val']:,} to validate, {data['test']:,} to test; "
-        f"{', '.join(data['modalities'])}; about {data['text_tokens']:,} tokens of text",
+        f"{', '.join(data['modalities'])}; about {data['text_tokens']:,} tokens of text"
+        + (f" and {data['media_tokens']:,} of pictures and sounds" if data["media_tokens"] else ""),
         f"  tasks: {tasks}",
         f"this machine: {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, {where}",
         "",

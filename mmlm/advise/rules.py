@@ -19,6 +19,7 @@ HOG_UP_TO = 2_000
 above a learnt stem in both parts that were held out; three times as many is our guess of how far that reaches."""
 PATCH_OF_HOG = 8
 """Pixels a side, as one cell of its histograms; with less there are hardly edges to count."""
+LEAST_STEPS = 200
 TOKENS_A_PARAMETER = 20
 EPOCHS_OF_USE = 4
 
@@ -26,6 +27,7 @@ HOFFMANN = "Hoffmann et al. 2022, table 3: about 20 tokens a parameter"
 MUENNIGHOFF = "Muennighoff et al. 2023: up to 4 epochs are worth nearly as much as new data"
 VIT = "Dosovitskiy et al. 2021, section 4.3: without pretraining on many pictures, convolutions beat patches"
 HOG = "docs/results.md, stamps in folds 2 to 4: picture .548 by hog, .477 by conv; all three modalities .633, .586"
+EPOCHS = "our rule: 10 to 40 epochs where answers are short (stories demo and stamps)"
 EZEN = "Ezen-Can 2020: an LSTM beat BERT on a small corpus, the more so the smaller"
 STAMPS = "docs/results.md: of 649 stamps the logistic regression learnt .714, the Transformer of 3.3 M parameters .603"
 DIGITS = "docs/results.md, small data"
@@ -114,7 +116,7 @@ def _size(
             Reason("width: 128, layers: 1", "one layer is trained in seconds and rarely beaten here", "our rule")
         )
         return kind, {"kind": kind, "width": 128, "layers": 1, "dropout": 0.2}
-    trained = max(facts.tokens, 1.0) * EPOCHS_OF_USE
+    trained = max(facts.tokens + facts.media_tokens, 1.0) * EPOCHS_OF_USE
     wanted = trained / TOKENS_A_PARAMETER
     name, stopped = SIZES[0], "there is no larger one"
     for other in SIZES[1:]:
@@ -126,7 +128,9 @@ def _size(
             stopped = f"`{other}` would " + (f"take {hours:,.1f} h here" if fits else "not fit into memory here")
             break
         name = other
-    why = f"{facts.tokens:,.0f} tokens of text, {EPOCHS_OF_USE} times over, feed about {wanted:,.0f} parameters; {stopped}"
+    seen = f" and {facts.media_tokens:,.0f} of pictures and sounds" if facts.media_tokens else ""
+    fed = f"{EPOCHS_OF_USE} times over, feed about {wanted:,.0f} parameters"
+    why = f"{facts.tokens:,.0f} tokens of text{seen}, {fed}; {stopped}"
     reasons.append(Reason(f"preset: {name}", why, f"{HOFFMANN}; {MUENNIGHOFF}"))
     return name, {"preset": name, **_form(facts, reasons)}
 
@@ -167,14 +171,7 @@ def _settings(facts: Facts, here: Machine, kind: str, reasons: list[Reason]) -> 
     batch = 128 if facts.train >= 5000 else 64 if facts.train >= 500 else 32
     long = facts.spec.max_len > 512
     batch = max(8, batch // 4) if long and kind == "transformer" else batch
-    epochs = 4 if facts.texts and facts.tokens > 5e6 else 40 if facts.train < 20_000 else 10
-    least, most = (200, 2000) if here.gpus == [] else (200, 20_000)
-    steps = int(min(max(math.ceil(epochs * facts.train / batch), least), max(most, math.ceil(facts.train / batch))))
-    steps = max(steps, 10)
-    reasons.append(
-        Reason(f"batch: {batch}, steps: {steps}", f"{steps * batch / max(facts.train, 1):.1f} times through the data",
-               MUENNIGHOFF if epochs == 4 else "our rule: 10 to 40 epochs where answers are short (stories demo and stamps)")
-    )  # fmt: skip
+    steps = _steps(facts, here, batch, reasons)
     data: dict[str, Any] = {"batch": batch}
     if len(facts.spec.modalities) > 1 or (facts.media and facts.tokens > 40 * facts.train):
         data["modality_dropout"] = 0.25
@@ -212,13 +209,36 @@ def _settings(facts: Facts, here: Machine, kind: str, reasons: list[Reason]) -> 
     return settings
 
 
+def _steps(facts: Facts, here: Machine, batch: int, reasons: list[Reason]) -> int:
+    """As many as make a number of epochs, between the fewest that teach anything and the most that this machine is asked for."""
+    epochs = 4 if facts.texts and facts.tokens > 5e6 else 40 if facts.train < 20_000 else 10
+    most = 20_000 if here.gpus else 2000
+    wanted, once = math.ceil(epochs * facts.train / batch), math.ceil(facts.train / batch)
+    steps = min(max(wanted, LEAST_STEPS), max(most, once))
+    times = steps * batch / max(facts.train, 1)
+    why, source = f"{times:,.1f} times through the data", MUENNIGHOFF if epochs == 4 else EPOCHS
+    if steps > wanted:
+        why += f", where {epochs} would be {wanted} steps: fewer than {LEAST_STEPS} hardly move the weights, however few records"
+        source = "our rule; watch the validation split, since so many epochs learn records by heart"
+    elif steps < wanted:
+        limit = (
+            "once is the least"
+            if steps == once
+            else f"{most:,} steps are the most that a machine like this is asked for"
+        )
+        why, source = f"{why}, where {epochs} would be {wanted:,} steps: {limit}", "our rule"
+    reasons.append(Reason(f"batch: {batch}, steps: {steps}", why, source))
+    return steps
+
+
 def _augment(facts: Facts) -> dict[str, Any]:
+    """Of what the model reads itself: what an encoder made of a picture or sound is stored, and changes no more."""
     if facts.train >= 50_000:
         return {}
     found: dict[str, Any] = {}
-    if facts.spec.image:
+    if facts.spec.image and not facts.spec.encoder("image"):
         found["shift"] = max(1, facts.spec.image.size // 16)
-    if facts.spec.audio:
+    if facts.spec.audio and not facts.spec.encoder("audio"):
         found["time_mask"] = 0.1
     return found
 

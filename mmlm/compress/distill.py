@@ -11,7 +11,7 @@ from mmlm.compress.config import DistillConfig, TeacherConfig
 from mmlm.data.files import address, folder_of
 from mmlm.errors import ConfigError
 from mmlm.features import spec as feature_spec
-from mmlm.train.train import Launch, finished, run_ranks, write_counts
+from mmlm.train.train import Launch, finished, require, run_ranks, write_counts
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,7 @@ def distill(
     work = artifacts.begin(out, "checkpoint", recipe=RECIPE, config=known, parents=parents)
     if work.artifact:
         return finished(work.artifact, config)
+    require(work, config, config.model, shards)
     arguments = {
         "config": config.model_dump(mode="json"),
         "shards": address(shards.path),

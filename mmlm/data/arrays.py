@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mmlm.data.borders import kept_patches
 from mmlm.errors import DataError
+from mmlm.features.borders import kept_patches
 from mmlm.features.image import opencv
 from mmlm.features.sample import Sample
 from mmlm.features.spec import AUDIO, FIELDS, IMAGE, PAD, AudioSpec, EncoderSpec, FeatureSpec, ImageSpec
@@ -83,7 +83,7 @@ def assemble(
     if encoder := spec.encoder("image"):
         patches, patch_at = _encoded_rows([encoded(s, "image") for s in samples], encoder, one_after_another=True)
     else:
-        patches, patch_at = _patches([s.images for s in samples], spec.image, empty)
+        patches, patch_at = _patches(samples, spec.image, empty)
     if encoder := spec.encoder("audio"):
         mels, mel_at = _encoded_rows([encoded(s, "audio") for s in samples], encoder, one_after_another=False)
     else:
@@ -122,7 +122,7 @@ def _open(sample: Sample, spec: FeatureSpec, with_answer: bool) -> tuple[np.ndar
         repeats[: len(prompt)][prompt == IMAGE] = (
             [len(x) for x in encoded(sample, "image")]
             if spec.encoder("image")
-            else [len(kept_patches(x, spec.image)) for x in sample.images]
+            else [len(kept) for kept in kept_patches(sample, spec.image)]
         )
     if spec.audio:
         repeats[: len(prompt)][prompt == AUDIO] = (
@@ -209,11 +209,11 @@ def _encoded_rows(
 
 
 def _patches(
-    records: list[list[np.ndarray]], spec: ImageSpec | None, empty: Empty = np.empty
+    samples: Sequence[Sample], spec: ImageSpec | None, empty: Empty = np.empty
 ) -> tuple[np.ndarray, np.ndarray]:
     """Patches on the spec's scale, (pictures * tokens, patch_dim), and their places; those that are left out count for a
     relative scale, so that a picture looks alike with and without them."""
-    pictures = [x for record in records for x in record]
+    pictures = [x for sample in samples for x in sample.images]
     if spec is None or not pictures:
         return np.zeros((0, spec.patch_dim if spec else 1), np.float32), np.zeros(0, np.int64)
     cv2 = opencv()
@@ -222,11 +222,11 @@ def _patches(
     for x_HWC, x_PD in zip(pictures, made, strict=True):
         cut = x_HWC.reshape(n, p, n, p, spec.channels).transpose(0, 2, 1, 3, 4).reshape(spec.tokens, spec.patch_dim)
         cv2.LUT(cut, FIXED if spec.scale == "fixed" else _standardised(cv2, cut), dst=x_PD)
-    frames = np.array([n for record in records for n in range(len(record))], np.int64)
+    frames = np.array([n for sample in samples for n in range(len(sample.images))], np.int64)
     at_PT = frames[:, None] * spec.tokens + np.arange(spec.tokens)
     if spec.padding == "keep":
         return made.reshape(-1, spec.patch_dim), at_PT.ravel()
-    kept = [kept_patches(x, spec) for x in pictures]
+    kept = [places for sample in samples for places in kept_patches(sample, spec)]
     whole = np.concatenate([n * spec.tokens + k for n, k in enumerate(kept)])
     return made.reshape(-1, spec.patch_dim)[whole], at_PT.ravel()[whole]
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Final, Literal
 
 import numpy as np
 
 from mmlm.data.config import AugmentConfig
+from mmlm.errors import ConfigError
 from mmlm.features.image import opencv
 from mmlm.features.sample import Sample
+from mmlm.features.spec import FeatureSpec
+
+CHANGES: Final[dict[Literal["image", "audio"], tuple[str, ...]]] = {
+    "image": ("shift", "flip", "turn", "zoom", "contrast"),
+    "audio": ("time_mask", "mel_mask"),
+}
+"""Kind of media → the settings that change it."""
 
 
 def augment(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> Sample:
@@ -21,6 +30,19 @@ def augment(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> 
         images=[_picture(x, config, rng) for x in sample.images],
         sounds=[_sound(x, config, rng) for x in sample.sounds],
     )
+
+
+def refuse(config: AugmentConfig, spec: FeatureSpec) -> None:
+    """Raise ConfigError where a medium is to be changed of which the model reads what an encoder made of it, and stored."""
+    usual = AugmentConfig()
+    for kind, names in CHANGES.items():
+        asked = [f"data.augment.{name}" for name in names if getattr(config, name) != getattr(usual, name)]
+        if asked and spec.encoder(kind):
+            raise ConfigError(
+                f"{', '.join(asked)}, and models read what an encoder made of each {kind}, which is stored and does not change",
+                wanted=f"augmentation of {kind} only where models read it itself",
+                cure=f"take that away, or make the shards with features.encoders.{kind}.read: false",
+            )  # fmt: skip
 
 
 def _picture(x_HWC: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:

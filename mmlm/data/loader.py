@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmlm.data.augment import refuse
 from mmlm.data.collate import Batch, as_batch, collate
 from mmlm.data.config import DataConfig
 from mmlm.data.making import Maker, Share
@@ -61,6 +62,7 @@ class Loader:
         self.config, self.seed, self.world, self.steps = config, seed, world, steps
         if not len(self.reader):
             raise DataError(f"{shards} has no training samples", cure="look at its quarantine.parquet, or add data")
+        refuse(config.augment, self.reader.spec)
         by = by_of(config.mixture)
         self.plan = find_plan(self.reader, config.pack, by) if needs_plan(self.reader, config.pack, by) else None
         self.maker = Maker(self.reader, self.plan, config, seed, steps)

@@ -17,6 +17,7 @@ from mmlm.data.order import STAND_INS, Order, key_of, share, stand_ins
 from mmlm.data.plan import WHOLE, Plan
 from mmlm.data.reader import ShardReader
 from mmlm.errors import DataError, MmlmError
+from mmlm.features.borders import with_borders
 from mmlm.features.sample import Sample
 
 AHEAD = 4
@@ -80,7 +81,8 @@ class Maker:
         for n, sample in enumerate(samples):
             rng = np.random.default_rng((self.seed, 2, place, n) if n else (self.seed, 2, place))
             kept = sample if sample.answer_at < 0 else drop_modalities(sample, self.config.modality_dropout, rng)
-            changed.append(augment(kept, self.config.augment, rng))
+            # what of a picture is left out is found before it is changed, as an evaluation finds it
+            changed.append(augment(with_borders(kept, self.reader.spec), self.config.augment, rng))
         return changed
 
     def _read(self, i: int) -> Sample | None:

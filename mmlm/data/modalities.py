@@ -32,6 +32,7 @@ def keep_modalities(sample: Sample, kept: frozenset[str] | set[str]) -> Sample:
         answer_at=int(moved[sample.answer_at]),
         context_spans=[(int(moved[first]), int(moved[last - 1]) + 1) for first, last in spans],
         images=[] if "image" in away else sample.images,
+        borders=[] if "image" in away else sample.borders,
         sounds=[] if "audio" in away else sample.sounds,
         fields={} if "fields" in away else sample.fields,
         features={kind: some for kind, some in sample.features.items() if kind not in away},

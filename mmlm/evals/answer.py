@@ -16,6 +16,7 @@ from mmlm.data.modalities import keep_modalities
 from mmlm.errors import ConfigError
 from mmlm.evals.read_head import read_head
 from mmlm.features import spec as feature_spec
+from mmlm.features.borders import picture_positions
 from mmlm.features.sample import Sample
 from mmlm.features.spec import AUDIO, FIELDS, IMAGE, FeatureSpec
 from mmlm.features.text import Tokenizer
@@ -158,7 +159,7 @@ def prompt_length(sample: Sample, spec: FeatureSpec) -> int:
     length = len(prompt)
     if spec.image:
         pictures = int((prompt == IMAGE).sum())
-        length += spec.image_positions(pictures) - pictures
+        length += picture_positions(sample, spec) - pictures
     if spec.audio and (prompt == AUDIO).any():
         length += spec.audio_positions([len(x) for x in sample.sounds]) - len(sample.sounds)
     if spec.fields:

@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mmlm.data.borders import kept_patches
 from mmlm.data.collate import Batch
 from mmlm.errors import ConfigError, DataError
 from mmlm.evals.answer import Answerer
 from mmlm.evals.log_probability import LogProbability
 from mmlm.evals.rollout import roll_out
+from mmlm.features.borders import kept_patches
 from mmlm.features.sample import Sample
 from mmlm.features.spec import ANSWER, AUDIO, FIELDS, IMAGE, SPECIAL_TOKENS, ImageSpec
 
@@ -268,7 +268,7 @@ def _parts(
                 count = len(sample.features["image"][seen[token]])
                 yield _encoded_picture(picture, values["patches"][first : first + count].sum(1), rolled(count))
             else:
-                kept = kept_patches(picture, spec.image)
+                kept = kept_patches(sample, spec.image)[seen[token]]
                 count = len(kept)
                 yield _picture(picture, kept, values["patches"][first : first + count], spec.image, rolled(count))
         elif token == AUDIO and spec.audio:

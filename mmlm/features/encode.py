@@ -10,6 +10,7 @@ import numpy as np
 
 from mmlm.corpus.records import Part, Record, Target
 from mmlm.features.audio import Span, decode_sound
+from mmlm.features.borders import Border, border_of, picture_positions
 from mmlm.features.chat import Chat, Said
 from mmlm.features.failures import SampleError
 from mmlm.features.fields import read_fields
@@ -29,6 +30,8 @@ class _Media:
 
     images: list[np.ndarray] = field(default_factory=list)
     sounds: list[np.ndarray] = field(default_factory=list)
+    borders: list[Border] = field(default_factory=list)
+    """Of each picture, where padding is left out."""
     cut: bool = False
     """Whether a sound was longer than the spec allows."""
 
@@ -69,6 +72,7 @@ class Encoder:
                 media = self._decoded(part, read)
                 sample.images += media.images
                 sample.sounds += media.sounds
+                sample.borders += media.borders
                 cut += media.cut
                 slots = [IMAGE] * len(media.images) + [AUDIO] * len(media.sounds)
             elif part.kind == "fields" and self.spec.fields and part.fields:
@@ -140,6 +144,8 @@ class Encoder:
         try:
             span = split_fragment(part.uri)[1] if part.uri else None
             result = self._decode(part.kind, self._bytes(part, read, span), span)
+            if self.spec.image and self.spec.image.padding == "drop":
+                result.borders = [border_of(x, self.spec.image) for x in result.images]
         except SampleError as error:
             result = error
         if key:
@@ -168,10 +174,10 @@ class Encoder:
             return _Media([decode_image(data, spec.image)])
         if kind == "audio" and spec.audio:
             sound, cut = decode_sound(data, spec.audio, span)
-            return _Media([], [sound], cut)
+            return _Media([], [sound], cut=cut)
         assert kind == "video" and spec.video
         video = decode_video(data, spec.video, spec.image, spec.audio, span)
-        return _Media(video.frames, [] if video.sound is None else [video.sound], video.cut)
+        return _Media(video.frames, [] if video.sound is None else [video.sound], cut=video.cut)
 
 
 def answer_text(target: Target) -> str | None:
@@ -189,7 +195,7 @@ def opened_length(sample: Sample, spec: FeatureSpec) -> int:
     """Positions of the sample's sequence once each media slot is opened to what it holds."""
     length = len(sample.tokens)
     if spec.image:
-        length += spec.image_positions(len(sample.images)) - len(sample.images)
+        length += picture_positions(sample, spec) - len(sample.images)
     if spec.audio:
         length += spec.audio_positions([len(sound) for sound in sample.sounds]) - len(sample.sounds)
     if spec.fields and sample.fields:

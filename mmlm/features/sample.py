@@ -38,6 +38,8 @@ class Sample:
     number: float | None = None
     answer: str | None = None
     """The text to be answered: the record's own, else its label."""
+    borders: list[tuple[int, int]] = field(default_factory=list)
+    """With `padding: drop`, of each picture the rows and the columns of patches at either end that become no tokens."""
     features: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """`image`, `audio` → what a pretrained encoder made of each picture or sound: (tokens, dim) float16."""
 

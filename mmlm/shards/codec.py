@@ -23,10 +23,11 @@ import numpy as np
 from PIL import Image
 
 from mmlm.errors import DataError
+from mmlm.features.borders import Border, kept_positions
 from mmlm.features.image import opencv
 from mmlm.features.image_header import read_jpeg, read_png
 from mmlm.features.sample import Sample
-from mmlm.features.spec import FeatureSpec
+from mmlm.features.spec import FeatureSpec, ImageSpec
 
 ImageCodec = Literal["png", "webp", "jpeg", "raw"]
 JPEG_QUALITY = 90
@@ -36,6 +37,8 @@ MAX_STORED_PIXELS = 16 << 20
 _JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 _ARRAYS = ("tokens", "images", "sounds", "features")
 _PLAIN = tuple(f.name for f in fields(Sample) if f.name not in _ARRAYS)
+_WHERE_ANY = ("borders",)
+"""Of _PLAIN, what is stored only where there is some: other samples have the bytes that they had before it."""
 _MEDIA = re.compile(r"(?:(image)(\d{1,6})\.(?:png|webp|jpg|npy)|(audio)(\d{1,6})\.npy)")
 _FEATURES = re.compile(r"features_(image|audio)(\d{1,6})\.npy")
 
@@ -53,7 +56,7 @@ def pack(
     `image_quality` None: without loss where the codec can. `patch`: side of a patch in pixels, for `raw`; None: the
     whole picture is one.
     """
-    plain = {name: getattr(sample, name) for name in _PLAIN}
+    plain = {name: getattr(sample, name) for name in _PLAIN if name not in _WHERE_ANY or getattr(sample, name)}
     members = {
         "json": _JSON.encode(plain).encode(),
         "tokens.npy": _npy(sample.tokens.astype(np.int32, copy=False)),
@@ -87,6 +90,7 @@ def unpack(members: Mapping[str, bytes], features: bool = False) -> Sample:
             **{name: plain[name] for name in _PLAIN if name in plain},
         )
         sample.context_spans = [(int(a), int(b)) for a, b in sample.context_spans]
+        sample.borders = _borders(plain)
         media = sorted((m[1] or m[3], int(m[2] or m[4]), m[0]) for m in map(_MEDIA.fullmatch, members) if m)
         for kind, _, extension in media:
             if kind == "image":
@@ -129,7 +133,7 @@ def glance(members: Mapping[str, bytes], spec: FeatureSpec) -> Glance:
         tokens = length = _rows(members["tokens.npy"])
         for found in filter(None, map(_MEDIA.fullmatch, members)):
             if found[1] and spec.image:
-                length += _encoded(members, spec, "image", found[2]) or spec.image.tokens
+                length += _encoded(members, spec, "image", found[2]) or _kept(plain, spec.image, int(found[2]))
                 length -= 1
             elif found[3] and spec.audio:
                 length += _encoded(members, spec, "audio", found[4]) or spec.audio_positions([_rows(members[found[0]])])
@@ -142,6 +146,20 @@ def glance(members: Mapping[str, bytes], spec: FeatureSpec) -> Glance:
             f"a sample of a shard cannot be read ({type(error).__name__}: {error})",
             cure="run `mmlm verify` on the shards",
         ) from None
+
+
+def _borders(plain: Mapping[str, Any]) -> list[Border]:
+    """Those stored with a sample. Raises ValueError and the like when they are none."""
+    found = [(int(rows), int(columns)) for rows, columns in plain.get("borders", ())]
+    if any(side < 0 for border in found for side in border):
+        raise ValueError(f"a border of {found}")
+    return found
+
+
+def _kept(plain: Mapping[str, Any], spec: ImageSpec, number: int) -> int:
+    """Positions of picture `number`; at most, in shards that were made before borders were stored."""
+    borders = _borders(plain) if spec.padding == "drop" else []
+    return kept_positions(borders[number], spec) if borders else spec.tokens
 
 
 def _encoded(members: Mapping[str, bytes], spec: FeatureSpec, kind: Literal["image", "audio"], number: str) -> int:

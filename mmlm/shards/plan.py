@@ -26,6 +26,7 @@ from PIL import features as pillow
 from mmlm.corpus.manifest_files import files_of, reading
 from mmlm.corpus.records import SCHEMA, SPLITS
 from mmlm.errors import DataError
+from mmlm.features.config import FeaturesConfig
 from mmlm.features.spec import FeatureSpec
 from mmlm.features.video import version as video_version
 from mmlm.shards import encoders
@@ -96,6 +97,11 @@ def codec_versions(video: bool = False) -> dict[str, str]:
     return {**libraries, **native, "libsndfile": str(soundfile.__libsndfile_version__), "numpy": np.__version__}
 
 
+def dropped(features: FeaturesConfig) -> dict[str, int]:
+    """The version of how padding is left out; nothing where it is kept, whose shards are the same in all versions."""
+    return {"dropped": 2} if features.image and features.image.padding == "drop" else {}
+
+
 def recipe_digest(config: ShardConfig, spec: FeatureSpec) -> str:
     """Hash of everything that changes the bytes of a shard, the records themselves aside.
 
@@ -111,6 +117,7 @@ def recipe_digest(config: ShardConfig, spec: FeatureSpec) -> str:
             "chat": spec.chat_template,
             "versions": codec_versions(video=spec.video is not None),
             **encoders.recipe(config.features, spec),
+            **dropped(config.features),
         }
     )
 

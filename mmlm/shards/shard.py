@@ -25,7 +25,7 @@ from mmlm.shards.config import ShardConfig
 from mmlm.shards.draw import drawn_for_report
 from mmlm.shards.encoders import digests
 from mmlm.shards.fanout import write_on_ray
-from mmlm.shards.plan import RECIPE, Boundaries, Slot, borders, codec_versions, plan, read_units
+from mmlm.shards.plan import RECIPE, Boundaries, Slot, borders, codec_versions, dropped, plan, read_units
 from mmlm.shards.spec import find_tokenizer, make_spec
 from mmlm.shards.write import TEMPORARY, UnitWriter, absolute
 
@@ -80,6 +80,7 @@ def shard(
         extra={
             "codecs": codec_versions(video="video" in manifest.counts.get("modalities", {})),
             **digests(config.features),
+            **dropped(config.features),
         },
     )
     if retry:

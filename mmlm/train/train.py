@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mmlm import artifacts
-from mmlm.artifacts import Artifact
+from mmlm.artifacts import Artifact, Work
 from mmlm.config import resolved
 from mmlm.data.files import address, folder_of
-from mmlm.errors import ArtifactError
+from mmlm.errors import ArtifactError, ConfigError
 from mmlm.features import spec as feature_spec
+from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.progress import tell
 from mmlm.train import expected
 from mmlm.train.config import LoopConfig, TrainConfig
@@ -40,13 +41,27 @@ def train(config: TrainConfig, shards: Artifact, *, out: Path, launch: Launch, t
     work = artifacts.begin(out, "checkpoint", recipe=RECIPE, config=known, parents={"shards": shards})
     if work.artifact:
         return finished(work.artifact, config)
-    if (shards.path / feature_spec.FILE).is_file():
-        from mmlm.train import weights
-
-        weights.check(config.model, feature_spec.load(shards.path))
+    require(work, config, config.model, shards)
     arguments = {"config": config.model_dump(mode="json"), "shards": address(shards.path), "out": str(out)}
     arguments["digest"] = shards.digest
     return run_ranks(work, config, "mmlm.train.train:on_rank", arguments, launch, tracker, "train")
+
+
+def require(work: Work, config: LoopConfig, model: AnyModelConfig, shards: Artifact) -> None:
+    """Raise ConfigError, with `work` given back, when the shards, where they lie here, are not for such a model or such data.
+    Shared by train and distill."""
+    if not (shards.path / feature_spec.FILE).is_file():
+        return
+    from mmlm.data import augment
+    from mmlm.train import weights
+
+    spec = feature_spec.load(shards.path)
+    try:
+        weights.check(model, spec)
+        augment.refuse(config.data.augment, spec)
+    except ConfigError:
+        work.release()
+        raise
 
 
 def finished(found: Artifact, config: LoopConfig) -> Artifact:

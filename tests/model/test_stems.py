@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmlm.data.borders import kept_patches
 from mmlm.data.collate import collate, field_rows, pack
 from mmlm.errors import ConfigError
+from mmlm.features.borders import kept_patches
 from mmlm.features.sample import Sample
 from mmlm.features.spec import IMAGE, AudioSpec, FeatureSpec, ImageSpec
 from mmlm.model.config import ModelConfig
@@ -208,12 +208,17 @@ def wide(seed: int, high: int) -> np.ndarray:
     return picture
 
 
+def kept_of(x_HWC: np.ndarray, spec: ImageSpec) -> list[int]:
+    return kept_patches(dataclasses.replace(sample(0, ("image",)), images=[x_HWC]), spec)[0].tolist()
+
+
 def test_padding_becomes_no_token():
     assert DROPPING.image is not None
-    assert kept_patches(wide(0, 32), DROPPING.image).tolist() == list(range(16))
-    assert kept_patches(wide(0, 16), DROPPING.image).tolist() == list(range(4, 12)), "a white column inside stays"
-    assert len(kept_patches(np.full((32, 32, 1), 255, np.uint8), DROPPING.image)) == 4, "something stays"
-    assert kept_patches(wide(0, 16), DROPPING.image.model_copy(update={"padding": "keep"})).tolist() == list(range(16))
+    keeping = DROPPING.image.model_copy(update={"padding": "keep"})
+    assert kept_of(wide(0, 32), DROPPING.image) == list(range(16))
+    assert kept_of(wide(0, 16), DROPPING.image) == list(range(4, 12)), "a white column inside stays"
+    assert len(kept_of(np.full((32, 32, 1), 255, np.uint8), DROPPING.image)) == 4, "something stays"
+    assert kept_of(wide(0, 16), keeping) == list(range(16))
 
 
 @pytest.mark.parametrize("stem", [{}, {"image_stem": "hog"}, {"image_stem": "linear", "image_places": "table"}])

@@ -10,18 +10,21 @@ import pytest
 import torch
 
 from mmlm.data.collate import collate, field_rows, pack
-from mmlm.data.config import DataConfig
+from mmlm.data.config import AugmentConfig, DataConfig
 from mmlm.data.loader import Loader
 from mmlm.data.modalities import keep_modalities
 from mmlm.data.reader import ShardReader
-from mmlm.errors import DataError
+from mmlm.errors import ConfigError, DataError
 from mmlm.features.encode import opened_length
 from mmlm.features.sample import Sample
 from mmlm.features.spec import EncoderSpec
+from mmlm.launch import local
 from mmlm.model.config import ModelConfig
 from mmlm.model.flops import Shape, forward_flops
 from mmlm.model.transformer import FusedTransformer
 from mmlm.shards.shard import shard
+from mmlm.train.config import AdamWConfig, TrainConfig
+from mmlm.train.train import train
 from mmlm.world import World
 from tests.shards.conftest import make_records, write_manifest
 from tests.shards.test_encoders import configured, save_vit
@@ -109,6 +112,14 @@ def test_shards_of_an_encoder_become_batches_of_its_features(tmp_path: Path):
     assert glance is not None and glance.length == opened_length(reader[pictured], reader.spec)
     batch = Loader(shards.path, DataConfig(batch=4, modality_dropout=0.0), 0, World(0, 1)).batch(0)
     assert batch.patches_PD.shape[1] == 32
+    for augment in ({"shift": 2, "turn": 5.0}, {"zoom": (0.9, 1.1)}):
+        config_of = DataConfig(batch=4, augment=AugmentConfig(**augment))
+        with pytest.raises(ConfigError, match=rf"augment\.{next(iter(augment))}.* encoder made of each image"):
+            Loader(shards.path, config_of, 0, World(0, 1))
+        training = TrainConfig(optimizer=AdamWConfig(lr=1e-3), data=config_of)
+        with pytest.raises(ConfigError, match="read: false"):
+            train(training, shards, out=tmp_path / next(iter(augment)), launch=local.inprocess(), tracker=None)
+    Loader(shards.path, DataConfig(batch=4, augment=AugmentConfig(time_mask=0.2)), 0, World(0, 1)).batch(0)
     torch.manual_seed(0)
     model = FusedTransformer(ModelConfig(width=32, layers=1, heads=2), reader.spec, len(field_rows(reader.spec)))
     assert torch.isfinite(model(batch).label_RC).all()

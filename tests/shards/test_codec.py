@@ -76,7 +76,7 @@ def test_raw_patches_are_laid_out_as_the_model_cuts_them(channels: int) -> None:
     stored = np.load(io.BytesIO(pack(make(image), "raw", patch=6)["image0.npy"]), allow_pickle=False)
     spec = ImageSpec(size=24, patch=6, channels=channels)  # type: ignore[arg-type]
     assert stored.shape == (spec.tokens, spec.patch_dim)
-    wanted = patches_of_the_model([[image]], spec)[0]  # standardised: the same order, another scale
+    wanted = patches_of_the_model([make(image)], spec)[0]  # standardised: the same order, another scale
     plain = stored.astype(np.float32)
     np.testing.assert_allclose((plain - plain.mean()) / (plain.std() + 0.255), wanted, atol=1e-4)
 
