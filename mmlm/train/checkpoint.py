@@ -1,10 +1,11 @@
 """Checkpoints to resume from: whole float32 tensors by name, so any number of ranks and any ZeRO stage can go on.
 
 `checkpoints/step-00000250/` holds one safetensors file per kind that the engine gives (weight, exp_avg, exp_avg_sq,
-…) and `state.json`: step, hashes, loss of the probe batch, digests of the data, counters. It is written under a
-hidden name and renamed, so one that is there is whole; its hashes are checked all the same before it is used. What is
-to go is renamed to a hidden name first, so that a kill in the middle leaves no half one under a good name. Hidden
-leftovers (`.*.tmp`) are swept by the next save.
+…) and `state.json`: step, hashes, loss of the probe batch, digests of the data, counters. Among the hashes is that of
+the rest of `state.json`; checkpoints of earlier versions have none. One is written under a hidden name and renamed, so
+one that is there is whole; its hashes are checked all the same before it is used. What is to go is renamed to a hidden
+name first, so that a kill in the middle leaves no half one under a good name. Hidden leftovers (`.*.tmp`) are swept by
+the next save.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 
 from mmlm.progress import tell
 from mmlm.shards.faultpoints import point
-from mmlm.storage import fsync_folder, sha256_file, write_json
+from mmlm.storage import fsync_folder, sha256_file, sha256_json, write_json
 from mmlm.train.weights import write_tensors
 
 STATE = "state.json"
@@ -87,7 +88,7 @@ def save(
             path = temporary / f"{kind}.safetensors"
             hashes[path.name] = write_tensors(dict(named), path)
             point(POINT)
-        write_json(temporary / STATE, {**state, "step": step, "sha256": hashes})
+        write_json(temporary / STATE, sealed({**state, "step": step, "sha256": hashes}))
         point(POINT)
         fsync_folder(temporary)
         temporary.rename(final)
@@ -96,6 +97,12 @@ def save(
     stay = policy.stay(scores(folder))
     for old in sorted(steps(folder) - stay):
         drop(folder, old)
+
+
+def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """`state` with its own hash among those of the files, in the place of one that is there."""
+    plain = json.loads(json.dumps({**state, "sha256": {n: h for n, h in state["sha256"].items() if n != STATE}}))
+    return {**plain, "sha256": {**plain["sha256"], STATE: sha256_json(plain)}}
 
 
 def name_of(step: int) -> str:
@@ -112,9 +119,9 @@ def scores(folder: Path) -> dict[int, float | None]:
     found: dict[int, float | None] = {}
     for step in steps(folder):
         try:
-            score = json.loads((folder / name_of(step) / STATE).read_text())["score"]
+            score = read(folder, step).state["score"]
             found[step] = score if math.isfinite(score) else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             found[step] = None
     return found
 
@@ -141,9 +148,16 @@ def sweep(folder: Path) -> None:
 
 
 def read(folder: Path, step: int) -> Saved:
-    """The checkpoint of `step`, its hashes not looked at. Raises OSError, ValueError, KeyError when it is damaged."""
+    """The checkpoint of `step`, the hashes of its tensors not looked at.
+
+    Raises OSError, ValueError, KeyError, TypeError or AttributeError when its `state.json` is damaged.
+    """
     path = folder / name_of(step)
     state = json.loads((path / STATE).read_text())
+    if STATE in state["sha256"] and state["sha256"][STATE] != sealed(state)["sha256"][STATE]:
+        raise ValueError(f"{STATE} does not match its hash")
+    if state["step"] != step:
+        raise ValueError(f"{STATE} is of step {state['step']}")
     return Saved(int(state["step"]), float(state["probe"]), state, path)
 
 
@@ -153,7 +167,7 @@ def intact(folder: Path, step: int, say: Callable[[str], None] = tell) -> Saved 
     try:
         saved = read(folder, step)
         for name, wanted in saved.state["sha256"].items():
-            if sha256_file(path / name) != wanted:
+            if name != STATE and sha256_file(path / name) != wanted:
                 raise ValueError(f"{name} does not match its hash")
         return saved
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

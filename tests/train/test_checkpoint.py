@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -167,3 +168,53 @@ def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path):
     before = (tmp_path / "step-00000005" / "state.json").stat().st_mtime_ns
     save(tmp_path, 5)
     assert (tmp_path / "step-00000005" / "state.json").stat().st_mtime_ns == before
+
+
+STATE_OF_ALL_KINDS: dict[str, Any] = {
+    "scalars": {"taken": 256, "nested": {"beta": 0.9}}, "data": {"pack": "none"}, "guard": {"bad": [2], "mean": None},
+    "probe": float("nan"), "score": 1.5, "word": "ä",
+}  # fmt: skip
+
+
+def test_no_byte_of_what_a_checkpoint_says_can_change_unseen(tmp_path: Path):
+    """Every bit of every byte; one that was unseen skipped data."""
+    save(tmp_path, 1)
+    save(tmp_path, 256, **STATE_OF_ALL_KINDS)
+    path = tmp_path / "step-00000256" / STATE
+    sound = path.read_bytes()
+    kept = checkpoint.intact(tmp_path, 256)
+    assert kept is not None and kept.step == 256 and kept.state["scalars"] == STATE_OF_ALL_KINDS["scalars"]
+    said: list[str] = []
+    for at in range(len(sound)):
+        for bit in range(8):
+            path.write_bytes(sound[:at] + bytes([sound[at] ^ 1 << bit]) + sound[at + 1 :])
+            assert checkpoint.intact(tmp_path, 256, said.append) is None, (at, bit)
+            (tmp_path / "damaged-step-00000256").rename(path.parent)
+    assert len(said) == 8 * len(sound)
+    assert checkpoint.scores(tmp_path)[256] is None  # of a damaged one, no score decides what stays
+    path.write_bytes(sound)
+    assert checkpoint.scores(tmp_path)[256] == 1.5
+
+
+@pytest.mark.parametrize("says", [2, 3, "2", None])
+def test_a_checkpoint_without_a_hash_of_its_state_is_taken_when_it_is_of_its_step(tmp_path: Path, says: Any):
+    """As earlier versions wrote them."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    path = tmp_path / "step-00000002" / STATE
+    state = json.loads(path.read_text())
+    state["sha256"].pop(STATE, None)
+    path.write_text(json.dumps({**state, "step": says}))
+    said: list[str] = []
+    found = checkpoint.newest(tmp_path, said.append)
+    assert found is not None and found.step == (2 if says == 2 else 1)
+    assert (f"state.json is of step {says}" in said[0]) if said else says == 2
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_taken(tmp_path: Path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "step-00000002").rename(tmp_path / "step-00000003")
+    said: list[str] = []
+    found = checkpoint.newest(tmp_path, said.append)
+    assert found is not None and found.step == 1 and "state.json is of step 2" in said[0]

@@ -117,9 +117,9 @@ def test_a_training_goes_on_at_another_stage(
 
 
 def change(out: Path, **changes: Any) -> None:
-    """Put something else into what the checkpoint of step 2 says; files of tensors are hashed, this one is not."""
+    """Put something else into what the checkpoint of step 2 says, with the hash of what it then says."""
     path = out / "checkpoints" / "step-00000002" / "state.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps(checkpoint.sealed({**json.loads(path.read_text()), **changes})))
 
 
 def test_a_model_that_is_not_the_one_that_was_saved_is_refused_with_both_numbers(
