@@ -9,13 +9,15 @@ too) appends `{"step": int, "time": milliseconds, "metrics": {name: value}}`, an
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 METRICS, ROWS, STATE = "metrics.jsonl", ".tracking.jsonl", ".tracking.json"
 
@@ -43,17 +45,40 @@ def append_metrics(folder: Path, values: Mapping[str, float], step: int | None =
 def rows_after(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
     """The complete rows of a file from byte `offset` on, each with the offset behind it. Lines that are no JSON
     object are passed over; a file shorter than `offset` gives nothing."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as f:
+        f.seek(offset)
+        for line in lines(f):
+            yield row_of(line), f.tell()
+
+
+def lines(f: BinaryIO) -> Iterator[bytes]:
+    """The complete lines from where `f` stands; after each it stands behind that."""
+    while (line := f.readline()).endswith(b"\n"):
+        yield line
+
+
+def row_of(line: bytes) -> dict[str, Any]:
+    """A line as a row, empty when it is no JSON object."""
     try:
-        with path.open("rb") as f:
-            f.seek(offset)
-            while (line := f.readline()).endswith(b"\n"):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = {}
-                yield (row if isinstance(row, dict) else {}), f.tell()
-    except FileNotFoundError:
-        return
+        row = json.loads(line)
+    except ValueError:
+        row = {}
+    return row if isinstance(row, dict) else {}
+
+
+def mark_of(line: bytes) -> str:
+    """By which `stands` knows a line again: its length in bytes and its hash."""
+    return f"{len(line)}:{hashlib.sha256(line).hexdigest()[:16]}"
+
+
+def stands(f: BinaryIO, offset: int, mark: str) -> bool:
+    """Whether the line before byte `offset` is the one of that mark. Rows bear their time: a file that was written anew has
+    another one there, or the very same rows up to there. An inode would not tell: ext4 gives a freed one out again."""
+    length = int(mark.partition(":")[0] or 0)
+    if not 0 < length <= offset:
+        return False
+    f.seek(offset - length)
+    return mark_of(f.read(length)) == mark
 
 
 @dataclass
@@ -66,8 +91,8 @@ class State:
     started: int
     run_id: str | None = None
     metrics: int = 0
-    file: int = 0
-    """Inode of the metrics file that the offset `metrics` is of."""
+    mark: str = ""
+    """Of the row before the offset `metrics`."""
     latest: int = 0
     """Time of the latest point that was sent."""
     rows: int = 0
@@ -86,7 +111,9 @@ class State:
     def load(cls, folder: Path) -> State | None:
         """The state of the spool in `folder`; None when there is none that can be read."""
         try:
-            return cls(**{**json.loads((folder / STATE).read_text()), "path": folder / STATE})
+            row = json.loads((folder / STATE).read_text())
+            known = {f.name: row[f.name] for f in fields(cls) if f.name in row}  # another version may have had others
+            return cls(**{**known, "path": folder / STATE})
         except (OSError, ValueError, TypeError):
             return None
 

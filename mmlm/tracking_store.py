@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mmlm import spool
 from mmlm.config import blank_credentials
@@ -209,43 +209,53 @@ def forward(client: Any, experiment: str, state: spool.State) -> None:
 
 
 def _forward_metrics(client: Any, state: spool.State) -> None:
-    from mlflow.entities import Metric
+    try:
+        curves = (state.path.parent / spool.METRICS).open("rb")
+    except FileNotFoundError:
+        return
+    with curves:
+        _forward_curves(client, state, curves)
 
-    curves = state.path.parent / spool.METRICS
+
+def _forward_curves(client: Any, state: spool.State, curves: BinaryIO) -> None:
+    """All from one open file: a training may put another into its place at any time."""
     again = 0
-    if curves.exists():
-        found = curves.stat()
-        if (found.st_ino != state.file and state.metrics) or found.st_size < state.metrics:
-            # a resumed training wrote the file anew, without the rows of the steps that it does again: offsets mean
-            # nothing any more, but rows that were sent are older than the last one that was
-            state.metrics, again = 0, state.latest
-        state.file = found.st_ino
+    if state.metrics and not spool.stands(curves, state.metrics, state.mark):
+        # a resumed training wrote the file anew, without the rows of the steps that it does again: offsets mean
+        # nothing any more, but rows that were sent are older than the last one that was
+        state.metrics, state.mark, again = 0, "", state.latest
     batch: list[Any] = []
-    after, latest = state.metrics, state.latest
+    after, latest, mark = state.metrics, state.latest, state.mark
 
     def flush() -> None:
         state.dropped += _sent(client, state, lambda some: client.log_batch(state.run_id, metrics=some), batch)
-        state.metrics, state.latest = after, latest
+        state.metrics, state.latest, state.mark = after, latest, mark
         state.save()
         batch.clear()
 
-    for row, position in spool.rows_after(curves, state.metrics):
+    curves.seek(after)
+    for line in spool.lines(curves):
+        row = spool.row_of(line)
         stamp = int(row.get("time") or 0)
-        if stamp < again:
-            after = position
-            continue
-        values = row.get("metrics")
-        points = [
-            Metric(metric_name(str(k)), float(v), stamp, int(row.get("step") or 0))
-            for k, v in (values.items() if isinstance(values, dict) else ())
-            if isinstance(v, (int, float))
-        ]
-        if batch and len(batch) + len(points) > 1000:
-            flush()
-        batch += points[:1000]
-        after, latest = position, max(latest, stamp)
+        if stamp >= again:
+            points = _points(row, stamp)
+            if batch and len(batch) + len(points) > 1000:
+                flush()
+            batch += points[:1000]
+        after, latest, mark = after + len(line), max(latest, stamp), spool.mark_of(line)
     if after != state.metrics:
         flush()
+
+
+def _points(row: dict[str, Any], stamp: int) -> list[Any]:
+    from mlflow.entities import Metric
+
+    values = row.get("metrics")
+    return [
+        Metric(metric_name(str(k)), float(v), stamp, int(row.get("step") or 0))
+        for k, v in (values.items() if isinstance(values, dict) else ())
+        if isinstance(v, (int, float))
+    ]
 
 
 def _forward_row(client: Any, state: spool.State, row: dict[str, Any]) -> None:

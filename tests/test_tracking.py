@@ -16,14 +16,19 @@ from typing import Any
 
 import pydantic
 import pytest
+import torch
 
 from mmlm import artifacts, spool, tracking_store
 from mmlm.config import Config
 from mmlm.errors import Interrupted, LaunchError
+from mmlm.model.config import ModelConfig
 from mmlm.tracking import NullTracker, Tracker
 from mmlm.train.config import TrainConfig
+from mmlm.train.telemetry import Telemetry
 from mmlm.tuning import _Child
+from mmlm.world import World
 from tests.faults.stage import fill_blocks, make_room, small_disk
+from tests.small import SPEC
 
 
 class Settings(Config):
@@ -371,6 +376,43 @@ def test_curves_written_anew_while_nobody_looked_go_on(
             run.metrics({"loss": 2.25, "more": step}, step)
     seen = [(m.step, m.value) for m in client(store).get_metric_history(run.run_id, "loss")]
     assert sorted(seen) == sorted([(s, 1) for s in range(50)] + [(s, 2.25) for s in range(40, 90)])
+
+
+def test_curves_that_are_cut_back_twice_in_one_outage_go_on(store: str, tmp_path: Path) -> None:
+    """ext4 gives the second new file the inode of the first one, and it is longer than what was sent."""
+    model = ModelConfig(width=32, layers=1, heads=2)
+    curves = Telemetry(tmp_path, World(), torch.device("cpu"), "fp32", model, SPEC)
+    c = client(store)
+    experiment = tracking_store.experiment(c, store, "twice")
+    state = spool.State("key", "train", {}, spool.now(), path=tmp_path / spool.STATE)
+
+    def train(first: int, last: int, loss: float) -> None:
+        for step in range(first, last + 1):
+            curves.write(step, {"loss": loss})
+            time.sleep(0.002)
+
+    train(1, 50, 1.0)
+    tracking_store.forward(c, experiment, state)
+    for attempt, last in ((2.0, 44), (3.0, 70)):
+        curves.rewind(30)
+        train(31, last, attempt)
+    tracking_store.forward(c, experiment, state)
+    curves.rewind(70)  # nothing is cut: nothing is sent again
+    train(71, 80, 3.0)
+    left = spool.State.load(tmp_path)
+    assert left is not None
+    tracking_store.forward(c, experiment, left)
+    seen = [(m.step, m.value) for m in c.get_metric_history(state.run_id, "loss")]
+    assert sorted(seen) == sorted([(s, 1.0) for s in range(1, 51)] + [(s, 3.0) for s in range(31, 81)])
+
+
+def test_what_another_version_noted_is_read(tmp_path: Path) -> None:
+    state = spool.State("key", "train", {}, 1, run_id="r", metrics=7, path=tmp_path / spool.STATE)
+    state.save()
+    row = json.loads(state.path.read_text())
+    del row["mark"]
+    state.path.write_text(json.dumps({**row, "file": 3}))
+    assert spool.State.load(tmp_path) == state
 
 
 def test_a_stage_that_goes_on_in_another_way_has_the_parameters_that_it_began_with(store: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ TCPStore of torchrun's agent, or one that rank 0 opens on MASTER_PORT + 1 where 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import json
@@ -15,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mmlm import world
@@ -39,26 +40,34 @@ def lead(work: Callable[[], int], guard: Callable[[Callable[[], int]], int] | No
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun that is killed itself ends nobody
         die_with_parent()
     here = world.from_environment()
-    if here.size == 1:
-        return work()
-    if not here.is_main:
-        _on_stop(_end_soon)
-        return guard(_follow) if guard else _follow()
-    _on_stop(_interrupt)
+    with _on_stop(_interrupt if here.is_main else _end_soon):
+        if here.size == 1:
+            return work()
+        if not here.is_main:
+            return guard(_follow) if guard else _follow()
+        return _lead(work, here.size)
+
+
+def _lead(work: Callable[[], int], size: int) -> int:
     code = 1
     try:
         code = work()
     finally:
         _say({"done": code})
-        _wait_until(lambda: int(_store().add(_heard(), 0)) >= here.size - 1)  # the store may end with this process
+        _wait_until(lambda: int(_store().add(_heard(), 0)) >= size - 1)  # the store may end with this process
     leave_group()
     return code
 
 
-def _on_stop(call: Callable[[], None]) -> None:
-    """What a stop does until training has its own handlers: there is nothing to save yet."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: call())
+@contextlib.contextmanager
+def _on_stop(call: Callable[[], None]) -> Iterator[None]:
+    """While this is entered, what a stop does outside training, which has its own handlers: there is nothing to save."""
+    before = {number: signal.signal(number, lambda *_: call()) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _end_soon() -> None:

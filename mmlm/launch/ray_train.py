@@ -86,6 +86,8 @@ class RayRanks:
                 if not losses.survivable():
                     raise lost
                 tell(f"{_sentence(lost)}; starting the ranks again ({losses.count} of {RESTARTS})")
+        if asked.signals:  # the ranks were done, or as good as done; but nothing may follow them
+            raise Interrupted("training was stopped", cure=AGAIN)
 
     def _attempt(self, target: str, args: dict[str, Any], log: Path, asked: Asked) -> Exception | None:
         """Run the ranks once. Returns what was lost; raises what starting again would not mend."""

@@ -101,6 +101,9 @@ class Stop:
 
     def __init__(self, where: Where) -> None:
         self.where, self.reason = where, ""
+        self.asked = False
+        """Whether somebody asked, by a signal or a file. A time limit that is near is nobody's wish: what is over in time
+        has kept it."""
         self._looked = 0.0
         self._before: dict[int, Any] = {}
         # the second one is this process's own: by it Ray's driver forwards a stop (launch/ray_train.py)
@@ -119,7 +122,7 @@ class Stop:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.reason = self.reason or signal.Signals(number).name
+        self.asked, self.reason = True, self.reason or signal.Signals(number).name
 
     @property
     def why(self) -> str:
@@ -137,4 +140,5 @@ class Stop:
         if not self.reason and now - self._looked > LOOK_EVERY:
             self._looked = now
             self.reason = next((f"{file} is there" for file in self._files if Path(file).exists()), "")
+            self.asked |= bool(self.reason)
         return bool(self.reason)

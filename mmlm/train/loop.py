@@ -78,11 +78,20 @@ def fit(
                 over = step == config.steps or session.validation.over
                 session.save(step, due=asked or over, wait=asked or over)
                 if asked and not over:
-                    raise Interrupted(
-                        f"{name} was asked to stop and is saved at step {step} of {config.steps}{stop.why}",
-                        cure="run the same command again to go on",
-                    )
-            return session.finish(step)
+                    raise _stopped(name, step, config, stop)
+            if engine.total([float(stop.asked)], device)[0]:  # in the last step: writing the model may take too long
+                raise _stopped(name, step, config, stop)
+            counts = session.finish(step)
+    if stop.asked and world.is_main:  # what comes next would know nothing of it
+        raise _stopped(name, step, config, stop)
+    return counts
+
+
+def _stopped(name: str, step: int, config: LoopConfig, stop: Stop) -> Interrupted:
+    return Interrupted(
+        f"{name} was asked to stop and is saved at step {step} of {config.steps}{stop.why}",
+        cure="run the same command again to go on",
+    )
 
 
 def _take(session: Session, step: int, batches: list[Batch], counts: dict[str, float]) -> tuple[dict[str, float], str]:

@@ -117,6 +117,25 @@ def test_torchrun_leads_and_follows(tmp_path: Path) -> None:
     assert [(tmp_path / f"sum-{r}.txt").read_text() for r in (0, 1)] == ["3.0", "3.0"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_rank_that_is_alone_is_stopped_in_good_order(number: signal.Signals) -> None:
+    """Outside training, too: its run is to be ended, and the handlers are put back."""
+    code = (
+        "import signal, sys, time\nfrom mmlm.launch.leader import lead\n"
+        "def work():\n"
+        "    try:\n        print('up', flush=True)\n        time.sleep(60)\n    except KeyboardInterrupt:\n        return 4\n"
+        "code = lead(work)\n"
+        "print([signal.getsignal(n) == signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGUSR1)])\n"
+        "sys.exit(code)"
+    )
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    rank = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    assert rank.stdout is not None and rank.stdout.readline() == "up\n"
+    rank.send_signal(number)
+    assert rank.communicate(timeout=30)[0] == "[True, True]\n"
+    assert rank.returncode == Interrupted.exit_code
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_ranks_of_torchrun_die_with_it(tmp_path: Path, count: int) -> None:
     """A killed agent forwards nothing; ranks that lived on would hold their GPUs and write into the folder."""

@@ -21,6 +21,7 @@ from mmlm.launch.local import count_signals
 from mmlm.launch.ray_train import RESTARTS, STOP_WAIT, Asked, Losses, patience, stoppable
 from mmlm.train.control import Stop, Where
 from mmlm.world import quiet_environment
+from tests.faults.stage import wait_for
 
 ROOT = Path(__file__).parents[2]
 STEPS = 400
@@ -103,19 +104,26 @@ def test_a_new_checkpoint_starts_the_count_of_losses_anew(tmp_path: Path) -> Non
     assert losses.survivable() and losses.count == 2
 
 
-def on_ray(out: Path, times: int, then: str) -> tuple[int, str]:
-    """One rank on a Ray of its own that is lost `times` times. Exit code, and what was said."""
+def rank_on_ray(out: Path, target: str, **args: object) -> subprocess.Popen[str]:
+    """The driver of one rank on a Ray of its own."""
     code = (
         "from pathlib import Path\nfrom mmlm.errors import MmlmError\nfrom mmlm.launch import ray_train\n"
-        f"out = Path({str(out)!r})\nargs = {{'folder': str(out), 'times': {times}, 'then': {then!r}}}\n"
-        "try:\n    ray_train.ranks(1)('tests.launch.targets:lose_times', args, log=out / 'model' / 'log')\n"
+        f"out = Path({str(out)!r})\nargs = {{'folder': str(out), **{args!r}}}\n"
+        f"try:\n    ray_train.ranks(1)('tests.launch.targets:{target}', args, log=out / 'model' / 'log')\n"
         "except MmlmError as error:\n    print('mmlm:', error, flush=True)\n    raise SystemExit(error.exit_code)"
     )
     environment = {**os.environ, **quiet_environment(), "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, timeout=280, capture_output=True, text=True
-    )
-    return done.returncode, done.stdout + done.stderr
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+
+
+def on_ray(out: Path, times: int, then: str) -> tuple[int, str]:
+    """One rank that is lost `times` times. Exit code, and what was said."""
+    driver = rank_on_ray(out, "lose_times", times=times, then=then)
+    said = driver.communicate(timeout=280)[0]
+    return driver.returncode, said
 
 
 @pytest.mark.slow
@@ -133,6 +141,21 @@ def test_losses_without_a_new_checkpoint_have_an_end(tmp_path: Path) -> None:
     status, said = on_ray(tmp_path, 100, "")
     assert status == WorkLost.exit_code and "again (3 of 3)" in said and "4 of 3" not in said, said[-3000:]
     assert len(list(tmp_path.glob("attempt-*"))) == RESTARTS + 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_stop_that_the_ranks_no_longer_see_ends_the_driver(tmp_path: Path) -> None:
+    """Else the next stage would begin, and never hear of it."""
+    driver = rank_on_ray(tmp_path, "end_well", seconds=4)
+    try:
+        wait_for("the rank is at work", lambda: (tmp_path / "up").exists() or driver.poll() is not None, 240)
+        driver.send_signal(signal.SIGTERM)
+        said = driver.communicate(timeout=120)[0]
+    finally:
+        driver.kill()
+    assert (tmp_path / "done").exists(), said[-3000:]
+    assert driver.returncode == Interrupted.exit_code and "asked to stop" in said, said[-3000:]
 
 
 def train(out: Path, log: Path) -> subprocess.Popen[bytes]:

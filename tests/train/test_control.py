@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 from mmlm import artifacts
+from mmlm.artifacts import Artifact
 from mmlm.config import parse
 from mmlm.errors import ConfigError, Interrupted
 from mmlm.tracking import NullTracker
@@ -20,6 +24,8 @@ from mmlm.train.control import SAVE_RATE, START_SECONDS, Stop, Where, first_save
 from mmlm.train.peak import peak_flops
 from mmlm.train.planning import saved_bytes
 from mmlm.train.train import run_ranks
+from tests.faults.stage import ROOT, wait_for
+from tests.train.runs import losses
 
 
 @pytest.mark.parametrize(
@@ -120,3 +126,56 @@ def test_the_student_without_a_teacher_need_not_resume(tmp_path: Path, monkeypat
         with pytest.raises(Interrupted):
             run_ranks(work, config, verb, {}, launch, NullTracker(), verb)
     assert told == {"train": True, "distill": True, "distill-scratch": False}
+
+
+def test_who_asked_is_known_and_a_time_limit_is_nobody(tmp_path: Path):
+    for where in (Where(deadline=time.time()), Where(stop_file=str(tmp_path))):
+        with Stop(where) as stop:
+            assert stop.wanted(1, 1)
+            assert stop.asked == (where.deadline is None)
+    with Stop(Where(deadline=time.time())) as stop:
+        assert stop.wanted(1, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+
+
+def one_rank(out: Path, log: Path) -> subprocess.Popen[bytes]:
+    """`mmlm train` as the only rank of a torchrun, or task of a Slurm job."""
+    sets = ["steps=20", "log_every=1", "data.batch=8", "model.width=32", "model.layers=1", "model.heads=2"]
+    command = [sys.executable, "-m", "mmlm.cli", "train", "demo", "--out", str(out)]
+    command += ["--tracking-uri", f"sqlite:///{out.parent}/mlflow.db"]
+    command += [word for change in sets for word in ("--set", f"train.{change}")]
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519"}
+    with log.open("ab") as f:
+        return subprocess.Popen(
+            command, env={**os.environ, **rank, "PYTHONPATH": str(ROOT)}, cwd=ROOT, stdout=f, stderr=f
+        )
+
+
+def test_a_stop_after_the_last_step_ends_the_command(keypad_shards: Artifact, tmp_path: Path):
+    """What would follow it in `mmlm run` is not to begin; the next attempt has only the model to write."""
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    shutil.copytree(keypad_shards.path, out / "shards")
+    rank = one_rank(out, log)
+    try:
+        rows = out / "model" / "metrics.jsonl"
+        wait_for(
+            "the last step",
+            lambda: rank.poll() is not None or (rows.exists() and '"step": 20,' in rows.read_text()),
+            200,
+            log.read_text,
+        )
+        rank.send_signal(signal.SIGTERM)
+        assert rank.wait(60) == Interrupted.exit_code, log.read_text()
+    finally:
+        rank.kill()
+    assert "is saved at step 20 of 20 (SIGTERM)" in log.read_text()
+    assert not (out / "model" / artifacts.NAME).exists()
+    rank = one_rank(out, log)
+    try:
+        assert rank.wait(200) == 0, log.read_text()
+    finally:
+        rank.kill()
+    assert "going on from step 20" in log.read_text()
+    assert sorted(losses(out / "model")) == list(range(1, 21))
+    assert artifacts.read(out / "model").counts["steps"] == 20
