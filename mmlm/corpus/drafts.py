@@ -273,7 +273,7 @@ def media_uri(value: str, root: str, data: str = "") -> str:
         raise RefuseError("unsafe_path", f"{value[:80]!r} is a path of this machine in a table from elsewhere")
     if os.path.isabs(value):
         value = posixpath.normpath(value)
-        return value[len(data) + 1 :] if data and value.startswith(data.rstrip("/") + "/") else value
+        return value.removeprefix(data.rstrip("/") + "/") if data else value
     if ".." in split_fragment(value)[0].replace("\\", "/").split("/"):
         raise RefuseError("unsafe_path", f"{value[:80]!r} climbs out of the data folder")
     if is_remote(root):

@@ -130,3 +130,13 @@ def test_two_columns_of_one_name_are_told(tmp_path: Path) -> None:
     assert read(tmp_path / "t.csv", "text,,\nx,a,b\n") == [["x", "a", "b"]]
     with pytest.raises(DataError, match=r"t\.csv:1: its quotes are not well formed"):
         read(tmp_path / "t.csv", 'text,"label\nx,a\n')
+
+
+def test_lines_like_rows_in_a_file_of_careful_quoting_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    doubtful, careful = ["Two of them,x\nand more", "x"], ['say "hi", please', "x"]
+    for rows, kept in (([careful, doubtful], True), ([["a", "x"], doubtful], False)):
+        with path.open("w", newline="") as f:
+            csv.writer(f, lineterminator="\n").writerows([["text", "label"], *rows])
+        expected = rows if kept else [rows[0], "3: bad_row", ['and more"', "x"]]
+        assert read(path, path.read_bytes()) == expected

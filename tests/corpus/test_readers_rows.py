@@ -52,6 +52,24 @@ def test_json_in_any_form_and_any_chunk(
     assert read(tmp_path / "t.json") == expected
 
 
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    path, more = tmp_path / "t.jsonl", rows.MAX_VALUES + 1
+    text = '[{":,}]\\"\\\\' * (more // 2)  # in a text such marks are none, whatever is escaped there
+    good = [{"text": text, "floats": [0.5] * (more // 2)}, {"text": "\\"}]
+    bad = [
+        '{"a": [' + "[]," * more + "1]}",
+        '{"a": [0' + ",0" * more + "]}",
+        '{"a": "\\\\", "b": [' + "{}," * more + "1]}",
+    ]
+    path.write_text("".join(line + "\n" for line in [json.dumps(good[0]), *bad, json.dumps(good[1])]))
+    assert read(path) == [good[0], "too_large", "too_large", "too_large", good[1]]
+    path = tmp_path / "t.json"
+    path.write_text("[" + json.dumps(good[0]) + "," + bad[0] + "]")
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, path.stat().st_size
+    assert read(path) == [good[0], "bad_json"]
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 20 * began
+
+
 def test_json_that_is_no_utf8_or_no_rows(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_bytes(b'[{"a": 1}, {"a": "\xff"}]')
     assert read(tmp_path / "t.json") == ["bad_json"]

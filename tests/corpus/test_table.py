@@ -14,6 +14,7 @@ import pytest
 
 from mmlm.config import parse
 from mmlm.corpus.config import ScanConfig
+from mmlm.corpus.drafts import media_uri
 from mmlm.corpus.records import Target
 from mmlm.corpus.scan import scan
 from mmlm.errors import ConfigError, DataError
@@ -62,6 +63,21 @@ def test_the_order_of_lines_and_files_does_not_matter(tmp_path: Path, scanned: S
     other = scanned(tmp_path / "b", {**source, "files": "*.jsonl"})
     assert one.bytes == other.bytes
     assert one.artifact.digest == other.artifact.digest
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "expected"),
+    [
+        ("/mnt/x.png", "/", "mnt/x.png"),
+        ("/mnt/x.png", "/mnt", "x.png"),
+        ("/mnt/x.png", "/mnt/", "x.png"),
+        ("/mntx/x.png", "/mnt", "/mntx/x.png"),
+        ("/mnt/x.png", "", "/mnt/x.png"),
+        ("file:///mnt/a//./x.png", "/mnt", "a/x.png"),
+    ],
+)
+def test_absolute_paths_below_the_data_are_kept_relative_to_it(path: str, data: str, expected: str) -> None:
+    assert media_uri(path, "", data) == expected
 
 
 def test_a_row_without_an_id_in_two_sources_is_two_records(tmp_path: Path, scanned: Scan) -> None:

@@ -143,6 +143,7 @@ def write_chat(data: Path, canary: Path) -> Expected:
         (b'{"id": "\xff\xfe"}', "", "refused bad_json"),
         (b'{"id": 1' + b"0" * 10_000 + b"}", "", "refused bad_json"),
         (b"\x00\x01\x02", "", "refused bad_json"),
+        (b'{"id": "20 million lists", "messages": [' + b"[]," * 20_000_000 + b"[]]}", "", "refused too_large"),
         (b"null", "", "refused bad_row"),
         (b"[1, 2]", "", "refused bad_row"),
         (b'{"id": "no messages"}', "no messages", "refused no_messages"),

@@ -180,7 +180,7 @@ class _Reader:
         self.separator = named[1] if named else separator_of(sample, tabs)
         self.reader = csv.reader(lines, delimiter=self.separator, strict=True)
         self.seen: list[set[str]] = []  # the values of each column in the first rows
-        self.read = 0
+        self.read, self.careful = 0, False
 
     def rows(self) -> Iterator[tuple[str, Any] | Refusal]:
         header = self.header()
@@ -207,6 +207,8 @@ class _Reader:
             for seen, cell in zip(self.seen, cells, strict=True):
                 if len(cell) <= 100:
                     seen.add(cell)
+                # only a program that doubles quotes inside of cells writes these, and such a one leaves no stray ones
+                self.careful |= '"' in cell and (self.separator in cell or "\n" in cell)
 
     def header(self) -> list[str] | Refusal:
         """The names of the columns; none where the file is empty. Raises DataError when they are no names."""
@@ -254,7 +256,7 @@ class _Reader:
         column of a later row, took in.
 
         With tabs, a tab in it is enough, since hardly a text holds any. Commas are common in texts: there every line must
-        make a row, whose other cells hold what these columns held so far.
+        make a row, whose other cells hold what these columns held so far, and no cell so far may show careful quoting.
         """
         if not self.lines.several:
             return False
@@ -262,7 +264,7 @@ class _Reader:
         over = [at for at, cell in enumerate(cells) if "\n" in cell or "\r" in cell]
         if mark == "\t":
             return any(mark in cells[at] for at in over)
-        if len(over) != 1 or len(cells) == 1:
+        if self.careful or len(over) != 1 or len(cells) == 1 or '"' in cells[over[0]]:
             return False
         rows = [line.split(mark) for line in _LINE_END.split(mark.join(cells))]
         if any(len(row) != len(cells) for row in rows):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -20,7 +21,11 @@ from mmlm.errors import DataError
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 BATCH_BYTES = 64 << 20
 """Bytes of rows with pictures in them that are held at a time."""
-_CHUNK = 1 << 20
+_CHUNK, _MOST_AT_ONCE = 1 << 20, 8 << 20
+MAX_VALUES = 1_000_000
+"""Brackets, commas and colons outside of texts in a row of JSON: `[],` is three bytes, and in memory seventy."""
+_STRUCTURE = (b"[", b"{", b",", b":")
+_IS_MARK = np.isin(np.arange(256), np.frombuffer(b"".join(_STRUCTURE), np.uint8))
 _HIVE = re.compile(r"([^/=]+)=([^/]*)/")
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -52,8 +57,13 @@ def read_rows(path: Path, shown: str) -> Iterator[Row | Refusal]:
         ) from None
 
 
+class TooManyValuesError(ValueError):
+    """A JSON text holds more than MAX_VALUES values."""
+
+
 def parse_json(text: bytes) -> Any:
     """JSON, or ValueError in one short sentence."""
+    _require_few_values(text)
     try:
         return json.loads(text.decode("utf-8-sig"))
     except RecursionError:
@@ -79,8 +89,26 @@ def _json_lines(path: Path, shown: str) -> Iterator[Row | Refusal]:
                 continue
             try:
                 yield where, parse_json(line)
+            except TooManyValuesError as error:
+                yield Refusal(where, "", "too_large", str(error))
             except ValueError as error:
                 yield Refusal(where, "", "bad_json", str(error))
+
+
+def _require_few_values(text: bytes) -> None:
+    """Raise TooManyValuesError where JSON has more brackets, commas and colons outside of texts than MAX_VALUES."""
+    if len(text) <= MAX_VALUES or sum(map(text.count, _STRUCTURE)) <= MAX_VALUES:
+        return
+    # marks inside texts do not count; a quote behind a backslash begins and ends none
+    plain = np.frombuffer(text.replace(rb"\\", b"").replace(rb"\"", b""), np.uint8)
+    found, inside = 0, False
+    for start in range(0, len(plain), _CHUNK):
+        piece = plain[start : start + _CHUNK]
+        within = np.logical_xor.accumulate(piece == ord('"')) ^ inside
+        found += int(np.count_nonzero(_IS_MARK[piece] & ~within))
+        inside = bool(within[-1])
+    if found > MAX_VALUES:
+        raise TooManyValuesError(f"more than {MAX_VALUES:,} brackets, commas and colons in a row")
 
 
 class _JsonStream:
@@ -95,10 +123,11 @@ class _JsonStream:
         self.scanner = json.JSONDecoder()
 
     def more(self) -> None:
-        """Read on: at least as much again as is held, so that a long value is not tried too often."""
+        """Read on: as much again as is held, so that a long value is not tried too often, but never much at once: what is
+        held behind one value may be a bomb."""
         self.text = self.text[self.at :]
         self.at = 0
-        data = self.file.read(max(_CHUNK, len(self.text)))
+        data = self.file.read(max(_CHUNK, min(len(self.text), _MOST_AT_ONCE)))
         self.ended = not data
         try:
             self.text += self.decoder.decode(data, self.ended)
@@ -130,6 +159,7 @@ class _JsonStream:
                 value, end = self.scanner.raw_decode(self.text, self.at)
                 # a number might go on, and of `4e-` no more than `4` was taken
                 if len(self.text) - end > (2 if isinstance(value, int | float) else -1) or self.ended:
+                    self.require_bounds(end)
                     self.at = end
                     return value
             except RecursionError:
@@ -137,11 +167,20 @@ class _JsonStream:
             except json.JSONDecodeError as error:
                 if self.ended:
                     raise ValueError(error.msg) from None
-            if len(self.text) - self.at > MAX_LINE:
-                raise ValueError(
-                    f"{self.text[self.at : self.at + 40]!r} is broken or longer than {MAX_LINE:,} characters"
-                )
+            self.require_bounds(len(self.text))
             self.more()
+
+    def require_bounds(self, end: int) -> None:
+        """Raise ValueError when the value that begins here, and goes on to `end` at least, is too large."""
+        if end - self.at <= min(MAX_LINE, MAX_VALUES):
+            return
+        begins = f"{self.text[self.at : self.at + 40]!r} is broken or"
+        if end - self.at > MAX_LINE:
+            raise ValueError(f"{begins} longer than {MAX_LINE:,} characters")
+        try:
+            _require_few_values(self.text[self.at : end].encode("utf-8", "surrogatepass"))
+        except TooManyValuesError as error:
+            raise ValueError(f"{begins} has {error}") from None
 
     def items(self) -> Iterator[Any]:
         """The items of the list that begins here."""
