@@ -37,7 +37,7 @@ def drawn(style: str) -> None:
         pytest.param(drawn, "a" * LONG, id="a style sheet without braces"),
         pytest.param(drawn, "x{" + "a" * LONG, id="a rule without an end"),
         pytest.param(drawn, "x{" + "a" * LONG + "}", id="a property without a value"),
-        pytest.param(drawn, "x{a" + " " * LONG + "b}", id="blanks behind a property"),
+        pytest.param(drawn, "x{" + "a" * 3000 + " " * LONG + "b}", id="blanks behind a property"),
         pytest.param(drawn, "x{fill:url(" + " " * LONG + "}", id="blanks behind url("),
         pytest.param(drawn, "x{fill:" + "url( ' " * (LONG // 7) + "}", id="many references without an end"),
         pytest.param(count_words, "-" * LONG, id="dashes"),
