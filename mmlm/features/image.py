@@ -23,6 +23,7 @@ from PIL import Image
 from mmlm.features import colour
 from mmlm.features.failures import SampleError
 from mmlm.features.image_header import read_jpeg, read_png, read_webp
+from mmlm.features.png import made_over
 from mmlm.features.spec import ImageSpec
 from mmlm.features.svg import looks_like_svg, render_svg
 
@@ -255,9 +256,12 @@ def _fast_png(data: bytes) -> _Decoded | None:
     if header is None:
         return None
     _check_size(header.width, header.height)
+    whole = made_over(data, header)
+    if whole is None:
+        return None
     cv2 = opencv()
     kind = cv2.IMREAD_GRAYSCALE if header.channels == 1 else cv2.IMREAD_COLOR_RGB
-    return _by_opencv(data, kind | cv2.IMREAD_IGNORE_ORIENTATION, (header.height, header.width))
+    return _by_opencv(whole, kind | cv2.IMREAD_IGNORE_ORIENTATION, (header.height, header.width))
 
 
 def _fast_webp(data: bytes, spec: ImageSpec) -> _Decoded | None:
