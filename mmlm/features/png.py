@@ -45,10 +45,12 @@ def _inflated(data: bytes, header: PngHeader, size: int) -> Iterator[bytes]:
     inflater, at, stride = zlib.decompressobj(), 0, 1 + header.width * header.channels
     for start, end in header.pieces:
         waiting = data[start:end]
-        while waiting and not inflater.eof:
+        while not inflater.eof:
             # one byte more than there should be, so that the end of the stream is seen with its checksum
             block = inflater.decompress(waiting, min(_BLOCK, size - at + 1))
             waiting = inflater.unconsumed_tail
+            if not block and not waiting:  # the last bytes that went in may still give several blocks
+                break
             if max(block[-at % stride :: stride], default=0) > _FILTERS:
                 raise ValueError("a filter that there is not")
             at += len(block)

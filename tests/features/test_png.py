@@ -103,3 +103,10 @@ def test_the_largest_are_not_held_and_looked_at_all_the_same(side: int, capfd: p
     header = read_png(broken)
     assert header is not None and png.made_over(broken, header) is None
     assert capfd.readouterr().err == ""
+
+
+def test_rows_that_shrink_to_nothing_are_all_found() -> None:
+    for side in (600, 1111, 2222):
+        whole = made(chunk(b"IDAT", zlib.compress(bytes((1 + 3 * side) * side), 9)), END, side=side)
+        header = read_png(whole)
+        assert header is not None and png.made_over(whole, header)
