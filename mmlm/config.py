@@ -186,17 +186,33 @@ def split_override(text: str) -> tuple[str, str]:
 _CREDENTIALS = re.compile(r"(?<![\w+.-])(?=[\w+.-]*?[a-zA-Z])(?P<scheme>[\w+.-]*+://)[^/@\s]++@")
 
 
+_SIGNATURE = re.compile(
+    r"(?i)(x-(amz|goog|oss|cos)-|awsaccesskeyid|googleaccessid|(access_?)?(token|key)=|api_?key|signature|sig=|s[eprtv]{1,2}=|"
+    r"expires|policy|key-pair-id)"
+)
+"""What signs an address: Amazon, Google, Azure, CloudFront and others."""
+
+
 def blank_credentials(text: str) -> str:
     """`s3://key:secret@bucket/x` → `s3://***@bucket/x`; stored and logged configs never carry secrets."""
     return _CREDENTIALS.sub(r"\g<scheme>***@", text)
 
 
+def unsigned(uri: str) -> str:
+    """A web address without the signature in its query: a name that stays the same, and that can be shown."""
+    place, mark, query = uri.partition("?")
+    if not mark or not place.lower().startswith(("http://", "https://")):
+        return uri
+    left = [pair for pair in query.split("&") if not _SIGNATURE.match(pair)]
+    return place + "?" + "&".join(left) if left else place
+
+
 def resolved(config: Config) -> dict[str, Any]:
-    """The config as plain JSON values, credentials blanked: what is stored and logged."""
+    """The config as plain JSON values, credentials blanked and signatures left out: what is stored and logged."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, str):
-            return blank_credentials(value)
+            return blank_credentials(unsigned(value))
         if isinstance(value, dict):
             return {k: clean(v) for k, v in value.items()}
         if isinstance(value, list):

@@ -27,11 +27,6 @@ SLOWEST = 64 << 10
 """Bytes a second below which a download counts as stuck: a store could send a byte a minute for ever."""
 _QUERY = re.compile(r"(?=[^\s?'\"<>]*?(?:https?|s3|gs|gcs)://[^\s?'\"<>])([^\s?'\"<>]++)\?[^\s'\"<>)]*+|[^\s?'\"<>]++")
 """A word that holds an address, and its query; or a word without one, passed over whole so that no part is looked at again."""
-_SIGNATURE = re.compile(
-    r"(?i)(x-(amz|goog|oss|cos)-|awsaccesskeyid|googleaccessid|(access_?)?(token|key)=|api_?key|signature|sig=|s[eprtv]{1,2}=|"
-    r"expires|policy|key-pair-id)"
-)
-"""What signs an address: Amazon, Google, Azure, CloudFront and others."""
 CURES = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and AWS_ENDPOINT_URL for a store of your own; "
     "FSSPEC_S3_ANON=true reads a public bucket",
@@ -82,15 +77,6 @@ class Stat:
 def blank(text: str) -> str:
     """`text` without credentials: neither `user:password@` nor the query of a (perhaps signed) address."""
     return _QUERY.sub(lambda found: f"{found[1]}?***" if found[1] else found[0], blank_credentials(text))
-
-
-def unsigned(uri: str) -> str:
-    """A web address without the signature in its query: a name that stays the same, and that can be shown."""
-    place, mark, query = uri.partition("?")
-    if not mark or not place.lower().startswith(("http://", "https://")):
-        return uri
-    left = [pair for pair in query.split("&") if not _SIGNATURE.match(pair)]
-    return place + "?" + "&".join(left) if left else place
 
 
 def scheme_of(uri: str) -> str:

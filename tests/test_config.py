@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mmlm.config import Config, apply_override, blank_credentials, parse, resolved, split_override
+from mmlm.config import Config, apply_override, blank_credentials, identity, parse, resolved, split_override
 from mmlm.errors import ConfigError
 from mmlm.train.config import TrainConfig
 
@@ -110,3 +110,9 @@ def test_credentials_are_blanked_wherever_they_stand():
     assert blank_credentials("s3://key:secret@bucket/x") == "s3://***@bucket/x"
     assert resolved(Outer(uri="https://me:pw@host/path"))["uri"] == "https://***@host/path"
     assert blank_credentials("https://host/a@b") == "https://host/a@b"
+
+
+def test_a_signature_is_neither_stored_nor_part_of_what_a_noun_is():
+    signed = [Outer(uri=f"https://me:pw@host/get?file=a&X-Amz-Signature={name}&X-Amz-Expires=9") for name in "xy"]
+    assert resolved(signed[0])["uri"] == "https://***@host/get?file=a"
+    assert identity(signed[0]) == identity(signed[1])

@@ -37,7 +37,7 @@ def drawn(style: str) -> None:
         pytest.param(drawn, "a" * LONG, id="a style sheet without braces"),
         pytest.param(drawn, "x{" + "a" * LONG, id="a rule without an end"),
         pytest.param(drawn, "x{" + "a" * LONG + "}", id="a property without a value"),
-        pytest.param(drawn, "x{a" + " " * LONG + "b}", id="blanks behind a property"),
+        pytest.param(drawn, "x{" + "a" * 3000 + " " * LONG + "b}", id="blanks behind a property"),
         pytest.param(drawn, "x{fill:url(" + " " * LONG + "}", id="blanks behind url("),
         pytest.param(drawn, "x{fill:" + "url( ' " * (LONG // 7) + "}", id="many references without an end"),
         pytest.param(count_words, "-" * LONG, id="dashes"),
@@ -107,3 +107,24 @@ def test_a_style_sheet_has_an_end() -> None:
     with pytest.raises(SampleError, match="style sheets of 3,000,007 characters") as error:
         drawn("a{b:'" + "c" * 3_000_000 + "'}")
     assert error.value.reason == "unsafe_svg"
+
+
+@pytest.mark.parametrize(
+    ("style", "elements"),
+    [
+        ("x g g g g{fill:red}", "<g>" * 190 + "</g>" * 190),
+        ("g " * 5000 + "g{fill:red}", "<g>" * 190 + "</g>" * 190),
+        ("*{fill:red}" * 10_000, "<g/>" * 10_000),
+    ],
+    ids=["nested", "long", "many"],
+)
+def test_selectors_that_take_too_long_are_refused(style: str, elements: str) -> None:
+    drawing = f'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><style>{style}</style>{elements}</svg>'
+    started = time.process_time()
+    with pytest.raises(SampleError, match="style sheets of the SVG take too long"):
+        decode_image(drawing.encode(), ImageSpec(size=32, patch=8, channels=3))
+    assert time.process_time() - started < SECONDS
+
+
+def test_usual_style_sheets_are_drawn() -> None:
+    drawn("".join(f".layer .group > .cls-{i} rect, g g g .cls-{i}{{fill:#00f;opacity:.5}}" for i in range(500)))

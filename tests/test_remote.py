@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mmlm import asking, object_cache, remote, stores
+from mmlm import asking, object_cache, remote
+from mmlm.config import unsigned
 from mmlm.errors import DataError, LaunchError
 from tests import clouds
 from tests.web import Site, serving
@@ -257,7 +258,7 @@ def test_a_cache_that_cannot_be_written_is_named(site: Site, tmp_path: Path, mon
     ],
 )
 def test_a_name_carries_no_signature(signed: str, name: str) -> None:
-    assert stores.unsigned(signed) == name
+    assert unsigned(signed) == name
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

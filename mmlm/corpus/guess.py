@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlm import remote
-from mmlm.config import blank_credentials
+from mmlm.config import blank_credentials, unsigned
 from mmlm.corpus.counts import quantile
 from mmlm.corpus.drafts import SPLIT_NAMES, RefuseError, as_label
 from mmlm.corpus.elsewhere import address_of, laid_out, looking_at
@@ -26,7 +26,6 @@ from mmlm.corpus.readers.rows import ENDINGS
 from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, TEXT_ENDINGS, VIDEO_ENDINGS, Header, read_header
 from mmlm.errors import DataError
 from mmlm.storage import is_remote, read_uri
-from mmlm.stores import unsigned
 
 SAMPLE = 200
 """Media whose headers are read."""

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmlm.features import colour
+from mmlm.features import colour, depth
 from mmlm.features.failures import SampleError
 from mmlm.features.image_header import read_jpeg, read_png, read_webp
+from mmlm.features.png import made_over
 from mmlm.features.spec import ImageSpec
 from mmlm.features.svg import looks_like_svg, render_svg
 
@@ -255,9 +256,12 @@ def _fast_png(data: bytes) -> _Decoded | None:
     if header is None:
         return None
     _check_size(header.width, header.height)
+    whole = made_over(data, header)
+    if whole is None:
+        return None
     cv2 = opencv()
     kind = cv2.IMREAD_GRAYSCALE if header.channels == 1 else cv2.IMREAD_COLOR_RGB
-    return _by_opencv(data, kind | cv2.IMREAD_IGNORE_ORIENTATION, (header.height, header.width))
+    return _by_opencv(whole, kind | cv2.IMREAD_IGNORE_ORIENTATION, (header.height, header.width))
 
 
 def _fast_webp(data: bytes, spec: ImageSpec) -> _Decoded | None:
@@ -302,11 +306,12 @@ def decode_by_pillow(data: bytes, spec: ImageSpec) -> np.ndarray:
             picture.draft("RGB" if profile or spec.channels == 3 else "L", (picture.width // by, picture.height // by))
         picture.load()  # also turns a TIFF upright, and finds what a PNG says behind its pixels
         orientation, (width, height) = _orientation(picture), picture.size
+        bits = depth.bits_of(picture, data) if picture.mode.startswith(("I", "F")) else 8
         if (by := _reduction(width, height, orientation, spec)) > 1:
-            band = functools.partial(_flat_band, picture)
+            band = functools.partial(_flat_band, picture, bits)
             pixels = _in_bands(band, width, height, by)
         else:
-            pixels = _flatten(picture)
+            pixels = _flatten(picture, bits)
         return _finish(_Decoded(pixels, orientation, profile), spec)
     except (MemoryError, SampleError):
         raise
@@ -344,17 +349,14 @@ def _orientation(picture: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _flat_band(picture: Image.Image, top: int, bottom: int) -> np.ndarray:
-    return _flatten(picture.crop((0, top, picture.width, bottom)))
+def _flat_band(picture: Image.Image, bits: int, top: int, bottom: int) -> np.ndarray:
+    return _flatten(picture.crop((0, top, picture.width, bottom)), bits)
 
 
-def _flatten(picture: Image.Image) -> np.ndarray:
-    """Palette, alpha and 16 bit as plain 8-bit grey, RGB or CMYK; transparent pixels on white."""
-    if picture.mode.startswith(("I", "F")):  # 16 bits a pixel: the upper 8 of them
-        values = np.asarray(picture)
-        if values.dtype.kind == "f":
-            values = np.nan_to_num(values, posinf=65535.0, neginf=0.0)
-        return (np.clip(values, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
+def _flatten(picture: Image.Image, bits: int = 16) -> np.ndarray:
+    """Palette, alpha and `bits` of grey (`depth.bits_of`) as plain 8-bit grey, RGB or CMYK; transparent pixels on white."""
+    if picture.mode.startswith(("I", "F")):
+        return depth.to_eight_bits(np.asarray(picture), bits)
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         paper = Image.new("RGBA", rgba.size, "white")

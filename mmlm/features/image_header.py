@@ -8,10 +8,15 @@ PNG: the W3C recommendation, third edition. WebP: RFC 9649.
 from __future__ import annotations
 
 import struct
+import zlib
 from dataclasses import dataclass
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_MARKERS = 4096
+_MAX_PIECES = 65_536
+"""Chunks of compressed rows in a PNG."""
+_MAX_SIDE = 1_000_000
+"""Pixels that libpng takes a PNG to be wide or high, at most."""
 _ORIENTATION = 0x0112
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})
 """Start of frame: baseline, extended, progressive. All others (lossless, arithmetic) are left to Pillow."""
@@ -39,6 +44,8 @@ class PngHeader:
     height: int
     channels: int
     """1 or 3."""
+    pieces: tuple[tuple[int, int], ...] = ()
+    """Where the compressed rows lie: (from, to) of each of their chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,26 +117,37 @@ def _orientation(tiff: bytes) -> int:
 
 
 def read_png(data: bytes) -> PngHeader | None:
-    """The header of a PNG of 8-bit grey or RGB that is whole and has no alpha, profile, EXIF or animation; else None.
+    """The header of a PNG of 8-bit grey or RGB whose chunks are whole, without alpha, profile, EXIF or animation; else None.
 
     The chunk that says how its light is to be read (gAMA, cHRM) is passed over, as every viewer of photographs does.
     """
     if not data.startswith(PNG_SIGNATURE) or data[12:16] != b"IHDR" or len(data) < 45:
         return None
-    width, height, depth, colour, *_, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-    if depth != 8 or colour not in (0, 2) or interlaced:
+    width, height, depth, colour, *odd = struct.unpack_from(">IIBBBBB", data, 16)
+    if depth != 8 or colour not in (0, 2) or any(odd) or not (0 < width <= _MAX_SIDE and 0 < height <= _MAX_SIDE):
         return None
-    at, kind = 8, b""
+    pieces = _png_pieces(data)
+    return PngHeader(width, height, 1 if colour == 0 else 3, pieces) if pieces else None
+
+
+def _png_pieces(data: bytes) -> tuple[tuple[int, int], ...]:
+    """(from, to) of each chunk of compressed rows; none when a chunk is odd, out of place, cut, or fails its checksum."""
+    pieces: list[tuple[int, int]] = []
+    at, before, view = 8, b"", memoryview(data)
     while at + 12 <= len(data):
-        kind = data[at + 4 : at + 8]
-        if kind not in _PLAIN_CHUNKS:
-            return None
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
-        if kind == b"IEND":
-            break
-    if kind != b"IEND" or at > len(data):
-        return None
-    return PngHeader(width, height, 1 if colour == 0 else 3)
+        kind, end = data[at + 4 : at + 8], at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if kind not in _PLAIN_CHUNKS or end + 4 > len(data) or (kind == b"IHDR") != (at == 8):
+            return ()
+        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return ()
+        if kind == b"IDAT":
+            if (pieces and before != kind) or len(pieces) == _MAX_PIECES:
+                return ()
+            pieces.append((at + 8, end))
+        elif kind == b"IEND":
+            return tuple(pieces)
+        at, before = end + 4, kind
+    return ()
 
 
 def read_webp(data: bytes) -> WebpHeader | None:

@@ -7,9 +7,11 @@ dashes without number. The estimate is deterministic, so that a drawing is refus
 
 from __future__ import annotations
 
+import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
+from itertools import pairwise
 
 from mmlm.features.failures import SampleError
 
@@ -23,6 +25,8 @@ MAX_KERNEL = 81
 """Values of one convolution filter's matrix."""
 MAX_STYLE = 2 << 20
 """Characters of all style sheets; what is longer than some thousand holds fonts or pictures."""
+MAX_MATCHES = 50_000_000
+"""Looks at one element by all selectors together: below 10 s."""
 LAYER = 40
 """A group that is drawn apart and laid over the rest: opacity, masks, clips, blend modes."""
 PRIMITIVE = 200
@@ -64,6 +68,7 @@ class Work:
                 sheets.append("".join(element.itertext()))
         if (size := sum(map(len, sheets))) > MAX_STYLE:
             raise SampleError("unsafe_svg", f"style sheets of {size:,} characters", wanted=f"at most {MAX_STYLE:,}")
+        _check_matches(root, sheets)
         for sheet in sheets:
             self.rules += _rules(sheet)
         self.known: dict[tuple[int, Context], int] = {}
@@ -176,3 +181,33 @@ def _rules(css: str) -> list[tuple[set[str], dict[str, str], list[str]]]:
         for selector, body in _RULE.findall(css)
     )
     return [rule for rule in found if rule[1] or rule[2]]
+
+
+def _check_matches(root: ET.Element, sheets: list[str]) -> None:
+    """Raise SampleError `unsafe_svg` when it takes too long to find what the selectors mean.
+
+    resvg tries every choice of ancestors for the words of a selector that stand behind blanks.
+    """
+    if not any(sheets):
+        return
+    level, counts = [root], list[int]()
+    while level and len(counts) <= MAX_DEPTH:
+        counts.append(len(level))
+        level = [child for element in level for child in element]
+    looks: dict[int, int] = {}
+    total = 0
+    for selector in (one for sheet in sheets for rule, _ in _RULE.findall(sheet) for one in rule.split(",")):
+        words = selector.split()
+        steps = sum(before[-1] not in ">+~" and word[0] not in ">+~" for before, word in pairwise(words))
+        steps = min(steps, len(counts))
+        if steps not in looks:
+            looks[steps] = sum(
+                count * sum(math.comb(depth, taken) for taken in range(steps + 1)) for depth, count in enumerate(counts)
+            )
+        total += looks[steps]
+    if total > MAX_MATCHES:
+        raise SampleError(
+            "unsafe_svg",
+            "the style sheets of the SVG take too long",
+            wanted=f"at most {MAX_MATCHES:,} looks at an element",
+        )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmlm import remote
-from mmlm.config import blank_credentials
+from mmlm.config import blank_credentials, unsigned
 from mmlm.corpus.config import (
     CAPTION,
     ChatSource,
@@ -36,7 +36,6 @@ from mmlm.corpus.readers.table import read_table
 from mmlm.corpus.readers.webdataset import read_webdataset
 from mmlm.errors import DataError
 from mmlm.storage import is_remote, resolve
-from mmlm.stores import unsigned
 
 MAX_FILES = 1_000_000
 """Names that one pattern with braces may stand for."""
@@ -156,7 +155,7 @@ def _elsewhere(source: Source, pattern: str) -> list[str]:
         endings = _FOLDER_HOLDS.get(source.kind, ())
         found = [uri for uri in found if uri.lower().endswith(endings)]
     if not found:
-        raise DataError(f"there is nothing at {blank_credentials(pattern)}", wanted=f"a {source.kind} corpus")
+        raise DataError(f"there is nothing at {blank_credentials(unsigned(pattern))}", wanted=f"a {source.kind} corpus")
     return found
 
 

@@ -13,6 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mmlm.config import unsigned
 from mmlm.corpus.config import CAPTION, Ask, TableMap, TableSource, WebDatasetSource
 from mmlm.corpus.drafts import SPLIT_NAMES, Outcomes, Refusal, RefuseError, decode_text
 from mmlm.corpus.readers.rows import Row, parse_json
@@ -44,11 +45,11 @@ Sample = tuple[str, Row | Refusal, str]
 def read_webdataset(
     source: WebDatasetSource, files: Iterable[tuple[str, Path]], data: str, repeats: dict[int, int] | None = None
 ) -> Outcomes:
-    """Drafts of every sample of `files` ((name shown, path)).
+    """Drafts of every sample of `files` ((name, path)).
 
     Raises DataError when it cannot be inferred what is to be answered.
     """
-    samples = (sample for shown, path in files for sample in samples_of(source, shown, path))
+    samples = (sample for name, path in files for sample in samples_of(source, name, path))
     peeked: list[Sample] = []
     rows = 0
     for sample in samples:
@@ -99,19 +100,21 @@ def _asks(rows: list[dict[str, Any]], media: bool, files: list[str]) -> list[Ask
     if not asks:
         endings = sorted({k for row in rows for k in row if not k.startswith("_")})
         raise DataError(
-            f"{', '.join(files)}: no member with a caption or a class among {', '.join(endings)[:200]}",
+            f"{', '.join(map(unsigned, files))}: no member with a caption or a class among {', '.join(endings)[:200]}",
             wanted="txt, caption, cls, or json with caption, answer or label",
             cure="say in `ask` where the target lies, such as {task: caption, answer: json.title}",
         )
     return asks
 
 
-def samples_of(source: WebDatasetSource, shown: str, path: Path) -> Iterator[Sample]:
+def samples_of(source: WebDatasetSource, name: str, path: Path) -> Iterator[Sample]:
+    """The samples of one tar. A signature in `name` is in the addresses of media only, not in what tells of a sample."""
+    shown = unsigned(name)
     split = split_in_name(shown)
     ignored = {e.lower().lstrip(".") for e in source.ignore}
     try:
         with path.open("rb") as f:
-            sample = _Sample(shown, f)
+            sample = _Sample(name, f)
             try:
                 for member in read_members(f, os.fstat(f.fileno()).st_size):
                     key, ending = split_key(member.name)
@@ -121,7 +124,7 @@ def samples_of(source: WebDatasetSource, shown: str, path: Path) -> Iterator[Sam
                     if key != sample.key:
                         if sample.members:
                             yield shown, sample.finish(), split
-                        sample = _Sample(shown, f, key)
+                        sample = _Sample(name, f, key)
                     sample.add(ending, member)
             except RefuseError as error:
                 if error.reason == "truncated_tar" and sample.members and not sample.refused:
@@ -155,14 +158,14 @@ def split_in_name(name: str) -> str:
 class _Sample:
     """The members of one key, gathered into a row."""
 
-    def __init__(self, shown: str, file: BinaryIO, key: str = "") -> None:
-        self.shown, self.file, self.key, self.members = shown, file, key, 0
-        self.row: dict[str, Any] = {"__key__": key, "__id__": f"{shown}/{key}"}
+    def __init__(self, uri: str, file: BinaryIO, key: str = "") -> None:
+        self.uri, self.file, self.key, self.members = uri, file, key, 0
+        self.where = f"{unsigned(uri)}/{key}"
+        self.row: dict[str, Any] = {"__key__": key, "__id__": self.where}
         self.refused: Refusal | None = None
 
     def refuse(self, reason: str, detail: str) -> None:
-        where = f"{self.shown}/{self.key}"
-        self.refused = self.refused or Refusal(where, where, reason, detail)
+        self.refused = self.refused or Refusal(self.where, self.where, reason, detail)
 
     def add(self, ending: str, member: Member) -> None:
         self.members += 1
@@ -181,7 +184,7 @@ class _Sample:
             if last in _READ:
                 self.row[ending] = self.text(last, member)
             else:
-                place = {"uri": f"{self.shown}#bytes={member.offset}+{member.size}"}
+                place = {"uri": f"{self.uri}#bytes={member.offset}+{member.size}"}
                 self.row[ending] = place
                 for column, endings in _MEDIA.items():
                     if f".{last}" in endings:
@@ -207,4 +210,4 @@ class _Sample:
         for column in _MEDIA:
             if column in self.row:
                 self.row[column] = [place for _, place in sorted(self.row[column], key=lambda pair: pair[0])]
-        return self.refused or (f"{self.shown}/{self.key}", self.row)
+        return self.refused or (self.where, self.row)
