@@ -122,6 +122,11 @@ class Explanation:
     """Of a number: its standard deviation."""
 
     @property
+    def unit(self) -> str:
+        """Of attributions and scores: "nats"; "" of a number, whose own unit is not known."""
+        return "" if self.of == "number" else "nats"
+
+    @property
     def tolerance(self) -> float:
         return tolerance(self.score - self.start, self.scale)
 
