@@ -163,7 +163,7 @@ def _digest(train: list[Sample], asked: list[Sample], kept: frozenset[str], answ
     """Of all that a regression is fitted on and asked: it changes when flat rows are made otherwise."""
     made = hashlib.sha256(json.dumps([STRENGTHS.strengths, [(s.label, s.group) for s in train]]).encode())
     for samples in (train, asked):
-        made.update(np.ascontiguousarray(flat_rows(samples, kept, answerer.spec, answerer.tokenizer.decode)))
+        made.update(flat_rows(samples, kept, answerer.spec, answerer.tokenizer.decode).tobytes())
     return made.hexdigest()[:12]
 
 
