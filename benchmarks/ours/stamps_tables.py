@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ GIVEN = {
     "picture": frozenset({"image"}), "spoken caption": frozenset({"audio"}), "written caption": frozenset({"context"}),
     "all three": frozenset({"image", "audio", "context"}),
 }  # fmt: skip
+STRENGTHS = LogisticConfig(strengths=[0.003, 0.03])
 NAMES = {"image": "picture", "audio": "sound", "context": "caption"}
 
 
@@ -146,17 +148,23 @@ def _logistic(
     folder: Path, name: str, kept: frozenset[str], train: list[Sample], asked: list[Sample], answerer: Answerer
 ) -> list[str | None]:
     """What the better of two strengths, by a fifth of the training groups, says; kept in a file."""
-    file = folder / f"logistic-{name.replace(' ', '-')}.json"
+    usable = [s for s in train if not kept.isdisjoint(s.modalities)]
+    file = folder / f"logistic-{name.replace(' ', '-')}-{_digest(usable, asked, kept, answerer)}.json"
     if not file.exists():
-        usable = [s for s in train if not kept.isdisjoint(s.modalities)]
         inner = [s for s in usable if hash_fifth(s) == 0]
         rest = [s for s in usable if hash_fifth(s) != 0]
-        model = Logistic(kept, answerer.spec, answerer.tokenizer.decode).fit(
-            rest, inner, LogisticConfig(strengths=[0.003, 0.03])
-        )
+        model = Logistic(kept, answerer.spec, answerer.tokenizer.decode).fit(rest, inner, STRENGTHS)
         file.write_text(json.dumps([p.label for p in model.predict(asked)]))
     said: list[str | None] = json.loads(file.read_text())
     return said
+
+
+def _digest(train: list[Sample], asked: list[Sample], kept: frozenset[str], answerer: Answerer) -> str:
+    """Of all that a regression is fitted on and asked: it changes when flat rows are made otherwise."""
+    made = hashlib.sha256(json.dumps([STRENGTHS.strengths, [(s.label, s.group) for s in train]]).encode())
+    for samples in (train, asked):
+        made.update(flat_rows(samples, kept, answerer.spec, answerer.tokenizer.decode).tobytes())
+    return made.hexdigest()[:12]
 
 
 def hash_fifth(sample: Sample) -> int:

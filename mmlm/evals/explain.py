@@ -122,6 +122,11 @@ class Explanation:
     """Of a number: its standard deviation."""
 
     @property
+    def unit(self) -> str:
+        """Of attributions and scores: "nats"; "" of a number, whose own unit is not known."""
+        return "" if self.of == "number" else "nats"
+
+    @property
     def tolerance(self) -> float:
         return tolerance(self.score - self.start, self.scale)
 
@@ -295,16 +300,24 @@ def _parts(
 def _spans(
     run: Sequence[int], opened: np.ndarray, text_L: np.ndarray, rows_L: np.ndarray | None, decode: Callable[..., str]
 ) -> Iterator[TextPart]:
-    """Tokens of a run of text; those that are parts of one character go together."""
-    begin = 0
+    """Tokens of a run of text; those that are parts of one character go together. Each is decoded behind the one before,
+    which tells whether a space stands between them."""
+    ids = [int(opened[i]) for i in run]
+    before, begin = 0, 0
     for end in range(1, len(run) + 1):
-        text = decode([int(opened[i]) for i in run[begin:end]])
+        text = _behind(decode, ids[before:begin], ids[begin:end])
         if "\ufffd" in text and end < len(run) and end - begin < 8:
             continue
         here = list(run[begin:end])
         share = None if rows_L is None else float(rows_L[here].sum())
         yield TextPart(text, len(here), float(text_L[here].sum()), share)
-        begin = end
+        before, begin = begin, end
+
+
+def _behind(decode: Callable[..., str], before: list[int], ids: list[int]) -> str:
+    """What `ids` add to the text of `before`; their own text where they change it, as bytes that are no character may."""
+    known, both = decode(before), decode([*before, *ids])
+    return both[len(known) :] if both.startswith(known) else decode(ids)
 
 
 def _picture(

@@ -26,7 +26,7 @@ STYLE = """<style>
 
 
 def as_json(explained: Explanation) -> dict[str, Any]:
-    """All figures. Attributions are nats; `patches` are rows of a picture, `rest` what falls on an
+    """All figures. Attributions are nats, or those of a number as it is; `patches` are rows of a picture, `rest` what falls on an
     encoder's tokens of the whole picture, `frames` one after the other."""
     parts: list[dict[str, Any]] = []
     for part in explained.parts:
@@ -69,17 +69,15 @@ def sentences(explained: Explanation) -> list[str]:
     difference = explained.score - explained.start
     if explained.of == "number":
         first = f"the number is {explained.score:.6g} here, and {explained.start:.6g} where the question says nothing"
-        unit = ""
     else:
         what = {"label": "the class", "labels": "the set of classes"}.get(explained.of, "the answer")
         first = (
             f"{what} {explained.answer!r} has probability {math.exp(explained.score):.3f} here, and "
             f"{math.exp(explained.start):.2g} where the question says nothing"
         )
-        unit = " nats"
     kept = "they do" if explained.complete else "they do NOT: trust them only roughly"
     lines = [
-        f"{first}: {difference:+.3f}{unit}",
+        f"{first}: {difference:+.3f} {explained.unit}".rstrip(),
         f"attributions must add up to that within {explained.tolerance:.3f}: {kept} "
         f"(off by {explained.delta:+.4f} after {explained.steps} steps)",
     ]
@@ -143,14 +141,15 @@ def write(explained: Explanation, question: Mapping[str, Any], folder: Path) -> 
     ]
     said = [part for part in explained.parts if isinstance(part, TextPart)]
     if said:
-        body += ["<h2>Text</h2>", _said(said)]
+        body += ["<h2>Text</h2>", _said(said, explained.unit)]
     fields = [part for part in explained.parts if isinstance(part, FieldPart)]
     if fields:
         body += ["<h2>Fields</h2>", _bars({f"{p.name} = {_value(p.value)}": p.attribution for p in fields})]
     figures = []
     for number, part in enumerate(p for p in explained.parts if isinstance(p, PicturePart | SoundPart)):
         picture = isinstance(part, PicturePart)
-        png = overlays.draw_picture(part) if isinstance(part, PicturePart) else overlays.draw_sound(part)
+        unit = explained.unit
+        png = overlays.draw_picture(part, unit) if isinstance(part, PicturePart) else overlays.draw_sound(part, unit)
         write_bytes(folder / f"{number}-{'picture' if picture else 'sound'}.png", png)
         figures.append(page.figure(png, f"attribution of a {'picture' if picture else 'sound'}"))
     if figures:
@@ -164,16 +163,17 @@ def _asked(question: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {value if isinstance(value, str) else 'given'}" for key, value in question.items()]
 
 
-def _said(parts: list[TextPart]) -> str:
+def _said(parts: list[TextPart], unit: str) -> str:
+    unit = f" {unit}".rstrip()
     scale = overlays.largest(np.array([part.attribution for part in parts]))
     spans = []
     for part in parts:
         rolled = "" if part.rollout is None else f"; roll-out {part.rollout:.4f}"
         spans.append(
             f"<span style='background:{_background(part.attribution, scale)}' "
-            f"title='{part.attribution:+.4f} nats{rolled}'>{escape(part.text)}</span>"
+            f"title='{part.attribution:+.4f}{unit}{rolled}'>{escape(part.text)}</span>"
         )
-    return f"<p class='said'>{''.join(spans)}</p><p class='soft'>Full colour: {scale:.3g} nats.</p>"
+    return f"<p class='said'>{''.join(spans)}</p><p class='soft'>Full colour: {scale:.3g}{unit}.</p>"
 
 
 def _bars(values: Mapping[str, float]) -> str:

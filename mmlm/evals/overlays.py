@@ -36,13 +36,22 @@ def blend(grey: np.ndarray, values: np.ndarray, colour: np.ndarray) -> np.ndarra
     return np.clip(base * (1 - strength) + colour * strength, 0, 255).astype(np.uint8)
 
 
-def draw_picture(part: PicturePart) -> bytes:
-    """PNG: the picture as the model sees it, its patches, its pixels, and the roll-out."""
+def draw_picture(part: PicturePart, unit: str) -> bytes:
+    """PNG of `picture_figure`."""
+    return _png(picture_figure(part, unit))
+
+
+def picture_figure(part: PicturePart, unit: str) -> Figure:
+    """The picture as the model sees it, its patches, its pixels, and the roll-out; attributions have this `unit`, or none."""
     grey = part.picture_HWC.astype(np.float64).mean(-1) / 255
     wide = _enlarged(part.patches, len(grey))
     panels: list[tuple[str, np.ndarray, float | None]] = [
         ("as the model sees it", _rgb(part.picture_HWC), None),
-        (f"patches (sum {part.attribution:+.2f} nats)", blend(grey, wide, colour_of(wide)), largest(part.patches)),
+        (
+            f"patches (sum {_of(part.attribution, '+.2f', unit)})",
+            blend(grey, wide, colour_of(wide)),
+            largest(part.patches),
+        ),
     ]
     if part.pixels_HW is not None:
         panels.append(("pixels", blend(grey, part.pixels_HW, colour_of(part.pixels_HW)), largest(part.pixels_HW)))
@@ -56,12 +65,17 @@ def draw_picture(part: PicturePart) -> bytes:
         axes.set_title(title, fontsize=9)
         axes.set(xticks=[], yticks=[])
         if scale is not None:
-            axes.set_xlabel(f"full colour: {scale:.2g} nats", fontsize=8, color="#555555")
-    return _png(figure)
+            axes.set_xlabel(f"full colour: {_of(scale, '.2g', unit)}", fontsize=8, color="#555555")
+    return figure
 
 
-def draw_sound(part: SoundPart) -> bytes:
-    """PNG: the spectrogram, what its bins speak for, each frame's sum, and the roll-out over time."""
+def draw_sound(part: SoundPart, unit: str) -> bytes:
+    """PNG of `sound_figure`."""
+    return _png(sound_figure(part, unit))
+
+
+def sound_figure(part: SoundPart, unit: str) -> Figure:
+    """The spectrogram, what its bins speak for, each frame's sum, and the roll-out over time; units as of a picture."""
     mel_MF = part.mel_FM.astype(np.float64).T
     grey = (mel_MF - mel_MF.min()) / (float(np.ptp(mel_MF)) or 1.0)
     values_MF = np.broadcast_to(part.frames, mel_MF.shape) if part.bins_FM is None else part.bins_FM.T
@@ -76,11 +90,13 @@ def draw_sound(part: SoundPart) -> bytes:
     axes[0].imshow(grey, origin="lower", aspect="auto", cmap="magma", extent=extent, interpolation="nearest")
     _name(axes[0], "as the model hears it", "mel bin")
     axes[1].imshow(over, origin="lower", aspect="auto", extent=extent, interpolation="nearest")
-    _name(axes[1], f"{name} (sum {part.attribution:+.2f} nats; full colour: {largest(values_MF):.2g})", "mel bin")
+    _name(
+        axes[1], f"{name} (sum {_of(part.attribution, '+.2f', unit)}; full colour: {largest(values_MF):.2g})", "mel bin"
+    )
     middle = (np.arange(F) + 0.5) * part.frame_seconds
     axes[2].bar(middle, part.frames, part.frame_seconds, color=colour_of(part.frames) / 255)
     axes[2].axhline(0, color="#555555", lw=0.7)
-    _name(axes[2], "frames", "nats")
+    _name(axes[2], "frames", unit or "of the number")
     if part.rollout is not None:
         each = F / max(len(part.rollout), 1)
         edges = np.minimum(np.arange(len(part.rollout) + 1) * np.ceil(each), F) * part.frame_seconds
@@ -88,7 +104,11 @@ def draw_sound(part: SoundPart) -> bytes:
         _name(axes[3], "attention roll-out", "share")
     axes[-1].set_xlabel("seconds", fontsize=8)
     axes[-1].set_xlim(0, seconds)
-    return _png(figure)
+    return figure
+
+
+def _of(value: float, form: str, unit: str) -> str:
+    return f"{value:{form}} {unit}".rstrip()
 
 
 def _name(axes: Axes, title: str, unit: str) -> None:

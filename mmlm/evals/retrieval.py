@@ -19,16 +19,23 @@ def ranks(
     query_QE: np.ndarray, candidate_GE: np.ndarray, groups_Q: Sequence[str], groups_G: Sequence[str]
 ) -> np.ndarray:
     """(Q,) the place, from 1, of the first candidate of the query's own group, by cosine; the number of candidates and one
-    where there is none. Of equal scores, half stand before it: rows that are all alike are no find."""
-    unit_QE, unit_GE = (
-        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (query_QE, candidate_GE)
-    )
+    where there is none. Of equal scores, half stand before it: rows that are all alike are no find. A score that is not finite,
+    as of an embedding with NaN or infinity in it, finds nothing and stands behind all others."""
+    unit_QE, unit_GE = (_of_length_1(x) for x in (query_QE, candidate_GE))
     score_QG = unit_QE @ unit_GE.T
+    score_QG[~np.isfinite(score_QG)] = -np.inf
     own_QG = np.asarray(groups_Q)[:, None] == np.asarray(groups_G)
     best_Q = np.where(own_QG, score_QG, -np.inf).max(1)
     above = (score_QG > best_Q[:, None]).sum(1)
     level = ((score_QG == best_Q[:, None]) & ~own_QG).sum(1)
-    return np.where(own_QG.any(1), 1 + above + (level + 1) // 2, len(unit_GE) + 1)
+    return np.where(np.isfinite(best_Q), 1 + above + (level + 1) // 2, len(unit_GE) + 1)
+
+
+def _of_length_1(x_NE: np.ndarray) -> np.ndarray:
+    """Rows of length 1; NaN where one is not finite."""
+    finite_N1 = np.isfinite(x_NE).all(1, keepdims=True)
+    whole_NE = np.where(finite_N1, x_NE, np.nan)
+    return whole_NE / np.maximum(np.linalg.norm(whole_NE, axis=1, keepdims=True), 1e-12)
 
 
 def recalls(rank_Q: np.ndarray, depths: Sequence[int] = DEPTHS) -> dict[str, Score]:

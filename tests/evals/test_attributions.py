@@ -8,6 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 from torch.nn import functional as F
 
 from mmlm.config import parse
@@ -30,6 +32,7 @@ from mmlm.features.spec import (
     ImageSpec,
     TaskSpec,
 )
+from mmlm.features.text import Tokenizer
 from mmlm.model.baseline_config import CnnConfig
 from mmlm.model.config import ModelConfig
 from mmlm.model.generation_config import GenerationConfig
@@ -283,6 +286,43 @@ def test_a_text_is_explained_by_the_probability_of_its_tokens(answerer: Any):
     found = explain(answerer, crafted("word", 1, 2), text="abc")
     assert found.of == "text" and found.complete and found.score < 0
     assert [part.text for part in found.parts if isinstance(part, TextPart)][-1:] != ["c"], "the answer is no question"
+
+
+TOKENIZERS: dict[str, tuple[Any, Any, Any, list[str]]] = {
+    "WordPiece": (
+        models.WordPiece({w: i for i, w in enumerate(["[UNK]", "a", "bad", "film", "##ly", "."])}, unk_token="[UNK]"),
+        pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(), ["a", " bad", "ly", " film", "."],
+    ),
+    "Metaspace": (
+        models.Unigram([("<unk>", 0.0), *((w, -1.0) for w in ("▁a", "▁bad", "ly", "▁film", "."))], unk_id=0),
+        pre_tokenizers.Metaspace(), decoders.Metaspace(), ["a", " bad", "ly", " film", "."],
+    ),
+    "bytes": (
+        models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []),
+        pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(), list("a badly film."),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_words_of_an_explanation_read_as_the_text_does(kind: str):
+    inner, cut, decoder, parts = TOKENIZERS[kind]
+    made = HFTokenizer(inner)
+    made.pre_tokenizer, made.decoder = cut, decoder
+    tokenizer = Tokenizer(made.to_str())
+    spec = SPEC.model_copy(update={"vocab_size": tokenizer.vocab_size, "tokenizer_digest": tokenizer.digest})
+    torch.manual_seed(0)
+    other = answering(weights.build(ModelConfig(width=32, layers=1, heads=2), spec), spec)
+    other.tokenizer = tokenizer
+
+    def said(text: str) -> list[TextPart]:
+        tokens = [BOS, *tokenizer.encode(text), ANSWER]
+        found = explain(other, Sample("t", "word", np.array(tokens, np.int32), len(tokens) - 1), label="w0")
+        return [part for part in found.parts if isinstance(part, TextPart)]
+
+    assert [part.text for part in said("a badly film.")] == parts
+    if kind == "bytes":
+        assert [(part.text, part.tokens) for part in said("好 é")] == [("好", 3), (" ", 1), ("é", 2)]
 
 
 def test_every_figure_is_in_the_json_and_every_part_in_the_words(answerer: Any):

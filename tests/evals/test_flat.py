@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.ours.stamps_tables import _logistic
+from mmlm.evals.answer import Answerer
 from mmlm.evals.baselines import Logistic
 from mmlm.evals.config import LogisticConfig
 from mmlm.evals.flat import BLOCK, flat_rows
@@ -100,3 +104,18 @@ def test_a_logistic_regression_learns_what_no_pixel_tells():
     model = Logistic(PICTURE, seen(32, 1), str).fit(made[:80], [], LogisticConfig())
     right = [p.label == s.label for p, s in zip(model.predict(made[80:]), made[80:], strict=True)]
     assert np.mean(right) > 0.95
+
+
+def test_a_kept_regression_is_used_for_the_rows_alone_that_it_was_fitted_on(tmp_path: Path):
+    """A folder of benchmarks lives longer than the recipe of the rows."""
+    train = [showing(noise(n, 16, 1) // 4 + 120 * (n % 2), n, "ab"[n % 2]) for n in range(30)]
+    found = Answerer.__new__(Answerer)
+    found.spec, found.tokenizer = seen(16, 1), SimpleNamespace(decode=str)  # type: ignore[assignment]
+    asked = train[:4]
+    assert _logistic(tmp_path, "picture", PICTURE, train, asked, found) == ["a", "b", "a", "b"]
+    (first,) = tmp_path.iterdir()
+    first.write_text('["kept", "b", "a", "b"]')
+    assert _logistic(tmp_path, "picture", PICTURE, train, asked, found)[0] == "kept"
+    darker = [showing(s.images[0] // 2, n, s.label or "") for n, s in enumerate(train)]
+    assert _logistic(tmp_path, "picture", PICTURE, darker, darker[:4], found)[0] == "a"
+    assert len(list(tmp_path.iterdir())) == 2

@@ -24,6 +24,16 @@ def test_rows_that_are_all_alike_are_no_find():
     assert (found == 6).all()
 
 
+def test_embeddings_that_are_not_finite_find_nothing():
+    groups, broken = list("abcde"), np.full((5, 4), np.nan, np.float32)
+    assert (ranks(broken, broken, groups, groups) == 6).all()
+    for value in (np.nan, np.inf):
+        rows = np.eye(5, dtype=np.float32)
+        rows[1, 3] = value
+        assert ranks(np.eye(5, dtype=np.float32), rows, groups, groups).tolist() == [1, 6, 1, 1, 1], "behind all others"
+        assert ranks(rows, np.eye(5, dtype=np.float32), groups, groups).tolist() == [1, 6, 1, 1, 1]
+
+
 def test_chance_is_that_of_shuffled_candidates():
     rng = np.random.default_rng(0)
     groups = ["a", "a", "b", "c", "d", "e"]

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers
 
 from mmlm.cli import main
-from mmlm.data.collate import collate
+from mmlm.data.collate import collate, field_rows
 from mmlm.errors import ArtifactError
 from mmlm.features import spec as feature_spec
 from mmlm.features.sample import Sample
-from mmlm.features.spec import ANSWER, BOS, IMAGE, FeatureSpec
+from mmlm.features.spec import ANSWER, BOS, IMAGE, FeatureSpec, ImageSpec
 from mmlm.features.text import Tokenizer
 from mmlm.model.config import ModelConfig
 from mmlm.publish import exported_tokenizer
@@ -27,6 +27,7 @@ from mmlm.publish.export import export
 from mmlm.train import weights
 from tests.model.texts import logits_of
 from tests.publish.conftest import QUESTIONS, World
+from tests.small import SPEC, sample
 
 transformers = pytest.importorskip("transformers")
 
@@ -122,6 +123,27 @@ def test_the_whole_model_comes_with_its_code(world: World, tmp_path: Path):
     theirs, classes, said = (torch.tensor(part) for part in json.loads((tmp_path / "found.json").read_text()))
     assert torch.allclose(theirs[batch.valid_BT], logits, atol=1e-5) and torch.allclose(classes, label, atol=1e-5)
     assert not theirs[~batch.valid_BT].any() and said.shape[1] > batch.tokens_BT.shape[1]
+
+
+@pytest.mark.parametrize("scale", ["relative", "fixed"])
+@pytest.mark.parametrize("padding", ["keep", "drop"])
+def test_the_exported_model_makes_of_a_picture_what_it_was_trained_on(scale: str, padding: str):
+    from mmlm.model.huggingface.modeling import MmlmConfig, MmlmForConditionalGeneration  # with transformers alone
+
+    image = ImageSpec.model_validate({"size": 16, "patch": 4, "channels": 3, "scale": scale, "padding": padding})
+    spec = SPEC.model_copy(update={"image": image})
+    settings = {"model": ModelConfig(width=32, heads=2, layers=1).model_dump(), "spec": spec.model_dump(mode="json")}
+    net = MmlmForConditionalGeneration(MmlmConfig(**settings, field_rows=len(field_rows(spec))))
+    picture = np.full((16, 16, 3), 200, np.uint8)
+    picture[4:12] = np.random.default_rng(0).integers(0, 256, (8, 16, 3))
+    asked = sample(1, ("image",))
+    asked.images = [picture]
+    wanted = collate([asked], spec)
+    patches, at = net.picture_patches(torch.from_numpy(picture))
+    assert torch.equal(at, wanted.patch_at_P) and len(at) == (16 if padding == "keep" else 8)
+    assert torch.allclose(patches, wanted.patches_PD, atol=1e-5)
+    with pytest.raises(ValueError, match=r"shape \(8, 8, 3\); wanted \(16, 16, 3\)"):
+        net.picture_patches(torch.zeros(8, 8, 3, dtype=torch.uint8))
 
 
 def sample_of(spec: FeatureSpec, *, picture: bool) -> Sample:

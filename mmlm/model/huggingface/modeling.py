@@ -2,7 +2,8 @@
 
 `mmlm export --format hf` puts this file and those that it needs into the folder, so that mmlm need not be installed.
 
-Axes: B sequence, T position, X valid position, V vocabulary, C classes of all tasks, P patch, M mel token, K field value.
+Axes: B sequence, T position, X valid position, V vocabulary, C classes of all tasks, P patch, M mel token, K field value,
+D values of a patch or mel token; H, W, C row, column and channel of a picture.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from mmlm.data.borders import kept_patches
 from mmlm.features.spec import ANSWER, AUDIO, FIELDS, IMAGE, FeatureSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.transformer import IGNORE, FusedTransformer
@@ -103,8 +105,9 @@ class MmlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> MmlmOutput:
         """`patches` (P, D) are flattened patches of pictures on the spec's scale and `patch_at` their numbers in the picture, row
-        by row; `mels` (M, D) rows of stacked log-mel frames and `mel_at` their numbers in the sound; `values` (K,)
-        standardised numbers, and 1 for the category that is present, with the numbers `value_at` of their fields.
+        by row, both as `picture_patches` makes them; `mels` (M, D) rows of stacked log-mel frames, the stored value times -2 /
+        floor plus 1 where the sound's scale is relative, and `mel_at` their numbers in the sound; `values` (K,) standardised
+        numbers, and 1 for the category that is present, with the numbers `value_at` of their fields.
         """
         valid_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         batch = self._inputs(input_ids, valid_BT, (patches, patch_at), (mels, mel_at), (values, value_at))
@@ -117,6 +120,24 @@ class MmlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
         return MmlmOutput(loss=loss, logits=logits, label_logits=self.net.label(x_XD[at_R]))
+
+    def picture_patches(self, picture_HWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`patches` and `patch_at` of one picture: uint8, `size` pixels a side, of the channels that `config.spec["image"]`
+        names. Its `scale` says what pixels become: `fixed`, (value - 127.5) / 63.75, so that black is -2 and white 2 in all
+        pictures; `relative`, (value - mean) / (deviation + 0.255) over all pixels and channels of this one. With `padding`
+        `drop` the patches of uniform edges are left out, and there are as many fewer `<image>` ids."""
+        spec = FeatureSpec.model_validate(self.config.spec).image
+        if spec is None or picture_HWC.shape != (spec.size, spec.size, spec.channels):
+            wanted = f"{(spec.size, spec.size, spec.channels)}" if spec else "no picture"
+            raise ValueError(f"a picture of shape {tuple(picture_HWC.shape)}; wanted {wanted}")
+        x_HWC, n, p = picture_HWC.float(), spec.size // spec.patch, spec.patch
+        if spec.scale == "fixed":
+            x_HWC = (x_HWC - 127.5) / 63.75
+        else:
+            x_HWC = (x_HWC - x_HWC.mean()) / (x_HWC.std(correction=0) + 1e-3 * 255)
+        patches_PD = x_HWC.view(n, p, n, p, spec.channels).transpose(1, 2).reshape(spec.tokens, spec.patch_dim)
+        kept_P = torch.from_numpy(kept_patches(picture_HWC.cpu().numpy(), spec)).to(picture_HWC.device)
+        return patches_PD[kept_P], kept_P
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: torch.Tensor, **kwargs: Any
