@@ -79,6 +79,8 @@ SMALL_PATCHES = ImageSpec(size=16, patch=4, channels=1)
         (facts(2_001, 60_000, CLASSES, image=IMAGE), None),  # enough to learn edges from
         (facts(630, 20_000, CLASSES, audio=AUDIO), None),  # there is no picture
         (facts(630, 20_000, CLASSES, image=SMALL_PATCHES), None),
+        (facts(630, 20_000, CLASSES, image=ImageSpec(size=26, patch=13, channels=3)), None),  # it takes no such patches
+        (facts(630, 20_000, CLASSES, image=ImageSpec(size=28, patch=14, channels=3)), "hog"),
         (facts(630, 20_000, CLASSES, image=IMAGE, encoders={"image": READ}), None),  # no patch is read
         (facts(630, 20_000, CLASSES, image=IMAGE, encoders={"image": READ.model_copy(update={"read": False})}), "hog"),
     ],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmlm.advise.facts import Facts, Machine
+from mmlm.model.hog import takes
 from mmlm.model.presets import PRESETS
 
 CNN_UP_TO = 10_000
@@ -161,10 +162,16 @@ def _form(facts: Facts, reasons: list[Reason]) -> dict[str, Any]:
 
 def _few_pictures(facts: Facts) -> bool:
     """Whether `image_stem: hog` is recommended: at most HOG_UP_TO records to learn from, pictures that the model reads itself,
-    and patches that hold one of its cells at least."""
+    and patches that hold one of its cells at least, and that it takes."""
     image, encoder = facts.spec.image, facts.spec.encoders.get("image")
     read = encoder is not None and encoder.read
-    return image is not None and not read and 0 < facts.train <= HOG_UP_TO and image.patch >= PATCH_OF_HOG
+    return (
+        image is not None
+        and not read
+        and 0 < facts.train <= HOG_UP_TO
+        and image.patch >= PATCH_OF_HOG
+        and takes(image.patch)
+    )
 
 
 def _settings(facts: Facts, here: Machine, kind: str, reasons: list[Reason]) -> dict[str, Any]:
