@@ -5,9 +5,9 @@
     ...                                             # write below work.path; what a killed run left is still there
     return work.finish(counts={...}, digest_of=["manifest.parquet"])
 
-Fingerprint = kind + recipe version + config (without how it runs) + digests of the parents (+ `extra`, such as the
-listing of a scan's sources). Digest = what the content is; two runs that made the same bytes have the same digest, so
-what depends on them is not made again.
+Fingerprint = kind + recipe version + config (without how it runs, and without later fields that have their default) + digests
+of the parents (+ `extra`, such as the listing of a scan's sources). Digest = what the content is; two runs that made the same
+bytes have the same digest, so what depends on them is not made again.
 """
 
 from __future__ import annotations
@@ -113,11 +113,10 @@ def begin(
     plain = resolved(config)
     made_of = {"kind": kind, "recipe": recipe, "parents": lineage, "extra": extra or {}}
     wanted = sha256_json({**made_of, "config": identity(config)})
-    known = (wanted, sha256_json({**made_of, "config": plain}))  # version 0.1 counted in how it runs
     work = Work(Path(out), kind, wanted, recipe, plain, lineage, dict(extra or {}))
     if (out / NAME).exists():
         found = read(out)
-        if found.fingerprint not in known or found.kind != kind:
+        if found.fingerprint != wanted or found.kind != kind:
             raise ArtifactConflict(out, found.fingerprint, wanted)
         work.artifact = found
         return work
@@ -126,7 +125,7 @@ def begin(
             started = json.loads((out / WORK).read_text())
         except ValueError:
             started = {"fingerprint": "unreadable"}
-        if started.get("fingerprint") not in known:
+        if started.get("fingerprint") != wanted:
             raise ArtifactConflict(out, started.get("fingerprint", "unreadable"), wanted)
         work.run_id = started.get("run_id")
     elif out.exists() and any(p.name != ".lock" and not p.name.endswith(".tmp") for p in out.iterdir()):

@@ -22,6 +22,9 @@ class Config(pydantic.BaseModel):
     how_it_runs: ClassVar[tuple[str, ...]] = ()
     """Fields that say how the work is done and what is kept on the way; what comes of it they change no more than another
     number of ranks does, so they are no part of what a noun is. Of this config's own fields only, each with all below it."""
+    added: ClassVar[tuple[str, ...]] = ()
+    """Fields that came later, and whose default is what was done before there was such a field, and stays so. With their default
+    they are no part of what a noun is either: one that was made or begun before them is found again."""
 
 
 C = TypeVar("C", bound=Config)
@@ -223,5 +226,22 @@ def resolved(config: Config) -> dict[str, Any]:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """`resolved(config)` without how it runs: what a noun's fingerprint is made of."""
-    return {key: value for key, value in resolved(config).items() if key not in config.how_it_runs}
+    """`resolved(config)` without how it runs, and without what came later and is not made use of: what a noun's fingerprint is
+    made of."""
+    return {key: value for key, value in _used(config, resolved(config)).items() if key not in config.how_it_runs}
+
+
+def _used(value: Any, plain: Any) -> Any:
+    """`plain`, which is `value` in JSON values, without fields of `added` that have their default, at any depth."""
+    if isinstance(value, Config):
+        fields = type(value).model_fields
+        return {
+            key: _used(getattr(value, key), inner)
+            for key, inner in plain.items()
+            if key not in value.added or getattr(value, key) != fields[key].get_default(call_default_factory=True)
+        }
+    if isinstance(value, list | tuple):
+        return [_used(one, inner) for one, inner in zip(value, plain, strict=True)]
+    if isinstance(value, dict):
+        return {key: _used(one, inner) for (key, inner), one in zip(plain.items(), value.values(), strict=True)}
+    return plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mmlm import story as stories
 from mmlm.advise import page
 from mmlm.advise.facts import Facts, Machine, look
 from mmlm.advise.rules import SIZES, advise
@@ -33,7 +35,7 @@ def facts(train: int, tokens: float, *tasks: TaskSpec, test: int = 1000, val: in
     """Every record has a picture and a second of sound, where there is room for them."""
     features = FeatureSpec(vocab_size=512, tokenizer_digest="none", max_len=128, tasks=list(tasks), **spec)
     media = train * (features.image_positions(1) + features.audio_positions([100]))
-    return Facts("data", features, None, train, test, val, tokens, tokens, media)
+    return Facts("data", features, None, train, test, val, tokens, tokens, train if features.image else 0, media)
 
 
 def cost(model: dict[str, Any], settings: dict[str, Any]) -> tuple[int, float, bool]:
@@ -79,6 +81,8 @@ SMALL_PATCHES = ImageSpec(size=16, patch=4, channels=1)
         (facts(2_001, 60_000, CLASSES, image=IMAGE), None),  # enough to learn edges from
         (facts(630, 20_000, CLASSES, audio=AUDIO), None),  # there is no picture
         (facts(630, 20_000, CLASSES, image=SMALL_PATCHES), None),
+        (facts(630, 20_000, CLASSES, image=ImageSpec(size=26, patch=13, channels=3)), None),  # it takes no such patches
+        (facts(630, 20_000, CLASSES, image=ImageSpec(size=28, patch=14, channels=3)), "hog"),
         (facts(630, 20_000, CLASSES, image=IMAGE, encoders={"image": READ}), None),  # no patch is read
         (facts(630, 20_000, CLASSES, image=IMAGE, encoders={"image": READ.model_copy(update={"read": False})}), "hog"),
     ],
@@ -90,6 +94,19 @@ def test_few_pictures_are_read_by_histograms(given: Facts, stem: str | None):
     told = [reason for reason in advice.reasons if "image_stem" in reason.choice]
     assert [".548" in reason.source for reason in told] == [True] * (stem is not None)
     assert count(parse(ModelConfig, advice.model, "test"), given.spec) > 0  # a train.yaml takes it
+
+
+def test_pictures_that_several_records_show_are_counted_once_as_in_the_story_stamps():
+    stamps = stories.load("stamps", [])
+    features = stamps.shard.features
+    given = facts(7_581, 119_000, CLASSES, WRITTEN, image=features.image, audio=features.audio)
+    advice = advise(dataclasses.replace(given, pictures=648), HERE, 8.0, cost)
+    assert any(reason.why.startswith("648 different pictures") for reason in advice.reasons)
+    assert stamps.distill and isinstance(stamps.train.model, ModelConfig)
+    assert isinstance(stamps.distill.model, ModelConfig)
+    stems = {advice.model["image_stem"], stamps.train.model.image_stem, stamps.distill.model.image_stem}
+    assert stems == {"hog"}, "the story and the advice agree"
+    assert count(stamps.train.model, given.spec) > 0
 
 
 @pytest.mark.parametrize("tokens", [1e5, 1e7, 1e8, 1e9, 1e11])
@@ -168,6 +185,7 @@ def test_facts_of_a_manifest_and_of_its_shards_agree(keypad_manifest: Artifact, 
     assert scanned.media == sharded.media == ("image", "audio")
     assert [t.name for t in scanned.spec.tasks] == [t.name for t in sharded.spec.tasks] and scanned.texts
     assert 0.2 < scanned.tokens / sharded.tokens < 5
+    assert scanned.pictures == sharded.pictures
     assert scanned.media_tokens == scanned.train * (8 * 8 + 7)  # 64 pixels; half of the sounds last .57 s
     reader = ShardReader(keypad_shards.path, ("train",))
     opened = sum(opened_length(s, reader.spec) - len(s.tokens) + len(s.images) + len(s.sounds) for s in reader)

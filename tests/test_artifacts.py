@@ -10,10 +10,11 @@ import pytest
 
 from mmlm import artifacts
 from mmlm.artifacts import Artifact, ArtifactConflict
-from mmlm.config import Config, resolved
+from mmlm.config import Config, identity, parse, resolved
 from mmlm.errors import ArtifactError
-from mmlm.storage import sha256_json
+from mmlm.shards.config import ShardConfig
 from mmlm.story import settle
+from mmlm.train.config import TrainConfig
 
 
 class Numbers(Config):
@@ -53,19 +54,55 @@ def test_how_it_runs_is_no_part_of_what_it_is(tmp_path: Path):
         artifacts.begin(out, "sums", recipe=1, config=Sums(count=4))
 
 
-def test_what_was_made_when_how_it_ran_counted_is_found_and_continued_with_the_same_config(tmp_path: Path):
-    old = {"kind": "sums", "recipe": 1, "config": resolved(Sums(threads=4)), "parents": {}, "extra": {}}
-    out = tmp_path / "n"
-    out.mkdir()
-    (out / artifacts.WORK).write_text(json.dumps({"fingerprint": sha256_json(old), "run_id": "r"}))
-    with pytest.raises(ArtifactConflict):
-        artifacts.begin(out, "sums", recipe=1, config=Sums())
-    work = artifacts.begin(out, "sums", recipe=1, config=Sums(threads=4))
-    assert work.run_id == "r"
-    work.finish(counts={}, digest_of=[])
-    row = json.loads((out / artifacts.NAME).read_text())
-    (out / artifacts.NAME).write_text(json.dumps({**row, "fingerprint": sha256_json(old)}))
-    assert artifacts.begin(out, "sums", recipe=1, config=Sums(threads=4)).artifact
+class Inner(Config):
+    a: int = 1
+
+
+class Grown(Config):
+    """Inner, some versions later."""
+
+    added: ClassVar[tuple[str, ...]] = ("b", "c")
+    a: int = 1
+    b: tuple[float, float] = (1.0, 1.0)
+    c: str | None = None
+
+
+class Outer(Config):
+    inner: Inner = Inner()
+    more: tuple[Inner, ...] = (Inner(a=2), Inner())
+    named: dict[str, Inner] = {"x": Inner(a=3)}
+
+
+class OuterGrown(Config):
+    inner: Grown = Grown()
+    more: tuple[Grown, ...] = (Grown(a=2), Grown())
+    named: dict[str, Grown] = {"x": Grown(a=3)}
+
+
+def test_later_fields_that_keep_their_default_are_no_part_of_what_a_noun_is(tmp_path: Path):
+    before = artifacts.begin(tmp_path / "n", "sums", recipe=1, config=Outer())
+    before.finish(counts={}, digest_of=[])
+    work = artifacts.begin(tmp_path / "n", "sums", recipe=1, config=OuterGrown())
+    assert work.artifact and identity(OuterGrown()) == identity(Outer()) == resolved(Outer())
+    assert resolved(OuterGrown())["inner"]["b"] == [1.0, 1.0], "what is stored names all of them"
+    used = [{"inner": {"b": (1.0, 2.0)}}, {"more": ({}, {"c": "x"})}, {"named": {"x": {"a": 3, "c": ""}}}]
+    for given in used:
+        with pytest.raises(ArtifactConflict):
+            artifacts.begin(tmp_path / "n", "sums", recipe=1, config=OuterGrown.model_validate(given))
+
+
+def test_trainings_and_shard_sets_are_known_as_before_turns_zooms_and_fixed_scales():
+    """The configs as they were stored before these fields."""
+    plain = resolved(TrainConfig())
+    for name in ("turn", "zoom"):
+        del plain["data"]["augment"][name]
+    assert identity(TrainConfig()) == {k: v for k, v in plain.items() if k not in TrainConfig.how_it_runs}
+    turned = parse(TrainConfig, {"data": {"augment": {"turn": 10}}}, "test")
+    assert identity(turned)["data"]["augment"]["turn"] == 10 and "zoom" not in identity(turned)["data"]["augment"]
+    image = {"size": 32, "patch": 8, "channels": 3}
+    shards = [parse(ShardConfig, {"features": {"image": {**image, "scale": s}}}, "test") for s in ("relative", "fixed")]
+    assert "scale" not in identity(shards[0])["features"]["image"]
+    assert identity(shards[1])["features"]["image"]["scale"] == "fixed"
 
 
 def test_another_config_is_refused_and_both_are_named(tmp_path: Path):

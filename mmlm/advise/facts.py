@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmlm import artifacts, doctor
 from mmlm import story as stories
@@ -18,8 +18,13 @@ from mmlm.features import spec as feature_spec
 from mmlm.features.borders import picture_positions
 from mmlm.features.spec import AudioSpec, FeatureSpec, FieldsSpec, ImageSpec, TaskSpec
 
+if TYPE_CHECKING:
+    from mmlm.data.reader import ShardReader
+
 LOOKED_AT = 2000
 """Records whose texts are measured."""
+COUNTED = 20_000
+"""Different pictures that are told apart at most."""
 BYTES_A_TOKEN = 3.0
 """Of text, where no tokenizer is there yet; English, German and Chinese prose lie between 2.4 and 4.2 with vocabularies of
 1,000 to 16,000 that were trained on it."""
@@ -42,6 +47,8 @@ class Facts:
     """Of text in the training split, all together."""
     answers: float
     """Of them in answers that are texts."""
+    pictures: int
+    """Different ones to learn from, about: several records may show the same; COUNTED stands for that many or more."""
     media_tokens: float
     """Patches and mel tokens, or what encoders make in their place, of all pictures and sounds of the training split."""
 
@@ -141,8 +148,31 @@ def of_manifest(name: str, manifest: Artifact) -> Facts:
     train = int(counts.get("train", 0))
     return Facts(
         name, spec, None, train, int(counts.get("test", 0)), int(counts.get("val", 0)),
-        train * (question + answer) / BYTES_A_TOKEN, train * answer / BYTES_A_TOKEN, train * _media_tokens(manifest, spec),
+        train * (question + answer) / BYTES_A_TOKEN, train * answer / BYTES_A_TOKEN,
+        _pictures(manifest) if spec.image else 0, train * _media_tokens(manifest, spec),
     )  # fmt: skip
+
+
+def _pictures(manifest: Artifact) -> int:
+    found: set[str] = set()
+    columns = ["id", "split", *(f"parts.list.element.{name}" for name in ("kind", "uri", "sha256"))]
+    for row in read_rows(manifest.path, columns=columns):
+        if (row["split"] or "train") == "train":
+            shown = (part for part in row["parts"] if part["kind"] in ("image", "video"))
+            found |= {part["sha256"] or part["uri"] or f"{row['id']} {n}" for n, part in enumerate(shown)}
+        if len(found) >= COUNTED:
+            return COUNTED
+    return len(found)
+
+
+def _stored_pictures(train: ShardReader) -> int:
+    """Of the same picture the same bytes are stored, so that none is decoded."""
+    found: set[int] = set()
+    for looked in range(min(len(train), 4 * COUNTED)):
+        found |= {hash(data) for name, data in train.members(looked).items() if name.startswith("image")}
+        if len(found) >= COUNTED:
+            return COUNTED
+    return round(len(found) * max(1.0, len(train) / (4 * COUNTED)))
 
 
 def _media_tokens(manifest: Artifact, spec: FeatureSpec) -> float:
@@ -176,7 +206,11 @@ def of_shards(name: str, folder: Path, manifest: Artifact | None) -> Facts:
         answers.append(written if _written(spec, sample.task) else 0)
         media.append(picture_positions(sample, spec) + spec.audio_positions([len(x) for x in sample.sounds]))
     each = (len(train) * (statistics.mean(found) if found else 0.0) for found in (whole, answers, media))
-    return Facts(name, spec, folder, len(train), len(readers["test"]), len(readers["val"]), *each)
+    tokens, answered, shown = each
+    return Facts(
+        name, spec, folder, len(train), len(readers["test"]), len(readers["val"]), tokens, answered,
+        _stored_pictures(train) if spec.image else 0, shown,
+    )  # fmt: skip
 
 
 def _written(spec: FeatureSpec, name: str) -> bool:
@@ -201,7 +235,7 @@ def as_json(facts: Facts, here: Machine) -> tuple[dict[str, Any], dict[str, Any]
     data = {
         "name": facts.name, "shards": str(facts.shards) if facts.shards else None, "train": facts.train, "val": facts.val,
         "test": facts.test, "modalities": ["text", *facts.spec.modalities], "text_tokens": round(facts.tokens),
-        "answer_tokens": round(facts.answers), "media_tokens": round(facts.media_tokens),
+        "answer_tokens": round(facts.answers), "pictures": facts.pictures, "media_tokens": round(facts.media_tokens),
         "tasks": [
             {"name": t.name, "classes": len(t.labels), "number": bool(t.number), "text": t.has_text} for t in facts.spec.tasks
         ],

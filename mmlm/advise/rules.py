@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmlm.advise.facts import Facts, Machine
+from mmlm.model.hog import takes
 from mmlm.model.presets import PRESETS
 
 CNN_UP_TO = 10_000
@@ -15,8 +16,8 @@ QUESTION = 16
 LSTM_UP_TO = 2_000
 LOGISTIC_UP_TO = 1_000
 HOG_UP_TO = 2_000
-"""Records up to which pictures are few. Measured with 630 stamps alone (docs/results.md), where histograms were 7 to 8 points
-above a learnt stem in both parts that were held out; three times as many is our guess of how far that reaches."""
+"""Different pictures up to which they are few. Measured with 630 stamps alone (docs/results.md), where histograms were 7 to 8
+points above a learnt stem in both parts that were held out; three times as many is our guess of how far that reaches."""
 PATCH_OF_HOG = 8
 """Pixels a side, as one cell of its histograms; with less there are hardly edges to count."""
 LEAST_STEPS = 200
@@ -149,7 +150,7 @@ def _form(facts: Facts, reasons: list[Reason]) -> dict[str, Any]:
         )
     if _few_pictures(facts):
         model["image_stem"] = "hog"
-        why = f"{facts.train:,} records, at most {HOG_UP_TO:,}: too few pictures to learn edges and colours from"
+        why = f"{facts.pictures:,} different pictures, at most {HOG_UP_TO:,}: too few to learn edges and colours from"
         reasons.append(Reason("image_stem: hog", why, HOG))
     if facts.train < 20_000:
         model["dropout"] = 0.1
@@ -160,11 +161,17 @@ def _form(facts: Facts, reasons: list[Reason]) -> dict[str, Any]:
 
 
 def _few_pictures(facts: Facts) -> bool:
-    """Whether `image_stem: hog` is recommended: at most HOG_UP_TO records to learn from, pictures that the model reads itself,
-    and patches that hold one of its cells at least."""
+    """Whether `image_stem: hog` is recommended: at most HOG_UP_TO different pictures, which the model reads itself,
+    and patches that hold one of its cells at least, and that it takes."""
     image, encoder = facts.spec.image, facts.spec.encoders.get("image")
     read = encoder is not None and encoder.read
-    return image is not None and not read and 0 < facts.train <= HOG_UP_TO and image.patch >= PATCH_OF_HOG
+    return (
+        image is not None
+        and not read
+        and 0 < facts.pictures <= HOG_UP_TO
+        and image.patch >= PATCH_OF_HOG
+        and takes(image.patch)
+    )
 
 
 def _settings(facts: Facts, here: Machine, kind: str, reasons: list[Reason]) -> dict[str, Any]:

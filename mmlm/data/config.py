@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -22,6 +22,7 @@ Zoom = Annotated[tuple[Factor, Factor], AfterValidator(_rising)]
 class AugmentConfig(Config):
     """Random changes to training samples; a pure function of (seed, position), so the same on any number of ranks."""
 
+    added: ClassVar[tuple[str, ...]] = ("turn", "zoom")
     shift: int = Field(0, ge=0)
     """Pictures are moved by up to this many pixels in both directions, their edge repeated."""
     flip: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<answer>", "<image>", "<audio>", "
 
 
 class ImageSpec(Config):
+    added: ClassVar[tuple[str, ...]] = ("scale",)
     size: int
     """Side of the square picture, pixels."""
     patch: int

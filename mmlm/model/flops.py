@@ -207,7 +207,7 @@ def _media(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Shap
         first += 2 * shape.patches * encoder.dim * D
     elif spec.image and stems[0] == "linear":
         first += 2 * shape.patches * spec.image.patch_dim * D
-    elif spec.image and stems[0] == "hog":  # histograms are no products of matrices, and are not counted
+    elif spec.image and stems[0] == "hog":  # histograms are no products of matrices: `hog.moved_bytes`
         first += 2 * shape.patches * features_of(spec.image) * D
     elif spec.image:
         pictures = -(-shape.patches // spec.image.tokens)

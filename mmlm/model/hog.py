@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mmlm.errors import ConfigError
 from mmlm.features.spec import ImageSpec
 from mmlm.model.stems import pictures_of
 
@@ -19,6 +20,8 @@ ORIENTATIONS = 9
 """Of edges, without their direction, over half a turn (section 6.3 of the paper)."""
 CELL = 8
 """Side of a cell, pixels, at most (section 6.4); one that divides the patch."""
+LEAST = 4
+"""Side of a cell, pixels, below which a patch is not cut: with a prime number of pixels it would be one cell for each."""
 CLIP = 0.3
 """What one orientation of a cell counts at most, of a neighbourhood's length 1 (as section 6.4 clips, there at 0.2)."""
 LEVELS = (-1.5, -0.5, 0.5, 1.5)
@@ -105,5 +108,32 @@ def features_of(spec: ImageSpec) -> int:
 
 
 def cell_of(spec: ImageSpec) -> int:
-    """Side of a cell, pixels."""
-    return next(side for side in range(min(CELL, spec.patch), 0, -1) if not spec.patch % side)
+    """Side of a cell, pixels. Raises ConfigError where patches are larger, and cells of less than LEAST alone divide them."""
+    side = _cell(spec.patch)
+    if not takes(spec.patch):
+        fitting = [p for p in range(1, spec.size + 1) if not spec.size % p and takes(p)]
+        raise ConfigError(
+            f"image_stem hog with patches of {spec.patch} pixels, whose cells would have {side}",
+            wanted=f"patches of up to {CELL}, or that {LEAST} to {CELL} divide",
+            cure=f"give features.image.patch one of {', '.join(map(str, fitting))}, or image_stem: linear",
+        )
+    return side
+
+
+def takes(patch: int) -> bool:
+    """Whether patches of so many pixels a side are one cell, or cut into cells of LEAST at least."""
+    return _cell(patch) >= min(LEAST, patch)
+
+
+def _cell(patch: int) -> int:
+    return next(side for side in range(min(CELL, patch), 0, -1) if not patch % side)
+
+
+def moved_bytes(spec: ImageSpec) -> int:
+    """Bytes that are read and written for the histograms of one picture, operation by operation: no product of matrices, but
+    what they take time for. By channels C, orientations 9 and levels 4, in float32."""
+    C, joint = spec.channels, len(LEVELS) ** spec.channels
+    slopes = C * (2 * 15 + 13 + 12)  # both differences, their length, and their angle
+    votes = C * ORIENTATIONS * 15 + 3 * ORIENTATIONS  # shares of an angle among orientations, their sum, and its mean
+    shades = C * (len(LEVELS) * 7 + 7) + 4 * sum(len(LEVELS) ** c for c in range(2, spec.channels + 1)) // 2 + 3 * joint
+    return 4 * spec.size**2 * (slopes + votes + shades)

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import soundfile
 from PIL import features as pillow
 
+from mmlm.config import identity
 from mmlm.corpus.manifest_files import files_of, reading
 from mmlm.corpus.records import SCHEMA, SPLITS
 from mmlm.errors import DataError
@@ -110,7 +111,7 @@ def recipe_digest(config: ShardConfig, spec: FeatureSpec) -> str:
     return sha256_json(
         {
             "recipe": RECIPE,
-            "features": config.features.model_dump(mode="json", exclude={"tokenizer", "encoders"}),
+            "features": {k: v for k, v in identity(config.features).items() if k not in ("tokenizer", "encoders")},
             "tokenizer": spec.tokenizer_digest,
             "fields": [sorted(spec.fields.numbers), sorted(spec.fields.categories)] if spec.fields else None,
             "image_codec": [config.image_codec, config.image_quality],

@@ -12,9 +12,10 @@ from typing import Any
 
 from mmlm import artifacts, world
 from mmlm.artifacts import Artifact, Work
+from mmlm.config import identity, parse
 from mmlm.corpus.manifest_files import require_whole
 from mmlm.corpus.records import read_records
-from mmlm.errors import ArtifactError, DataError
+from mmlm.errors import ArtifactError, ConfigError, DataError
 from mmlm.features import spec as feature_spec
 from mmlm.features.report import token_report
 from mmlm.features.text import FILE as TOKENIZER
@@ -91,7 +92,7 @@ def shard(
         return work.artifact
     else:
         earlier = earlier if earlier and earlier.recipe == RECIPE else None
-        kept = _kept_borders(work, manifest, earlier)
+        kept = _kept_borders(config, manifest, earlier)
     places = Places(data, workers, ray_address, earlier, kept)
     try:
         with tracker.run("shard", config, work) if tracker else contextlib.nullcontext() as run:
@@ -124,9 +125,17 @@ def _reopen(work: Work, reason: str, manifest: Artifact) -> Boundaries:
     return kept
 
 
-def _kept_borders(work: Work, manifest: Artifact, earlier: Artifact | None) -> Boundaries:
+def _same(found: dict[str, Any], config: ShardConfig) -> bool:
+    """Whether `found`, of a version that may be older, asks for what `config` does."""
+    try:
+        return identity(parse(ShardConfig, found, "an earlier shard set")) == identity(config)
+    except ConfigError:
+        return False
+
+
+def _kept_borders(config: ShardConfig, manifest: Artifact, earlier: Artifact | None) -> Boundaries:
     """Where the shards of `earlier` end, if it has the same settings and was made of a manifest that this grew from."""
-    if not earlier or earlier.config != work.config:
+    if not earlier or not _same(earlier.config, config):
         return {}
     grown = earlier.parents["manifest"] in manifest.extra.get("history", [])
     return borders(read_published(earlier.path)) if grown else {}

@@ -31,8 +31,10 @@ import torch
 from mmlm.features.spec import FeatureSpec
 from mmlm.model import adapters
 from mmlm.model.baseline_config import AnyModelConfig
+from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import LOGITS
-from mmlm.model.flops import forward_flops, training_flops
+from mmlm.model.flops import Shape, forward_flops, training_flops
+from mmlm.model.hog import moved_bytes
 from mmlm.train import weights
 from mmlm.train.activations import activation_bytes, low_bytes
 from mmlm.train.config import LoopConfig
@@ -200,7 +202,8 @@ def forecast(
     seconds = seconds_of(config, model, spec, mine, device, ranks, whole, measured)
     if teacher and not measured:
         peak = device.peak / (1 if low_bytes(config) == 2 else 2) * device.efficiency / (ranks if device.is_cpu else 1)
-        seconds["teacher"] = forward_flops(teacher, spec, mine.shape) / peak * config.accumulate
+        moved = computed_bytes(teacher, spec, mine.shape) * (ranks if device.is_cpu else 1) / device.bandwidth
+        seconds["teacher"] = (forward_flops(teacher, spec, mine.shape) / peak + moved) * config.accumulate
     held = sum(memory.values()) - memory.get("mapped", 0.0)  # pages of files give way
     # a teacher comes first, in float32 as well, and is cast when it is there
     taught = 4.0 * count(teacher, spec) if teacher else 0.0
@@ -304,6 +307,9 @@ def seconds_of(
     arithmetic = (flops + ahead + ((again - flops) / config.recompute if config.recompute else 0)) / peak
     # what is kept is written once and read once, and gradients of it are written and read as well
     moved = 4 * activation_bytes(config, model, spec, mine.shape, on_cpu=device.is_cpu) / bandwidth
+    moved += computed_bytes(model, spec, mine.shape) / bandwidth
+    if mine.views and pieces > 1:
+        moved += computed_bytes(model, spec, mine.views) / bandwidth
     depth = len(model.channels) if model.kind == "cnn" else model.layers
     started = KERNELS * (depth + 5) * device.launch
     states = 4 * (4 + moments(config)) * part / 2
@@ -317,6 +323,13 @@ def seconds_of(
         "host_link": 0.0 if device.is_cpu else over_pcie(config, device, ranks, whole),
         "between_ranks": between_ranks(config, device, ranks, whole),
     }
+
+
+def computed_bytes(model: AnyModelConfig, spec: FeatureSpec, shape: Shape) -> int:
+    """Bytes that a stem moves for what it computes of pictures without a product of matrices, in the forward pass alone."""
+    if not isinstance(model, ModelConfig) or model.image_stem != "hog" or not spec.image or spec.encoder("image"):
+        return 0
+    return -(-shape.patches // spec.image.tokens) * moved_bytes(spec.image)
 
 
 def over_pcie(config: LoopConfig, device: Device, ranks: int, whole: Count) -> float:
