@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mmlm.data.borders import kept_patches
+from mmlm.features.borders import border_of
 from mmlm.features.spec import ANSWER, AUDIO, FIELDS, IMAGE, FeatureSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.transformer import IGNORE, FusedTransformer
@@ -136,7 +136,9 @@ class MmlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             x_HWC = (x_HWC - x_HWC.mean()) / (x_HWC.std(correction=0) + 1e-3 * 255)
         patches_PD = x_HWC.view(n, p, n, p, spec.channels).transpose(1, 2).reshape(spec.tokens, spec.patch_dim)
-        kept_P = torch.from_numpy(kept_patches(picture_HWC.cpu().numpy(), spec)).to(picture_HWC.device)
+        rows, columns = border_of(picture_HWC.cpu().numpy(), spec)
+        place_NN = torch.arange(spec.tokens, device=picture_HWC.device).view(n, n)
+        kept_P = place_NN[rows : n - rows, columns : n - columns].flatten()
         return patches_PD[kept_P], kept_P
 
     def prepare_inputs_for_generation(  # type: ignore[override]
