@@ -27,6 +27,8 @@ MOST_WORKERS = 8
 """Workers of a rank with a GPU, unless MMLM_DATA_WORKERS says otherwise; without one a rank makes its batches itself."""
 SHARDS_TOLD = 10
 """Shards with damaged records that are named before training."""
+PROBE = 32
+"""Records of the probe batch."""
 Made = tuple[dict[str, np.ndarray], list[str], list[str]]
 """(arrays, ids, notes) of a batch."""
 
@@ -140,17 +142,22 @@ class Loader:
         if self._pool:
             self._pool.close()
 
-    def probe(self, size: int = 32) -> Batch:
+    def probe(self, size: int = PROBE) -> Batch:
         """A fixed batch, the same at every call and every world size, for proving that a resumed model is the saved one."""
-        # the reader is safe to use from one thread, and the pinning one may be making the next batch
-        return self._thread.submit(self._probe, size).result() if self._thread else self._probe(size)
+        return self.probes(1, size)[0]
 
-    def _probe(self, size: int) -> Batch:
+    def probes(self, parts: int, size: int = PROBE) -> list[Batch]:
+        """The same in so many parts, or one a record where there are fewer."""
+        # the reader is safe to use from one thread, and the pinning one may be making the next batch
+        return self._thread.submit(self._probes, parts, size).result() if self._thread else self._probes(parts, size)
+
+    def _probes(self, parts: int, size: int) -> list[Batch]:
         count = min(size, len(self.reader))
         samples = [self.maker.cut(self.maker.record(i)) for i in range(count)]
         notes, self.maker.notes = self.maker.notes, []
         _log(notes)
-        return collate(samples, self.reader.spec)
+        cuts = np.array_split(np.arange(count), min(parts, count))
+        return [collate(samples[cut[0] : cut[-1] + 1], self.reader.spec) for cut in cuts]
 
     @property
     def left_out(self) -> int:
