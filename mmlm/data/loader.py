@@ -37,7 +37,8 @@ class Loader:
     """Training batches from the train split of a ShardSet. `steps`: of the whole training, which phases are shares of.
 
     Where the work is done changes no batch: `workers` processes make them ahead, or none; `pin` puts them into
-    page-locked memory, for a GPU. A `quiet` one tells nothing of its plan: it only looks.
+    page-locked memory, for a GPU. A `quiet` one tells nothing of its plan: it only looks. `plan` is the digest of the pack plan
+    that a checkpoint names: where it is there, it is taken.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Loader:
         workers: int | None = None,
         pin: bool = False,
         quiet: bool = False,
+        plan: str | None = None,
     ) -> None:
         self.workers = (
             _number("MMLM_DATA_WORKERS", _default_workers(world) if pin else 0) if workers is None else workers
@@ -64,11 +66,12 @@ class Loader:
         if not len(self.reader):
             raise DataError(f"{shards} has no training samples", cure="look at its quarantine.parquet, or add data")
         by = by_of(config.mixture)
-        self.plan = find_plan(self.reader, config.pack, by) if needs_plan(self.reader, config.pack, by) else None
+        packed = needs_plan(self.reader, config.pack, by)
+        self.plan = find_plan(self.reader, config.pack, by, plan) if packed else None
         self.maker = Maker(self.reader, self.plan, config, seed, steps)
         self._told = {
             "shards": str(shards), "config": config.model_dump(mode="json"), "seed": seed, "steps": steps,
-            "cache_bytes": cache_bytes, "readers": readers,
+            "cache_bytes": cache_bytes, "readers": readers, "plan": self.plan.digest if self.plan else None,
         }  # fmt: skip
         self._pool: Pool | None = None
         self._asked: deque[tuple[int, int, int]] = deque()
@@ -162,7 +165,7 @@ class Loader:
     @property
     def left_out(self) -> int:
         """Records that are in no sequence, since they could not be read when these were planned."""
-        return len(self.plan.damaged) if self.plan else 0
+        return self.plan.counts["damaged"] if self.plan else 0
 
     def state(self) -> dict[str, str]:
         """Digests of all that a step's batch follows from; the step alone is missing."""
@@ -190,7 +193,10 @@ class Loader:
             f"pack: {counts['records']:,} records in {counts['sequences']:,} sequences, padding {padding:.2%}{after}; "
             f"{counts['split']:,} long records split into {counts['pieces']:,} pieces, {counts['refused']:,} left out"
         ]
-        lines += self._left_out(self.plan.damaged)
+        lost = [i for i in self.plan.damaged if self.reader.glance(i) is None]
+        lines += self._left_out(lost)
+        if others := self.left_out - len(lost):
+            lines.append(f"pack: {others:,} records were damaged when this training was begun; it goes on without them")
         for name, size, count in zip(order.names, order.sizes.tolist(), taken, strict=True):
             lines.append(
                 f"mixture: {name}: {count / (steps * order.batch):.1%} of {steps:,} batches, "
