@@ -28,6 +28,8 @@ MOST_WORKERS = 8
 """Workers of a rank with a GPU, unless MMLM_DATA_WORKERS says otherwise; without one a rank makes its batches itself."""
 SHARDS_TOLD = 10
 """Shards with damaged records that are named before training."""
+PROBE = 32
+"""Records of the probe batch."""
 Made = tuple[dict[str, np.ndarray], list[str], list[str]]
 """(arrays, ids, notes) of a batch."""
 
@@ -36,7 +38,8 @@ class Loader:
     """Training batches from the train split of a ShardSet. `steps`: of the whole training, which phases are shares of.
 
     Where the work is done changes no batch: `workers` processes make them ahead, or none; `pin` puts them into
-    page-locked memory, for a GPU. A `quiet` one tells nothing of its plan: it only looks.
+    page-locked memory, for a GPU. A `quiet` one tells nothing of its plan: it only looks. `plan` is the digest of the pack plan
+    that a checkpoint names: where it is there, it is taken.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Loader:
         workers: int | None = None,
         pin: bool = False,
         quiet: bool = False,
+        plan: str | None = None,
     ) -> None:
         self.workers = (
             _number("MMLM_DATA_WORKERS", _default_workers(world) if pin else 0) if workers is None else workers
@@ -64,11 +68,12 @@ class Loader:
             raise DataError(f"{shards} has no training samples", cure="look at its quarantine.parquet, or add data")
         refuse(config.augment, self.reader.spec)
         by = by_of(config.mixture)
-        self.plan = find_plan(self.reader, config.pack, by) if needs_plan(self.reader, config.pack, by) else None
+        packed = needs_plan(self.reader, config.pack, by)
+        self.plan = find_plan(self.reader, config.pack, by, plan) if packed else None
         self.maker = Maker(self.reader, self.plan, config, seed, steps)
         self._told = {
             "shards": str(shards), "config": config.model_dump(mode="json"), "seed": seed, "steps": steps,
-            "cache_bytes": cache_bytes, "readers": readers,
+            "cache_bytes": cache_bytes, "readers": readers, "plan": self.plan.digest if self.plan else None,
         }  # fmt: skip
         self._pool: Pool | None = None
         self._asked: deque[tuple[int, int, int]] = deque()
@@ -142,22 +147,27 @@ class Loader:
         if self._pool:
             self._pool.close()
 
-    def probe(self, size: int = 32) -> Batch:
+    def probe(self, size: int = PROBE) -> Batch:
         """A fixed batch, the same at every call and every world size, for proving that a resumed model is the saved one."""
-        # the reader is safe to use from one thread, and the pinning one may be making the next batch
-        return self._thread.submit(self._probe, size).result() if self._thread else self._probe(size)
+        return self.probes(1, size)[0]
 
-    def _probe(self, size: int) -> Batch:
+    def probes(self, parts: int, size: int = PROBE) -> list[Batch]:
+        """The same in so many parts, or one a record where there are fewer."""
+        # the reader is safe to use from one thread, and the pinning one may be making the next batch
+        return self._thread.submit(self._probes, parts, size).result() if self._thread else self._probes(parts, size)
+
+    def _probes(self, parts: int, size: int) -> list[Batch]:
         count = min(size, len(self.reader))
         samples = [self.maker.cut(self.maker.record(i)) for i in range(count)]
         notes, self.maker.notes = self.maker.notes, []
         _log(notes)
-        return collate(samples, self.reader.spec)
+        cuts = np.array_split(np.arange(count), min(parts, count))
+        return [collate(samples[cut[0] : cut[-1] + 1], self.reader.spec) for cut in cuts]
 
     @property
     def left_out(self) -> int:
         """Records that are in no sequence, since they could not be read when these were planned."""
-        return len(self.plan.damaged) if self.plan else 0
+        return self.plan.counts["damaged"] if self.plan else 0
 
     def state(self) -> dict[str, str]:
         """Digests of all that a step's batch follows from; the step alone is missing."""
@@ -185,7 +195,10 @@ class Loader:
             f"pack: {counts['records']:,} records in {counts['sequences']:,} sequences, padding {padding:.2%}{after}; "
             f"{counts['split']:,} long records split into {counts['pieces']:,} pieces, {counts['refused']:,} left out"
         ]
-        lines += self._left_out(self.plan.damaged)
+        lost = [i for i in self.plan.damaged if self.reader.glance(i) is None]
+        lines += self._left_out(lost)
+        if others := self.left_out - len(lost):
+            lines.append(f"pack: {others:,} records were damaged when this training was begun; it goes on without them")
         for name, size, count in zip(order.names, order.sizes.tolist(), taken, strict=True):
             lines.append(
                 f"mixture: {name}: {count / (steps * order.batch):.1%} of {steps:,} batches, "

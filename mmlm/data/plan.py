@@ -3,7 +3,8 @@
 `<shards>/packs/<key>.parquet` (below the cache of shards where that cannot be written) has a row for each piece, in order of
 streams and sequences; its metadata tell the streams, the counts and the digest. The key covers the shards, the settings and
 the recipe. A lock keeps the other ranks waiting while one makes it; it appears whole or not at all. Records whose bytes are
-damaged are left out; a plan names them, and is made anew once one of them can be read again.
+damaged are left out; a plan names them, and is made anew once one of them can be read again. The old one stays beside the new
+one, as `<key>-<digest>.parquet`, for trainings that were begun on it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mmlm.data.reader import ShardReader
 from mmlm.errors import ArtifactError, ConfigError, DataError
 from mmlm.progress import Progress, tell
 from mmlm.shards.packs import FOLDER, META, content_digest
-from mmlm.storage import atomic_write, sha256_json
+from mmlm.storage import atomic_write, sha256_json, write_bytes
 
 RECIPE = 1
 """Bumped when the same shards and settings give another plan."""
@@ -85,19 +86,19 @@ class Plan:
         return range(int(self.starts[sequence]), int(self.starts[sequence + 1]))
 
 
-def find_plan(reader: ShardReader, pack: PackConfig, by: By | None) -> Plan:
-    """The plan for the samples of `reader`, read if it is there, else made. `by` None: one stream of everything.
+def find_plan(reader: ShardReader, pack: PackConfig, by: By | None, digest: str | None = None) -> Plan:
+    """The plan for the samples of `reader`, read if it is there, else made. `by` None: one stream of everything. The one
+    with `digest` is taken where it is there, though records that it leaves out can be read again.
 
     Raises DataError when no record is left, or a damaged one and all that would stand in for it cannot be read; ConfigError
     when a sequence is shorter than the settings allow.
     """
     if isinstance(pack, BestFitPacking) and (pack.length or reader.spec.max_len) < 8:
         raise ConfigError(f"sequences of {reader.spec.max_len}", wanted="at least 8 positions")
-    told = {
-        "recipe": RECIPE, "shards": reader.artifact.digest, "splits": list(reader.splits),
-        "pack": pack.model_dump(mode="json"), "by": by,
-    }  # fmt: skip
-    folder, name = reader.path / FOLDER, f"{sha256_json(told)[:16]}.parquet"
+    if digest and (plan := named_plan(reader, pack, by, digest)):
+        return plan
+    told = _asked(reader, pack, by)
+    folder, name = reader.path / FOLDER, f"{_key(told)}.parquet"
     if not os.access(reader.path, os.W_OK):  # shards that are only lent
         if plan := _kept(reader, folder / name):
             return plan
@@ -110,16 +111,56 @@ def find_plan(reader: ShardReader, pack: PackConfig, by: By | None) -> Plan:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if plan := _kept(reader, path):  # while we waited, another process made it
             return plan
+        made = _make(reader, pack, by)
         if path.exists():
-            tell("pack: records that were damaged can be read again; the plan is made anew")
-        _write(path, told, *_make(reader, pack, by))
+            old = read_plan(path)
+            tell(f"pack: {_stale(reader, old)}; the plan is made anew")
+            write_bytes(_aside(path, old.digest), path.read_bytes())
+        _write(path, told, *made)
     return read_plan(path)
 
 
+def named_plan(reader: ShardReader, pack: PackConfig, by: By | None, digest: str) -> Plan | None:
+    """The plan with `digest`, the present one or an old one, where it is there."""
+    name = f"{_key(_asked(reader, pack, by))}.parquet"
+    for folder in (reader.path / FOLDER, cache_folder() / FOLDER):
+        # the present one first: it is copied aside before another takes its place
+        for path in (folder / name, _aside(folder / name, digest)):
+            if path.exists() and (plan := read_plan(path)).digest == digest:
+                return plan
+    return None
+
+
+def _asked(reader: ShardReader, pack: PackConfig, by: By | None) -> dict[str, Any]:
+    """What a plan is made from."""
+    return {
+        "recipe": RECIPE, "shards": reader.artifact.digest, "splits": list(reader.splits),
+        "pack": pack.model_dump(mode="json"), "by": by,
+    }  # fmt: skip
+
+
+def _key(asked: Mapping[str, Any]) -> str:
+    return sha256_json(asked)[:16]
+
+
+def _aside(path: Path, digest: str) -> Path:
+    """Where the plan in file `path` lies once another took its place."""
+    return path.with_name(f"{path.stem}-{digest[:16]}.parquet")
+
+
 def _kept(reader: ShardReader, path: Path) -> Plan | None:
-    """The plan in file `path`; None when there is none, or one of the records that it leaves out can be read again."""
+    """The plan in file `path`; None when there is none, or when it is to be made anew."""
     plan = read_plan(path) if path.exists() else None
-    return None if plan and any(reader.glance(i) is not None for i in plan.damaged) else plan
+    return None if plan and _stale(reader, plan) else plan
+
+
+def _stale(reader: ShardReader, plan: Plan) -> str:
+    """Why `plan` is to be made anew; empty when it is not."""
+    if plan.counts["damaged"] != len(plan.damaged):
+        return "an earlier version did not write down which records it left out"
+    if any(reader.glance(i) is not None for i in plan.damaged):
+        return "records that were damaged can be read again"
+    return ""
 
 
 def needs_plan(reader: ShardReader, pack: PackConfig, by: By | None) -> bool:

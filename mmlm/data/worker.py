@@ -17,8 +17,9 @@ from mmlm.config import parse
 from mmlm.data.channel import Memory, describe, receive, send
 from mmlm.data.config import DataConfig
 from mmlm.data.making import Maker, Share
-from mmlm.data.plan import by_of, find_plan, needs_plan
+from mmlm.data.plan import by_of, named_plan
 from mmlm.data.reader import ShardReader
+from mmlm.errors import ArtifactError
 
 LOOK_SECONDS = 5.0
 """How often it looks whether its parent is still the one that started it: a child that the parent forked may hold the
@@ -29,8 +30,12 @@ def make_maker(told: dict[str, Any]) -> Maker:
     """The Maker that `Loader` described."""
     config = parse(DataConfig, told["config"], "data")
     reader = ShardReader(told["shards"], ("train",), told["cache_bytes"], told["readers"])
-    by = by_of(config.mixture)
-    plan = find_plan(reader, config.pack, by) if needs_plan(reader, config.pack, by) else None
+    plan = named_plan(reader, config.pack, by_of(config.mixture), told["plan"]) if told["plan"] else None
+    if told["plan"] and not plan:  # another one would make other batches than those of the ranks that kept it
+        raise ArtifactError(
+            f"the pack plan {told['plan']} of {told['shards']} is gone", wanted="the one that this training began with",
+            cure="let nobody remove packs/ while it is trained on; run the same command again",
+        )  # fmt: skip
     return Maker(reader, plan, config, told["seed"], told["steps"])
 
 

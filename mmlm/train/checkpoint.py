@@ -10,6 +10,7 @@ the next save.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -159,6 +160,14 @@ def read(folder: Path, step: int) -> Saved:
     if state["step"] != step:
         raise ValueError(f"{STATE} is of step {state['step']}")
     return Saved(int(state["step"]), float(state["probe"]), state, path)
+
+
+def data_of(folder: Path) -> dict[str, str]:
+    """What the newest checkpoint whose state can be read says of its data; empty without one."""
+    for step in sorted(steps(folder), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            return dict(read(folder, step).state["data"])
+    return {}
 
 
 def intact(folder: Path, step: int, say: Callable[[str], None] = tell) -> Saved | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,24 +25,23 @@ import torch
 from mmlm.errors import ArtifactError, LaunchError, MmlmError, explain_os_error
 from mmlm.progress import tell
 from mmlm.storage import write_json
-from mmlm.train import checkpoint, engine
+from mmlm.train import checkpoint, engine, proof
 from mmlm.train.checkpoint import Policy, Saved
 from mmlm.train.config import LoopConfig
+from mmlm.train.proof import PARTS, Part, Proof
 from mmlm.world import World
 
 FOLDER = "checkpoints"
 SECONDS = "seconds.json"
 """Of the longest save so far; beside the checkpoints, since one does not know how long it took itself."""
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 5e-3}
-"""Relative difference of the probe's loss that another number of ranks or threads may make."""
 
 
 class Keeper:
-    """Saves and restores `trainer`. `probe` gives the loss of the fixed probe batch; `data` is the loader's state."""
+    """Saves and restores `trainer`. `probe` gives the fixed probe batch in so many parts; `data` is the loader's state."""
 
     def __init__(
         self, out: Path, config: LoopConfig, world: World, trainer: engine.DeepSpeedEngine,
-        probe: Callable[[], float], data: Mapping[str, Any], device: torch.device,
+        probe: Callable[[int], list[Part]], data: Mapping[str, Any], device: torch.device,
     ) -> None:  # fmt: skip
         self.folder, self.config, self.world, self.device = out / FOLDER, config, world, device
         self.trainer, self.probe, self.data = trainer, probe, dict(data)
@@ -63,10 +61,8 @@ class Keeper:
         """Save after `step` steps. Raises LaunchError on every rank when this save (with `wait`) or the last failed."""
         started = time.monotonic()
         self._settle()
-        probe = self.probe()
-        row = {
-            **state, "probe": probe, "scalars": self.trainer.scalars(), "data": self.data, "ranks": self.world.size,
-        }  # fmt: skip
+        told = {"scalars": self.trainer.scalars(), "data": self.data, "ranks": self.world.size}
+        row = {**state, **proof.row(self.probe(PARTS)), **told}
         tensors = self.trainer.state()
         if self.world.is_main:
             self._thread = threading.Thread(target=self._write, args=(step, tensors, row, started), name="mmlm-save")
@@ -111,8 +107,9 @@ class Keeper:
         step = engine.broadcast(found.step if found else None)
         return found if step is None or found else checkpoint.read(self.folder, step)
 
-    def restore(self, saved: Saved) -> None:
-        """Load `saved` and prove it: the same data, and the probe batch has the loss that it had.
+    def restore(self, saved: Saved) -> Proof:
+        """Load `saved` and prove it: the same data, and the probe batch has the loss that it had, where its records are
+        the same; of others is told.
 
         Raises ArtifactError with both numbers, or both digests, when it is not the same.
         """
@@ -120,15 +117,22 @@ class Keeper:
         self.trainer.load(saved.tensors(), saved.state.get("scalars", {}))
         with contextlib.suppress(OSError, ValueError, TypeError):
             self.seconds = max(self.seconds, float(json.loads((self.folder / SECONDS).read_text())))
-        probe = self.probe()
-        close = math.isclose(probe, saved.probe, rel_tol=TOLERANCE[self.config.precision], abs_tol=1e-3)
-        same = close or (math.isnan(probe) and math.isnan(saved.probe))  # a record of the probe may itself be poisoned
-        if sum(engine.total([float(not same)], self.device)):
-            raise ArtifactError(
-                f"the resumed model's loss on the probe batch is {probe:.6f}",
-                wanted=f"{saved.probe:.6f}, as when step {saved.step} was saved",
-                cure=f"remove the folder {self.folder} to start over, and report this",
+        parts = proof.parts_of(saved.state)
+        found = Proof(parts, self.probe(len(parts)))
+        if sum(engine.total([float(not found.holds(self.config.precision))], self.device)):
+            start = f"remove the folder {self.folder} to start over, and report this"
+            look = (
+                "run `mmlm verify` on the shard set: a record that was damaged or repaired since makes this, too; else "
             )
+            raise ArtifactError(
+                f"the resumed model's loss on the probe batch is {proof.loss(found.now):.6f}",
+                wanted=f"{proof.loss(found.then):.6f}, as when step {saved.step} was saved",
+                cure=start if found.named else look + start,
+            )
+        if self.world.is_main:
+            for line in found.why():
+                tell(f"train: {line}")
+        return found
 
     def _require_same_data(self, saved: Saved) -> None:
         for name, there in saved.state.get("data", {}).items():

@@ -16,9 +16,10 @@ from mmlm.data.loader import Loader
 from mmlm.data.order import key_of
 from mmlm.errors import Interrupted
 from mmlm.progress import Progress
-from mmlm.train import engine
+from mmlm.train import checkpoint, engine
 from mmlm.train.config import LoopConfig
 from mmlm.train.control import Stop, Where
+from mmlm.train.keeper import FOLDER
 from mmlm.train.objectives import Objective, loss_of
 from mmlm.train.schedule import learning_rate
 from mmlm.train.session import Session
@@ -43,10 +44,11 @@ def fit(
     """
     where, world = where or Where(), worlds.from_environment()
     device = engine.device_of(world)
+    begun = functools.partial(Loader, plan=checkpoint.data_of(out / FOLDER).get("pack"))
     with (
         Stop(where) as stop,
         Watchdog.of_start(where.hang_seconds, out / "logs", world, name) as watchdog,
-        closing(Loader(shards, config.data, config.seed, world, config.steps, pin=device.type == "cuda")) as loader,
+        closing(begun(shards, config.data, config.seed, world, config.steps, pin=device.type == "cuda")) as loader,
     ):
         engine.broadcast(None)  # all ranks have planned
         watchdog.beat("its start")

@@ -23,6 +23,7 @@ from mmlm.train.keeper import Keeper, on_main
 from mmlm.train.ledger import Ledger
 from mmlm.train.objectives import Objective, loss_of
 from mmlm.train.planning import saved_bytes
+from mmlm.train.proof import Part
 from mmlm.train.telemetry import Telemetry
 from mmlm.train.validation import Validation
 from mmlm.world import World
@@ -70,12 +71,10 @@ class Session:
             tell(f"{self.name}: begun anew, without a checkpoint; the {count} steps that were skipped are tried again")
         if saved:
             self.beat(f"going on from step {saved.step}", self.save_seconds)
-            self.keeper.restore(saved)
+            proof = self.keeper.restore(saved)
             self._load(saved.state)
             if self.world.is_main:
-                tell(
-                    f"{self.name}: going on from step {saved.step}, proved on the probe batch (loss {saved.probe:.4f})"
-                )
+                tell(f"{self.name}: going on from step {saved.step}, {proof}")
         return self._begin(saved.step if saved else 0)
 
     def roll_back(self) -> int:
@@ -205,12 +204,15 @@ class Session:
         with self.telemetry.clock.phase("save"):
             self.keeper.save(step, state, wait=wait)
 
-    def probe(self) -> float:
-        """Loss of the fixed probe batch; every rank computes the same one."""
+    def probe(self, parts: int) -> list[Part]:
+        """The fixed probe batch in `parts` parts with their losses; every rank computes the same."""
+        found, objective = [], self.objective.alone()
         with torch.no_grad(), self.trainer.evaluating():
-            batch, objective = self.loader.probe().to(self.device), self.objective.alone()
-            loss = loss_of(objective(self.trainer.model, batch), objective.counts(batch))
-        return float(loss)
+            for batch in self.loader.probes(parts):
+                there = batch.to(self.device)
+                loss = loss_of(objective(self.trainer.model, there), objective.counts(there))
+                found.append(Part(float(loss), batch.ids))
+        return found
 
 
 def sizes_of(model: torch.nn.Module) -> tuple[int, int]:

@@ -245,6 +245,15 @@ def test_the_probe_holds_no_more_than_sequences(mixed: Artifact, config: dict[st
     assert rows(probe) == rows(other.probe(count))
 
 
+def test_the_probe_in_parts_is_the_same_records(mixed: Artifact):
+    one = loader(mixed.path, PLAIN)
+    whole = one.probe()
+    for parts in (1, 4, 5):
+        found = one.probes(parts)
+        assert len(found) == parts and [row for batch in found for row in rows(batch)] == rows(whole)
+    assert [batch.ids for batch in one.probes(4, 3)] == [(name,) for name in whole.ids[:3]]
+
+
 def test_one_thread_reads_though_another_asks_for_the_probe(mixed: Artifact):
     """With a GPU and no workers, the thread that pins the next batch reads; the probe waits for its turn on it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from mmlm.artifacts import Artifact
 from mmlm.config import parse
 from mmlm.data.bestfit import BestFit
 from mmlm.data.config import DataConfig
+from mmlm.data.loader import Loader
 from mmlm.data.plan import WHOLE, Plan, find_plan
 from mmlm.data.reader import ShardReader
 from mmlm.errors import ArtifactError, DataError
 from mmlm.features.encode import opened_length
-from mmlm.shards.packs import FOLDER
+from mmlm.shards.packs import FOLDER, META, content_digest
 from mmlm.shards.verify import verify
+from mmlm.world import World
 from tests.data.conftest import make_shards
 from tests.data.test_loader import damage, damage_row, loader
 
@@ -170,6 +173,38 @@ def test_damaged_records_are_told_counted_and_taken_up_again_once_repaired(
     assert "can be read again; the plan is made anew" in said and "left out;" not in said
     assert whole.left_out == 0 and whole.plan and whole.plan.counts["records"] == plan.counts["records"] + 3
     assert whole.state()["pack"] == plan_of(mixed.path).digest != plan.digest
+    begun = Loader(folder, parse(DataConfig, config, "test"), 5, World(), steps=50, plan=plan.digest)
+    assert begun.state()["pack"] == plan.digest and begun.left_out == 3
+    assert [begun.batch(n).ids for n in range(9)] == [again.batch(n).ids for n in range(9)]
+    said = capfd.readouterr().err
+    assert "pack: 3 records were damaged when this training was begun; it goes on without them" in said
+    assert "made anew" not in said and "left out;" not in said and verify(folder) == []
+    assert loader(folder, config).state() == whole.state()  # one that is begun now has all records
+
+
+def test_a_plan_of_an_earlier_version_that_does_not_name_what_it_leaves_out_is_made_anew(
+    tmp_path: Path, mixed: Artifact, capfd: pytest.CaptureFixture[str]
+):
+    folder = Path(shutil.copytree(mixed.path, tmp_path / "shards", ignore=shutil.ignore_patterns(FOLDER)))
+    damage(folder, 3)
+    config = {"batch": 4, "pack": {"kind": "best_fit"}}
+    named = loader(folder, config)
+    (path,) = (folder / FOLDER).glob("*.parquet")
+    table = pq.read_table(path)
+    told = json.loads(table.schema.metadata[META])
+    del told["damaged"]
+    told["digest"] = content_digest(table, {key: value for key, value in told.items() if key != "digest"})
+    pq.write_table(table.replace_schema_metadata({META: json.dumps(told)}), path)
+    capfd.readouterr()
+    anew = loader(folder, config)
+    said = capfd.readouterr().err
+    assert "an earlier version did not write down which records it left out; the plan is made anew" in said
+    assert anew.plan and anew.plan.damaged == (3,) and anew.state() == named.state() and anew.left_out == 1
+    assert "and left out; such records of" in said
+    begun = Loader(folder, parse(DataConfig, config, "test"), 5, World(), steps=50, plan=told["digest"])
+    assert begun.state()["pack"] == told["digest"] != named.state()["pack"] and begun.left_out == 1
+    assert begun.batch(3).ids == named.batch(3).ids
+    assert not [line for line in verify(folder) if line.startswith(FOLDER)]
 
 
 def test_a_plan_gives_up_shards_where_a_loader_without_one_does(tmp_path: Path, mixed: Artifact):

@@ -22,6 +22,7 @@ from mmlm.data.config import DataConfig
 from mmlm.data.loader import Loader
 from mmlm.errors import ArtifactError, ConfigError, DataError, MmlmError, WorkLost
 from mmlm.features.failures import SampleError
+from mmlm.shards.packs import FOLDER
 from mmlm.world import World
 from tests.data.test_loader import PACKED, damage, features, rows
 
@@ -148,6 +149,24 @@ def test_damage_is_told_by_whoever_meets_it(tmp_path: Path, mixed: Artifact, cap
     assert [one.batch(s).ids for s in range(20)] == [other.batch(s).ids for s in range(20)]
     assert f"/{key} is damaged" in capfd.readouterr().err
     one.close()
+
+
+def test_a_worker_that_starts_after_a_repair_has_the_plan_of_its_parent(tmp_path: Path, mixed: Artifact):
+    folder = Path(shutil.copytree(mixed.path, tmp_path / "shards", ignore=shutil.ignore_patterns(FOLDER)))
+    sound = {path: path.read_bytes() for path in folder.glob("train-*.tar")}
+    damage(folder, 3)
+    one, other = loader(folder, 1), loader(folder, 0)
+    assert one.left_out == 1
+    for path, data in sound.items():
+        path.write_bytes(data)
+    assert loader(folder, 0).left_out == 0  # the plan is made anew
+    assert [one.batch(s).ids for s in range(20)] == [other.batch(s).ids for s in range(20)]
+    one.close()
+    late = loader(folder, 1)
+    shutil.rmtree(folder / FOLDER)
+    with pytest.raises(ArtifactError, match=r"the pack plan .* is gone"):
+        late.batch(0)
+    late.close()
 
 
 def test_a_number_of_workers_that_is_none(mixed: Artifact, monkeypatch: pytest.MonkeyPatch):

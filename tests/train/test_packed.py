@@ -18,7 +18,8 @@ from mmlm.tracking import NullTracker
 from mmlm.train.config import TrainConfig
 from mmlm.train.train import train
 from tests.data.conftest import make_shards
-from tests.data.test_loader import PACKED, damage
+from tests.data.test_loader import PACKED, damage, loader
+from tests.train.runs import stopped
 
 CONFIG: dict[str, Any] = {
     "steps": 4, "save_every": 2, "log_every": 1, "precision": "fp32",
@@ -59,3 +60,21 @@ def test_records_that_cannot_be_packed_are_in_the_log_the_figures_and_the_counts
     said = (made.path / "logs" / "rank-0.log").read_text()
     (told,) = (line for line in said.splitlines() if "and left out; such records of" in line)  # the probe has stand-ins
     assert f"/{keys[0]} is damaged" in told and told.endswith(": 2")
+
+
+def test_shards_that_are_repaired_in_mid_training_cost_nothing(shards: Artifact, tmp_path: Path):
+    folder = Path(shutil.copytree(shards.path, tmp_path / "shards", ignore=shutil.ignore_patterns(FOLDER)))
+    sound = {path: path.read_bytes() for path in folder.glob("train-*.tar")}
+    damage(folder, 2)
+    wanted = losses(artifacts.read(folder), tmp_path / "model", 1)
+    out = stopped(artifacts.read(tmp_path / "model"), tmp_path / "again", 2)
+    for path, data in sound.items():
+        path.write_bytes(data)
+    whole = loader(folder, PACKED)  # of another training; the plan is made anew
+    assert whole.left_out == 0
+    assert losses(artifacts.read(folder), out, 1) == wanted
+    assert artifacts.read(out).counts["damaged"] == 1
+    data = json.loads((out / "checkpoints" / "step-00000004" / "state.json").read_text())["data"]
+    assert data["pack"] != whole.state()["pack"]
+    said = (out / "logs" / "rank-0.log").read_text()
+    assert "1 records were damaged when this training was begun; it goes on without them" in said

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from mmlm import artifacts
 from mmlm.artifacts import Artifact, ArtifactConflict
 from mmlm.compress.config import DistillConfig
 from mmlm.config import identity, parse
+from mmlm.data.reader import ShardReader
 from mmlm.errors import ArtifactError, LaunchError
 from mmlm.launch.local import ranks
 from mmlm.shards.config import ShardConfig
@@ -23,6 +25,7 @@ from mmlm.tracking import NullTracker
 from mmlm.train import checkpoint
 from mmlm.train.config import LoopConfig, TrainConfig, ZeroConfig
 from mmlm.train.train import train
+from tests.data.test_loader import damage
 from tests.faults.stage import fill_blocks, make_room, small_disk
 from tests.train.runs import SMALL, Training, losses, saved, stopped
 
@@ -116,23 +119,66 @@ def test_a_training_goes_on_at_another_stage(
     assert losses(out) == pytest.approx(losses(first.path), rel=1e-5)
 
 
-def change(out: Path, **changes: Any) -> None:
+def change(out: Path, without: str = "", **changes: Any) -> None:
     """Put something else into what the checkpoint of step 2 says, with the hash of what it then says."""
     path = out / "checkpoints" / "step-00000002" / "state.json"
-    path.write_text(json.dumps(checkpoint.sealed({**json.loads(path.read_text()), **changes})))
+    told = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps(checkpoint.sealed({name: value for name, value in told.items() if name != without})))
 
 
+def worse(out: Path) -> dict[str, Any]:
+    """What the checkpoint of step 2 says of the probe batch, with a loss that the model does not have."""
+    told = json.loads((out / "checkpoints" / "step-00000002" / "state.json").read_text())
+    parts = [{**part, "loss": part["loss"] + 0.02} for part in told["probes"]]
+    return {"probe": told["probe"] + 0.02, "probes": parts}
+
+
+@pytest.mark.parametrize("without", ["", pytest.param("probes", id="of an earlier version")])
 def test_a_model_that_is_not_the_one_that_was_saved_is_refused_with_both_numbers(
-    first: Artifact, keypad_shards: Artifact, tmp_path: Path
+    first: Artifact, keypad_shards: Artifact, tmp_path: Path, without: str
 ):
     out = stopped(first, tmp_path / "model", 2)
     probe = json.loads((out / "checkpoints" / "step-00000002" / "state.json").read_text())["probe"]
-    change(out, probe=probe + 0.02)
+    change(out, without, **worse(out))
     with pytest.raises(ArtifactError) as caught:
         run(keypad_shards, out, 1)
-    assert float(str(caught.value.found).rpartition(" ")[2]) == pytest.approx(probe, rel=1e-4)
+    found = float(str(caught.value.found).rpartition(" ")[2])
+    assert found == pytest.approx(probe, rel=1e-3 if without else 1e-4)  # of all records together, or of the parts
     assert str(caught.value.wanted).startswith(f"{probe + 0.02:.6f}, as when step 2 was saved")
     assert "remove the folder" in caught.value.cure and len(losses(out)) == 4  # nothing was done
+    assert ("mmlm verify" in caught.value.cure) == bool(without)  # it does not tell which records it was proved on
+    if without:
+        change(out, probe=found)
+        run(keypad_shards, out, 1)
+        assert "going on from step 2, proved on the probe batch (loss" in (out / "logs" / "rank-0.log").read_text()
+
+
+def test_a_record_of_the_probe_that_is_damaged_or_repaired_is_blamed_and_not_the_model(
+    first: Artifact, keypad_shards: Artifact, tmp_path: Path
+):
+    shards = Path(shutil.copytree(keypad_shards.path, tmp_path / "shards"))
+    name = ShardReader(shards)[3].id
+    tar = shards / ShardReader(shards).shard_of(3)
+    sound = tar.read_bytes()
+    damage(shards, 3)
+    out = stopped(first, tmp_path / "damaged", 2)
+    made = run(artifacts.read(shards), out, 1)
+    said = (out / "logs" / "rank-0.log").read_text()
+    assert f"record 4 of the probe batch was {name} when this was saved and is " in said
+    assert "going on from step 2, proved on 24 of 32 records of the probe batch" in said and made.counts["steps"] == 4
+
+    other = stopped(first, tmp_path / "other", 2)
+    change(other, **worse(other))
+    with pytest.raises(ArtifactError, match=r"loss on the probe batch is .* as when step 2 was saved") as caught:
+        run(artifacts.read(shards), other, 1)
+    assert "mmlm verify" not in caught.value.cure  # the records that are the same do not have the same loss
+
+    tar.write_bytes(sound)
+    again = stopped(made, tmp_path / "repaired", 4)
+    run(artifacts.read(shards), again, 1)
+    said = (again / "logs" / "rank-0.log").read_text()
+    assert f"when this was saved and is {name} now" in said
+    assert "going on from step 4, proved on 24 of 32 records of the probe batch" in said
 
 
 def test_a_checkpoint_of_other_data_is_refused_with_both_digests(
