@@ -267,7 +267,7 @@ class Tracker:
     def replay(self) -> None:
         """Send what an earlier process could not, and end the runs of processes that are gone. Raises on an outage."""
         for state in self._waiting():
-            with _unless_rejected():
+            with self._unless_rejected(state):
                 store.forward(self._client, self._experiment, state)
                 if not state.ended:
                     done = (state.path.parent / "artifact.json").exists()
@@ -280,10 +280,19 @@ class Tracker:
                 fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else its process lives, wherever that is
                 left = json.load(note)
                 if left["uri"] == self._key:
-                    with _unless_rejected():
+                    with self._unless_rejected(left["parent"]):
                         ended = left["time"] if left["status"] else spool.now()
                         self._client.set_terminated(left["parent"], left["status"] or "KILLED", ended)
                     path.unlink()
+
+    @contextlib.contextmanager
+    def _unless_rejected(self, run: spool.State | str) -> Iterator[None]:
+        """Passes over what no repetition will mend, as a run that was deleted; an outage raises."""
+        try:
+            yield
+        except Exception as error:
+            if not store.is_final(self._client, run if isinstance(run, str) else run.run_id, error):
+                raise
 
     def reap(self) -> int:
         """Set runs whose process died on this host to KILLED; returns how many."""
@@ -367,7 +376,7 @@ class Tracker:
             for key, value in tags.items():
                 self._client.set_tag(state.run_id, key, value)
         except Exception as error:
-            if getattr(error, "error_code", "") in store.REJECTED:  # deleted in the meantime: a new one
+            if store.is_final(self._client, state.run_id, error):  # deleted in the meantime: a new one
                 return None
             spool.append(work.path / spool.ROWS, {"tags": tags})
         state.tags, state.ended = tags, False
@@ -393,16 +402,6 @@ class Tracker:
         if self._note is not None:
             self._note.close()
         self.parent = self._note = None
-
-
-@contextlib.contextmanager
-def _unless_rejected() -> Iterator[None]:
-    """Passes over what no repetition will mend, as a run that was deleted; an outage raises."""
-    try:
-        yield
-    except Exception as error:
-        if getattr(error, "error_code", "") not in store.REJECTED:
-            raise
 
 
 def _figures(stage: str, path: Path) -> dict[str, float]:
