@@ -279,6 +279,8 @@ def _forward_row(client: Any, state: spool.State, row: dict[str, Any]) -> None:
             )
         else:
             state.dropped += 1
+    elif "status" in row:
+        client.update_run(state.run_id, status=row["status"])
     elif "end" in row:
         client.set_terminated(state.run_id, *row["end"])
         state.ended = True
