@@ -2,7 +2,7 @@
 
 Two files of JSON lines lie in the folder of a noun being made: `metrics.jsonl`, to which any process (training ranks
 too) appends `{"step": int, "time": milliseconds, "metrics": {name: value}}`, and `.tracking.jsonl` for the rest:
-`{"params": {}}`, `{"tags": {}}`, `{"text": [name, content]}`, `{"artifact": [path, folder]}`,
+`{"params": {}}`, `{"tags": {}}`, `{"text": [name, content]}`, `{"artifact": [path, folder]}`, `{"status": status}`,
 `{"end": [status, time]}`.
 `.tracking.json` says for which run they are and how many bytes of each were sent.
 """

@@ -223,11 +223,16 @@ class Tracker:
 
     @classmethod
     def start(cls, uri: str | None, *, story: str, out: Path) -> Tracker:
-        """Raises LaunchError, within 15 s, when the tracking server does not answer."""
+        """Raises LaunchError, within 15 s, when the tracking server does not answer; unless a stage below `out` goes on that
+        it knows already: then an outage is waited out, as any other."""
         tracker = cls(store.absolute(uri or store.default_uri()), story, out)
-        store.probe(tracker.uri)
-        if any(tracker.out.glob(NOTES)) or tracker._waiting():
-            tracker.open()
+        try:
+            store.probe(tracker.uri)
+            if any(tracker.out.glob(NOTES)) or tracker._waiting():
+                tracker.open()
+        except LaunchError as error:
+            if not tracker._goes_on(error):
+                raise
         return tracker
 
     def __enter__(self) -> Tracker:
@@ -267,7 +272,7 @@ class Tracker:
     def replay(self) -> None:
         """Send what an earlier process could not, and end the runs of processes that are gone. Raises on an outage."""
         for state in self._waiting():
-            with _unless_rejected():
+            with self._unless_rejected(state):
                 store.forward(self._client, self._experiment, state)
                 if not state.ended:
                     done = (state.path.parent / "artifact.json").exists()
@@ -280,10 +285,19 @@ class Tracker:
                 fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else its process lives, wherever that is
                 left = json.load(note)
                 if left["uri"] == self._key:
-                    with _unless_rejected():
+                    with self._unless_rejected(left["parent"]):
                         ended = left["time"] if left["status"] else spool.now()
                         self._client.set_terminated(left["parent"], left["status"] or "KILLED", ended)
                     path.unlink()
+
+    @contextlib.contextmanager
+    def _unless_rejected(self, run: spool.State | str) -> Iterator[None]:
+        """Passes over what no repetition will mend, as a run that was deleted; an outage raises."""
+        try:
+            yield
+        except Exception as error:
+            if not store.is_final(self._client, run if isinstance(run, str) else run.run_id, error):
+                raise
 
     def reap(self) -> int:
         """Set runs whose process died on this host to KILLED; returns how many."""
@@ -299,8 +313,10 @@ class Tracker:
 
     def _begin(self) -> None:
         """The parent run, at the first stage."""
-        client = self.open()
-        if self.parent is None:
+        if self.parent is not None:
+            return
+        try:
+            client = self.open()
             tags = {"story": self.story, "out": str(self.out), "mmlm.code_version": __version__, **_process()}
             try:
                 self.parent = client.create_run(self._experiment, tags=tags, run_name=self.story).info.run_id
@@ -309,7 +325,24 @@ class Tracker:
                     f"the tracking store {blank_credentials(self.uri)} takes no new run: {str(error)[:200]}",
                     cure="check --tracking-uri and the rights of its user",
                 ) from None
+        except LaunchError as error:
+            if not self._goes_on(error):
+                raise
+        else:
             self._remember(None)
+
+    def _goes_on(self, outage: LaunchError) -> bool:
+        """Whether a stage below `out` was begun with this store and is not finished. Its parent run is ours then, and what
+        is said is sent when the store answers: a job that is put back into the queue must not end of an outage."""
+        states = [s for p in self.out.glob(f"*/{spool.STATE}") if (s := spool.State.load(p.parent)) is not None]
+        begun = [s for s in states if s.uri == self._key and s.run_id and PARENT in s.tags]
+        begun = [s for s in begun if not (s.path.parent / "artifact.json").exists() and not _held(s.path.parent)]
+        if not begun:
+            return False
+        self.parent = max(begun, key=lambda s: s.started).tags[PARENT]
+        self._remember(None)
+        _log.warning("%s; what goes on here is kept and sent later", outage.found)
+        return True
 
     def _remember(self, status: str | None) -> None:
         row = {"uri": self._key, "parent": self.parent, "status": status, "time": spool.now()}
@@ -367,9 +400,10 @@ class Tracker:
             for key, value in tags.items():
                 self._client.set_tag(state.run_id, key, value)
         except Exception as error:
-            if getattr(error, "error_code", "") in store.REJECTED:  # deleted in the meantime: a new one
+            if store.is_final(self._client, state.run_id, error):  # deleted in the meantime: a new one
                 return None
             spool.append(work.path / spool.ROWS, {"tags": tags})
+            spool.append(work.path / spool.ROWS, {"status": "RUNNING"})
         state.tags, state.ended = tags, False
         return state
 
@@ -379,12 +413,15 @@ class Tracker:
             return
         self._remember(_status(error))
         try:
+            if self._client is None:
+                store.probe(self.uri, timeout=2.0, tries=1)  # MLflow itself would ask a frozen server for a minute
+            client = self.open()
             for name, value in self._figures.items():
-                self._client.log_metric(self.parent, name, value)
+                client.log_metric(self.parent, name, value)
             if error is not None:
                 text = f"{type(error).__name__}: {error}" if not isinstance(error, MmlmError) else str(error)
-                self._client.set_tag(self.parent, "error", text[:4900])
-            self._client.set_terminated(self.parent, _status(error))
+                client.set_tag(self.parent, "error", text[:4900])
+            client.set_terminated(self.parent, _status(error))
             if self._note is not None:
                 Path(self._note.name).unlink(missing_ok=True)
             self.replay()  # what an outage in between has left
@@ -393,16 +430,6 @@ class Tracker:
         if self._note is not None:
             self._note.close()
         self.parent = self._note = None
-
-
-@contextlib.contextmanager
-def _unless_rejected() -> Iterator[None]:
-    """Passes over what no repetition will mend, as a run that was deleted; an outage raises."""
-    try:
-        yield
-    except Exception as error:
-        if getattr(error, "error_code", "") not in store.REJECTED:
-            raise
 
 
 def _figures(stage: str, path: Path) -> dict[str, float]:

@@ -156,10 +156,6 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name)[:250]
 
 
-class StoreRefuses(OSError):
-    """A store that takes nothing at all: what it was given is as good as before."""
-
-
 def _sent(client: Any, state: spool.State, call: Any, items: list[Any]) -> int:
     """Send a batch; halve it where the server rejects it, so that one bad value costs only itself. Returns the number
     of dropped items. An outage raises."""
@@ -169,23 +165,24 @@ def _sent(client: Any, state: spool.State, call: Any, items: list[Any]) -> int:
         call(items)
         return 0
     except Exception as error:
-        if getattr(error, "error_code", "") not in REJECTED:
+        if not is_final(client, state.run_id, error):
             raise
-        if getattr(error, "error_code", "") == UNCLEAR:
-            _require_open(client, state, error)
     if len(items) == 1:
         return 1
     middle = len(items) // 2
     return _sent(client, state, call, items[:middle]) + _sent(client, state, call, items[middle:])
 
 
-def _require_open(client: Any, state: spool.State, error: Exception) -> None:
-    """Raise StoreRefuses when the run takes no tag either, which there can be nothing wrong with."""
-    try:
-        client.set_tag(state.run_id, ASKED, str(spool.now()))
-    except Exception:
-        first = (str(error).strip().splitlines() or ["it does not say why"])[0]
-        raise StoreRefuses(first) from None
+def is_final(client: Any, run_id: str | None, error: Exception) -> bool:
+    """Whether no repetition will mend what was wrong with a call for that run. An error that may be the whole store's is
+    not final when the run takes no tag either, which there can be nothing wrong with."""
+    code = getattr(error, "error_code", "")
+    if code == UNCLEAR:
+        try:
+            client.set_tag(run_id, ASKED, str(spool.now()))
+        except Exception:
+            return False
+    return code in REJECTED
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
@@ -282,6 +279,8 @@ def _forward_row(client: Any, state: spool.State, row: dict[str, Any]) -> None:
             )
         else:
             state.dropped += 1
+    elif "status" in row:
+        client.update_run(state.run_id, status=row["status"])
     elif "end" in row:
         client.set_terminated(state.run_id, *row["end"])
         state.ended = True

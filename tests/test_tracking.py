@@ -17,6 +17,7 @@ from typing import Any
 import pydantic
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 
 from mmlm import artifacts, spool, tracking_store
 from mmlm.config import Config
@@ -289,6 +290,50 @@ def test_a_database_that_refuses_gets_everything_later(tmp_path: Path, monkeypat
     assert {r.info.status for r in c.search_runs([tracker._experiment])} == {"FINISHED"}
     left = spool.State.load(work.path)
     assert left is not None and not left.waiting and not left.dropped
+
+
+def test_a_database_that_refuses_ends_and_forgets_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a stage that goes on nor the note of a parent run takes that for the word that its run is gone."""
+    monkeypatch.setattr(tracking_store, "SEND_EVERY", 0.05)
+    monkeypatch.setattr(tracking_store.Sender.finish, "__defaults__", (0.5,))
+    uri, out = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "out"
+
+    def execute(command: str) -> None:
+        with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", timeout=30)) as database:
+            for event, table in (("UPDATE", "runs"), ("UPDATE", "tags"), ("INSERT", "tags")):
+                database.execute(command.format(name=f"no_{event}_{table}", event=event, table=table))
+            database.commit()
+
+    def attempt(tracker: Tracker, error: BaseException | None) -> str | None:
+        work = begin(out / "model")
+        with contextlib.suppress(Interrupted), tracker.run("train", {"a": 1}, work) as run:
+            if error:
+                raise error
+            finish(work)
+        work.release()
+        return run.run_id
+
+    with Tracker.start(uri, story="closed", out=out) as tracker:
+        first = attempt(tracker, Interrupted("enough"))
+    parent = elsewhere(uri, out, ".tracking-parent-x.json")
+    with Tracker(uri, "closed", out) as tracker:
+        tracker._begin()
+        (out / ".tracking-parent-x.json").write_text(
+            json.dumps({"uri": tracker._key, "parent": parent, "status": None, "time": 1})
+        )
+        execute("CREATE TRIGGER {name} BEFORE {event} ON {table} BEGIN SELECT RAISE(ABORT, 'read-only for now'); END")
+        with pytest.raises(MlflowException, match="read-only for now"):
+            tracker.replay()
+        assert (out / ".tracking-parent-x.json").exists()
+        again = attempt(tracker, None)
+        for sender in [t for t in threading.enumerate() if isinstance(t, tracking_store.Sender)]:
+            sender.join(60)
+        execute("DROP TRIGGER {name}")
+    Tracker.start(uri, story="closed", out=out).close()
+    c = client(uri)
+    assert first == again
+    assert c.get_run(first).info.status == "FINISHED" and c.get_run(parent).info.status == "KILLED"
+    assert not (out / ".tracking-parent-x.json").exists()
 
 
 class Flaky:

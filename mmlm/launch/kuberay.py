@@ -20,7 +20,7 @@ from pydantic import Field
 from mmlm.config import Config
 from mmlm.errors import LaunchError
 from mmlm.launch import kubernetes as k8s
-from mmlm.launch.ray_train import STOP_WAIT
+from mmlm.launch.ray_train import MOST, STOP_WAIT
 from mmlm.world import quiet_environment
 
 OUT = "mmlm/out"
@@ -118,6 +118,9 @@ def _escaped(word: str) -> str:
 
 def job(config: KubeRayConfig, command: list[str], title: Title, environment: dict[str, str]) -> k8s.RayJob:
     autoscale = bool(config.workers_max and config.workers_max > config.workers)
+    if autoscale:  # ranks may be more than fit what is up when the job begins
+        each = {"CPU": config.cpus, "GPU": config.gpus}
+        environment = {MOST[kind]: str((config.workers_max or 0) * count) for kind, count in each.items()} | environment
     worker = k8s.WorkerGroup(
         group_name="workers",
         replicas=config.workers,

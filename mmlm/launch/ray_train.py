@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ STOP = "stop"
 """File beside the logs by which the ranks learn of a stop: no signal reaches them."""
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 """Ray's own variable: seconds between the SIGTERM and the SIGKILL of a job that is stopped (by default 3)."""
+MOST = {"CPU": "MMLM_RAY_MOST_CPUS", "GPU": "MMLM_RAY_MOST_GPUS"}
+"""Variables of a job that say to how many its cluster may grow (launch/kuberay.py)."""
 STOP_SECONDS = 600.0
 """What we set it to. A large model takes minutes to save, and on NFS a new file may be seen only after one."""
 
@@ -41,7 +43,7 @@ def ranks(n: int | None = None) -> Launch:
     """A launch of `n` ranks on the Ray cluster that this process belongs to (as a Ray job does), one CPU or GPU each.
 
     By default one rank per GPU of the cluster, or two on a cluster without GPUs. Raises LaunchError when the cluster
-    has fewer GPUs or CPUs than that: Ray would wait for them for ever.
+    has fewer GPUs or CPUs than that, and may not grow to them (MOST): Ray would wait for them for ever.
     """
     import ray
 
@@ -50,10 +52,16 @@ def ranks(n: int | None = None) -> Launch:
         ray.init(log_to_driver=True)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours)  # Ray's own handler ends the process with 15, which nobody resumes
-    has = ray.cluster_resources()
-    gpus, cpus = int(has.get("GPU", 0)), int(has.get("CPU", 0))
-    wanted = n or gpus or min(2, cpus)
+    return fitting(n, ray.cluster_resources(), {kind: int(os.environ.get(name) or 0) for kind, name in MOST.items()})
+
+
+def fitting(n: int | None, has: Mapping[str, float], most: Mapping[str, int]) -> RayRanks:
+    """`ranks` of a cluster that has so much of each kind now, and may grow to `most`. Raises as that does."""
+    gpus, cpus = (max(int(has.get(kind, 0)), most.get(kind, 0)) for kind in ("GPU", "CPU"))
+    wanted = n or int(has.get("GPU", 0)) or gpus or min(2, cpus)
     available, kind = (gpus, "GPUs") if gpus else (cpus, "CPUs")
+    if not gpus:
+        tell(f"no GPU on the Ray cluster now: {wanted} ranks train on its CPUs")
     if wanted < 1 or wanted > available:
         raise LaunchError(
             f"{wanted} ranks on a Ray cluster with {available} {kind}",

@@ -185,6 +185,35 @@ def test_a_server_that_stays_dead_gets_everything_at_the_next_start(
     is_complete(server.uri, out, steps)
 
 
+@pytest.mark.parametrize("comes_back", [True, False], ids=["comes back", "stays dead"])
+def test_a_training_goes_on_without_a_server_that_knows_it(
+    keypad_shards: Artifact, tmp_path: Path, server: Server, comes_back: bool
+):
+    """As after a stop that put its job back into the queue, while the server is away."""
+    steps, out = 400, tmp_path / "run" / "model"
+    config = {**SMALL, "steps": steps, "save_every": 500}
+    run = Training(keypad_shards, out, 1, config, server.uri)
+    run.until("step 20", lambda: run.step() >= 20)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 4, run.words()
+    server.send(signal.SIGKILL)
+    again = Training(keypad_shards, out, 1, config, server.uri)
+    again.until("steps without a server", lambda: again.step() >= 60)
+    if comes_back:
+        server.start()
+        again.until("its run goes on there", lambda: curve(server.uri, "loss")[1] == "RUNNING")
+    assert again.end() == 0, again.words()
+    assert "kept and sent later" in again.words()
+    if not comes_back:
+        server.start()
+    with Tracker.start(server.uri, story="faults", out=tmp_path / "run") as tracker:
+        client = tracker.open()
+    is_complete(server.uri, out, steps)
+    parents = client.search_runs([tracker._experiment], "attributes.run_name = 'faults'")
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert "seconds/train" in parents[0].data.metrics or not comes_back
+
+
 @pytest.mark.parametrize("how", ["full", "forbidden"])
 def test_a_store_that_takes_no_more_gets_everything_later(keypad_shards: Artifact, tmp_path: Path, how: str):
     """The disk of its database is full, or what stands before it lets nothing through, to the end of the training."""

@@ -68,6 +68,14 @@ def test_all_pods_are_quiet_and_leave_time_to_save() -> None:
         assert pod["terminationGracePeriodSeconds"] > 120
 
 
+def test_a_cluster_that_may_grow_says_how_far() -> None:
+    for most, told in ((None, set()), (2, set()), (6, {("MMLM_RAY_MOST_CPUS", "24"), ("MMLM_RAY_MOST_GPUS", "12")})):
+        config = KubeRayConfig(workers=2, workers_max=most, cpus=4, gpus=2)
+        head = documents(config)[-1]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+        variables = {(v["name"], v.get("value")) for v in head["containers"][0]["env"]}
+        assert {(name, value) for name, value in variables if name.startswith("MMLM_RAY_MOST")} == told
+
+
 def test_words_arrive_through_two_shells_and_the_quotes_of_windows() -> None:
     words = [
         "a b",

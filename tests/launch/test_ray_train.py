@@ -16,9 +16,9 @@ import pytest
 
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
-from mmlm.errors import ArtifactError, Interrupted, WorkLost
+from mmlm.errors import ArtifactError, Interrupted, LaunchError, WorkLost
 from mmlm.launch.local import count_signals
-from mmlm.launch.ray_train import RESTARTS, STOP_WAIT, Asked, Losses, patience, stoppable
+from mmlm.launch.ray_train import RESTARTS, STOP_WAIT, Asked, Losses, RayRanks, fitting, patience, stoppable
 from mmlm.train.control import Stop, Where
 from mmlm.world import quiet_environment
 from tests.faults.stage import wait_for
@@ -102,6 +102,20 @@ def test_a_new_checkpoint_starts_the_count_of_losses_anew(tmp_path: Path) -> Non
     assert losses.survivable()
     (tmp_path / "step-00000009").rmdir()  # rolled back: no progress
     assert losses.survivable() and losses.count == 2
+
+
+def test_ranks_may_be_as_many_as_the_cluster_may_grow_to(capfd: pytest.CaptureFixture[str]) -> None:
+    up = {"CPU": 4.0, "GPU": 2.0, "memory": 1e9}
+    assert fitting(None, up, {}) == RayRanks(2, gpu=True, threads=2)
+    assert fitting(8, up, {"CPU": 16, "GPU": 8}) == RayRanks(8, gpu=True, threads=2)
+    assert fitting(None, up, {"CPU": 16, "GPU": 8}).ranks == 2
+    assert fitting(None, {"CPU": 1.0}, {"CPU": 16, "GPU": 8}).gpu
+    for most in ({}, {"CPU": 16, "GPU": 8}):
+        with pytest.raises(LaunchError, match=r"9 ranks on a Ray cluster with \d GPUs"):
+            fitting(9, up, most)
+    assert not capfd.readouterr().err
+    assert fitting(None, {"CPU": 4.0}, {}) == RayRanks(2, gpu=False, threads=2)
+    assert "no GPU on the Ray cluster now" in capfd.readouterr().err
 
 
 def rank_on_ray(out: Path, target: str, **args: object) -> subprocess.Popen[str]:
