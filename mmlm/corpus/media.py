@@ -106,7 +106,7 @@ class MediaReader:
         try:
             if len(uri) > MAX_URI:
                 raise RefuseError(
-                    "bad_name", f"an address of {len(uri):,} characters; at most {MAX_URI:,} are looked up"
+                    "missing_file", f"an address of {len(uri):,} characters; at most {MAX_URI:,} are looked up"
                 )
             if kind == "video" and not self.video:
                 raise RefuseError("unsupported_kind", "a video, and allow_video is false")

@@ -116,7 +116,7 @@ def test_a_cell_that_no_path_can_be_as_long_as_is_not_looked_up(tmp_path: Path, 
     started = time.process_time()
     made = scanned(tmp_path, TABLE)
     assert time.process_time() - started < 10  # letter by letter it took hours
-    assert (set(made.records), made.reasons) == ({"0"}, {f"t.jsonl:{line}": "bad_name" for line in (2, 3, 4)})
+    assert (set(made.records), made.reasons) == ({"0"}, {f"t.jsonl:{line}": "missing_file" for line in (2, 3, 4)})
 
 
 def test_large_files_are_hashed_without_being_held(
