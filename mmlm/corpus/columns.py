@@ -180,7 +180,9 @@ class Columns:
 
     def is_number(self, column: str) -> bool:
         texts = [t for t in self.texts(column) if t]
-        return bool(texts) and all(re.fullmatch(r"\s*[-+]?(\d++(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*", t) for t in texts[:500])
+        return bool(texts) and all(
+            re.fullmatch(r"\s*[-+]?(\d++(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*", t) for t in texts[:500]
+        )
 
     def is_class(self, column: str) -> bool:
         """Few values, each of them several times."""
