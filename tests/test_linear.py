@@ -127,4 +127,11 @@ def test_selectors_that_take_too_long_are_refused(style: str, elements: str) -> 
 
 
 def test_usual_style_sheets_are_drawn() -> None:
-    drawn("".join(f".layer .group > .cls-{i} rect, g g g .cls-{i}{{fill:#00f;opacity:.5}}" for i in range(500)))
+    style = "".join(f".layer .group > .cls-{i} rect, g g g .cls-{i}{{fill:#00f;opacity:1}}" for i in range(500))
+    inner = '<g class="cls-7"><rect width="9" height="9"/></g>'
+    drawing = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><style>{style}</style>'
+        f'<g class="layer"><g class="group">{inner}</g></g></svg>'
+    )
+    picture_HWC = decode_image(drawing.encode(), ImageSpec(size=32, patch=8, channels=3))
+    assert picture_HWC[16, 16].tolist() == [0, 0, 255]

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -14,13 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import pytest
 import torch
-from mlflow.exceptions import MlflowException
 
 from mmlm import artifacts, spool, tracking_store
-from mmlm.config import Config
 from mmlm.errors import Interrupted, LaunchError
 from mmlm.model.config import ModelConfig
 from mmlm.tracking import NullTracker, Tracker
@@ -28,36 +24,14 @@ from mmlm.train.config import TrainConfig
 from mmlm.train.telemetry import Telemetry
 from mmlm.tuning import _Child
 from mmlm.world import World
-from tests.faults.stage import fill_blocks, make_room, small_disk
 from tests.small import SPEC
-
-
-class Settings(Config):
-    """A stage's config."""
-
-    steps: int = 3
-    """Steps."""
-    nested: dict[str, Any] = pydantic.Field({"zero": {"stage": 2}, "long": "x" * 900})
-    """A section."""
+from tests.tracked import Settings, begin, client, elsewhere, finish
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A SQLite store in a folder with a space and Chinese characters in its name, shared: migrating takes seconds."""
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow 店')}/mlflow.db"
-
-
-def begin(folder: Path, kind: str = "shards", steps: int = 3) -> artifacts.Work:
-    return artifacts.begin(folder, kind, recipe=1, config=Settings(steps=steps))
-
-
-def finish(work: artifacts.Work) -> artifacts.Artifact:
-    (work.path / "data").write_text("bytes")
-    return work.finish(counts={"records": 7}, digest_of=["data"])
-
-
-def client(store: str) -> Any:
-    return tracking_store.open_client(store)
 
 
 def test_importing_is_light() -> None:
@@ -170,18 +144,6 @@ def test_the_living_are_not_reaped(store: str, tmp_path: Path) -> None:
         assert client(store).get_run(run.run_id).info.status == "RUNNING"
 
 
-def elsewhere(store: str, out: Path, note: str) -> str:
-    """A parent run that a process of another host made, with its note below `out`."""
-    tracker = Tracker(store, "elsewhere", out)
-    tags = {"mmlm.host": "another-host", "mmlm.pid": "1", "mmlm.pid_start": "1"}
-    tracker.open()
-    parent = str(tracker._client.create_run(tracker._experiment, tags=tags).info.run_id)
-    row = {"uri": tracker._key, "parent": parent, "status": None, "time": 1}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / note).write_text(json.dumps(row))
-    return parent
-
-
 @pytest.mark.parametrize("note", [".tracking-parent.json", ".tracking-parent-x.json"])
 def test_a_run_killed_on_another_host_is_ended(store: str, tmp_path: Path, note: str) -> None:
     parent = elsewhere(store, tmp_path, note)
@@ -231,109 +193,6 @@ def test_a_trial_starts_without_a_store_and_is_sent_later(
     assert {r.info.run_name: r.info.status for r in found} == {"trial-000": "FINISHED", "trial-001": "KILLED"}
     assert [r.data.metrics["loss"] for r in found] == [1.5, 1.5]
     assert not parent._waiting()
-
-
-def test_a_store_on_a_full_disk_gets_everything_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking_store, "SEND_EVERY", 0.05)
-    monkeypatch.setattr(tracking_store.Sender.finish, "__defaults__", (0.5,))
-    with small_disk(tmp_path / "disk") as disk:
-        uri, out = f"sqlite:///{disk}/mlflow.db", tmp_path / "out"
-        with Tracker.start(uri, story="full", out=out) as tracker:
-            work = begin(out / "model")
-            with tracker.run("train", {"a": 1}, work) as run:
-                time.sleep(0.3)
-                fill_blocks(disk)
-                started = time.monotonic()
-                for step in range(5000):
-                    run.metrics({"loss": step}, step)
-                finish(work)
-            assert time.monotonic() - started < 15
-        assert len(client(uri).get_metric_history(run.run_id, "loss")) < 5000, "the disk was not full"
-        make_room(disk)
-        Tracker.start(uri, story="full", out=out).close()
-        c = client(uri)
-        assert [m.value for m in c.get_metric_history(run.run_id, "loss")] == list(range(5000))
-        assert {r.info.status for r in c.search_runs([tracker._experiment])} == {"FINISHED"}
-
-
-def test_a_database_that_refuses_gets_everything_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow calls it a bad request, as it does a bad value."""
-    monkeypatch.setattr(tracking_store, "SEND_EVERY", 0.05)
-    monkeypatch.setattr(tracking_store.Sender.finish, "__defaults__", (0.5,))
-    uri, tables = f"sqlite:///{tmp_path}/mlflow.db", ("metrics", "params", "tags")
-
-    def execute(command: str) -> None:
-        with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", timeout=30)) as database:
-            for table in tables:
-                database.execute(command.format(table=table))
-            database.commit()
-
-    with Tracker.start(uri, story="refusing", out=tmp_path / "out") as tracker:
-        work = begin(tmp_path / "out" / "model")
-        with tracker.run("train", {"a": 1}, work) as run:
-            time.sleep(0.3)
-            execute(
-                "CREATE TRIGGER no_{table} BEFORE INSERT ON {table} BEGIN SELECT RAISE(ABORT, 'read-only for now'); END"
-            )
-            for step in range(50):
-                run.metrics({"loss": step}, step)
-            run.params({"later": 2})
-            finish(work)
-        left = spool.State.load(work.path)
-        assert left is not None and left.waiting and not left.dropped
-    assert client(uri).get_metric_history(run.run_id, "loss") == []
-    execute("DROP TRIGGER no_{table}")
-    Tracker.start(uri, story="refusing", out=tmp_path / "out").close()
-    c = client(uri)
-    assert [m.value for m in c.get_metric_history(run.run_id, "loss")] == list(range(50))
-    assert c.get_run(run.run_id).data.params == {"a": "1", "later": "2"}
-    assert {r.info.status for r in c.search_runs([tracker._experiment])} == {"FINISHED"}
-    left = spool.State.load(work.path)
-    assert left is not None and not left.waiting and not left.dropped
-
-
-def test_a_database_that_refuses_ends_and_forgets_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a stage that goes on nor the note of a parent run takes that for the word that its run is gone."""
-    monkeypatch.setattr(tracking_store, "SEND_EVERY", 0.05)
-    monkeypatch.setattr(tracking_store.Sender.finish, "__defaults__", (0.5,))
-    uri, out = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "out"
-
-    def execute(command: str) -> None:
-        with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", timeout=30)) as database:
-            for event, table in (("UPDATE", "runs"), ("UPDATE", "tags"), ("INSERT", "tags")):
-                database.execute(command.format(name=f"no_{event}_{table}", event=event, table=table))
-            database.commit()
-
-    def attempt(tracker: Tracker, error: BaseException | None) -> str | None:
-        work = begin(out / "model")
-        with contextlib.suppress(Interrupted), tracker.run("train", {"a": 1}, work) as run:
-            if error:
-                raise error
-            finish(work)
-        work.release()
-        return run.run_id
-
-    with Tracker.start(uri, story="closed", out=out) as tracker:
-        first = attempt(tracker, Interrupted("enough"))
-    parent = elsewhere(uri, out, ".tracking-parent-x.json")
-    with Tracker(uri, "closed", out) as tracker:
-        tracker._begin()
-        (out / ".tracking-parent-x.json").write_text(
-            json.dumps({"uri": tracker._key, "parent": parent, "status": None, "time": 1})
-        )
-        execute("CREATE TRIGGER {name} BEFORE {event} ON {table} BEGIN SELECT RAISE(ABORT, 'read-only for now'); END")
-        with pytest.raises(MlflowException, match="read-only for now"):
-            tracker.replay()
-        assert (out / ".tracking-parent-x.json").exists()
-        again = attempt(tracker, None)
-        for sender in [t for t in threading.enumerate() if isinstance(t, tracking_store.Sender)]:
-            sender.join(60)
-        execute("DROP TRIGGER {name}")
-    Tracker.start(uri, story="closed", out=out).close()
-    c = client(uri)
-    assert first == again
-    assert c.get_run(first).info.status == "FINISHED" and c.get_run(parent).info.status == "KILLED"
-    assert not (out / ".tracking-parent-x.json").exists()
 
 
 class Flaky:
