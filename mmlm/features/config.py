@@ -29,7 +29,8 @@ class EncoderConfig(Config):
 
     folder: str
     """A checkpoint folder of transformers on local disk: config.json and safetensors; for pictures (ViT, DeiT, DINO,
-    CLIP, SigLIP) preprocessor_config.json too; for sounds Whisper. Its content counts, not where it lies."""
+    CLIP, SigLIP) preprocessor_config.json too, or a folder as timm writes it; for sounds Whisper. Its content counts,
+    not where it lies."""
     layer: Literal["last", "pooled"] = "last"
     """`last`: a vector for each token of the last layer; `pooled`: one for the whole, of a sound the mean of its tokens."""
     read: bool = False

@@ -1,8 +1,8 @@
 """Pretrained encoders: stored pictures and sounds → the features of a checkpoint that lies on local disk.
 
 A checkpoint is a folder as transformers writes it: `config.json`, weights as safetensors and, for pictures,
-`preprocessor_config.json`. Pickled weights are never opened, code that comes with a checkpoint is never run, nothing
-is fetched.
+`preprocessor_config.json`; or, for pictures, as timm writes it (`timm_checkpoint`). Pickled weights are never opened,
+code that comes with a checkpoint is never run, nothing is fetched.
 
 The same bytes come out wherever the work is done, on one kind of processor and one pinned stack: weights and arithmetic
 are float32, one thread computes, and batches never reach beyond a unit and all have the same size, the last filled up.
@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from mmlm.errors import ConfigError, DataError, LaunchError
 from mmlm.features.config import EncoderConfig, FeaturesConfig
 from mmlm.features.sample import Sample
 from mmlm.features.spec import AudioSpec, EncoderSpec, FeatureSpec, ImageSpec
+from mmlm.shards import timm_checkpoint
 from mmlm.shards.codec import pack_features
 from mmlm.shards.encoder_files import digest, folder_of, read_json
+from mmlm.shards.encoder_inputs import Pictures, Sounds
 
 IMAGE_MODELS = ("clip", "clip_vision_model", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "siglip",
                 "siglip_vision_model", "vit")  # fmt: skip
@@ -80,13 +81,15 @@ def recipe(config: FeaturesConfig, spec: FeatureSpec) -> dict[str, Any]:
     if not spec.encoders:
         return {}
     settings = config.encoders
-    _require_transformers()
+    named: set[str] = set()
+    for kind in spec.encoders:
+        named.add("timm" if timm_checkpoint.is_timm(_config(settings[kind])) else "transformers")  # type: ignore[index]
     return {
         "encoders": {
             kind: [one.digest, settings[kind].layer, settings[kind].batch]  # type: ignore[index]
             for kind, one in spec.encoders.items()
         },
-        "encoder_versions": {name: version(name) for name in ("torch", "transformers")},
+        "encoder_versions": {name: _version(name) for name in ("torch", *sorted(named))},
     }
 
 
@@ -245,96 +248,6 @@ class _Queue:
             features[at] = value
 
 
-class _Pictures:
-    """Stored pictures → what a vision model reads: its size, its mean and deviation."""
-
-    argument = "pixel_values"
-
-    def __init__(self, config: EncoderConfig, stored: ImageSpec, settings: dict[str, Any]) -> None:
-        own = settings.get("vision_config", settings)
-        self.channels = int(own.get("num_channels", 3))
-        if self.channels != 3 and self.channels != stored.channels:
-            raise ConfigError(
-                f"the encoder in {config.folder} reads {self.channels} channels",
-                wanted=f"3, or the {stored.channels} of features.image", cure="use another checkpoint",
-            )  # fmt: skip
-        given = read_json(config, "preprocessor_config.json")
-        if given is None:
-            given = (read_json(config, "processor_config.json") or {}).get("image_processor")
-        if not isinstance(given, dict):
-            raise ConfigError(
-                f"{config.folder} has no preprocessor_config.json", wanted="the size, mean and deviation it was trained on",
-                cure="take that file from where the checkpoint came from",
-            )  # fmt: skip
-        try:
-            self.factor = float(given.get("rescale_factor", 1 / 255)) if given.get("do_rescale", True) else 1.0
-            normal = given.get("do_normalize", True)
-            self.mean = np.array(given["image_mean"] if normal else 0.0, np.float32)
-            self.deviation = np.array(given["image_std"] if normal else 1.0, np.float32)
-            self.size = _size(given, own)  # (width, height)
-            self.resample = Image.Resampling(given.get("resample", Image.Resampling.BICUBIC))
-            self.read([np.zeros((1, 1, stored.channels), np.uint8)], 1)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"the preprocessor of {config.folder} cannot be used ({type(error).__name__}: {error})",
-                wanted="image_mean, image_std, size and resample as transformers writes them",
-            ) from None
-
-    def read(self, items: list[np.ndarray], batch: int) -> np.ndarray:
-        """(batch, channels, height, width) float32; behind the last item black pictures."""
-        width, height = self.size
-        pixels = np.zeros((batch, height, width, self.channels), np.uint8)
-        for at, item in enumerate(items):
-            if item.shape[:2] != (height, width):
-                picture = Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item)
-                item = np.asarray(picture.resize(self.size, self.resample)).reshape(height, width, -1)
-            pixels[at] = item  # grey is repeated
-        values = (pixels.astype(np.float32) * np.float32(self.factor) - self.mean) / self.deviation
-        return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
-
-    def empty(self) -> tuple[int, ...]:
-        return (1, self.channels, self.size[1], self.size[0])
-
-
-class _Sounds:
-    """Stored log-mels → what a Whisper encoder reads: always its full length."""
-
-    argument = "input_features"
-
-    def __init__(self, config: EncoderConfig, stored: AudioSpec, settings: dict[str, Any]) -> None:
-        self.n_mels = int(settings.get("num_mel_bins", 80))
-        self.frames = 2 * int(settings.get("max_source_positions", 1500))
-        wanted = {"scale": "whisper", "n_mels": self.n_mels, "sample_rate": 16000, "n_fft": 400, "hop": 160}
-        if wrong := {name: value for name, value in wanted.items() if getattr(stored, name) != value}:
-            raise ConfigError(
-                f"features.audio has {', '.join(f'{name} {getattr(stored, name)}' for name in wrong)}",
-                wanted=", ".join(f"{name} {value}" for name, value in wrong.items())
-                + f", which the encoder in {config.folder} reads",
-                cure="set features.audio so, or use another encoder",
-            )
-        if stored.max_frames > self.frames:
-            longest = self.frames * stored.hop / stored.sample_rate
-            raise ConfigError(
-                f"features.audio.max_seconds = {stored.max_seconds:g}",
-                wanted=f"at most {longest:g}, the length that the encoder in {config.folder} reads",
-                cure="lower it, or cut the sounds in the scan (`pieces`)",
-            )
-
-    def read(self, items: list[np.ndarray], batch: int) -> np.ndarray:
-        """(batch, n_mels, frames) float32. A sound is followed by what silence is beside it: 8 decades below its
-        loudest value, the floor of the scale, as if zeros had stood behind it before its log-mel was taken.
-        """
-        values = np.zeros((batch, self.n_mels, self.frames), np.float32)
-        for at, item in enumerate(items):
-            mel = item.astype(np.float32)
-            values[at] = max(-1.5, float(mel.max()) - 2.0)
-            values[at, :, : len(mel)] = mel.T
-        return values
-
-    def empty(self) -> tuple[int, ...]:
-        return (1, self.n_mels, self.frames)
-
-
 def _describe(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> EncoderSpec:
     found = digest(config)
     reader = _reader(config, stored)
@@ -344,43 +257,23 @@ def _describe(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> EncoderSp
     return EncoderSpec(digest=found, dim=dim, tokens=1 if config.layer == "pooled" else tokens, read=config.read)
 
 
-def _reader(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> _Pictures | _Sounds:
-    settings = read_json(config, "config.json") or {}
+def _reader(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> Pictures | Sounds:
+    settings = _config(config)
     kind, models = ("audio", AUDIO_MODELS) if isinstance(stored, AudioSpec) else ("image", IMAGE_MODELS)
     model = settings.get("model_type")
-    if model == "timm_wrapper" or (model is None and "architecture" in settings):
+    if model not in models and not (kind == "image" and timm_checkpoint.is_timm(settings)):
         raise ConfigError(
-            f"{config.folder} is a checkpoint of timm, which needs torchvision",
-            wanted="a checkpoint of transformers",
-            cure="most networks of timm are published for transformers too, such as google/vit-base-patch16-224",
-        )
-    if model not in models:
-        raise ConfigError(
-            f"{config.folder} holds a model of type {model!r}", wanted=f"one of {', '.join(models)} for {kind}s"
+            f"{config.folder} holds a model of type {model!r}",
+            wanted=f"one of {', '.join(models)} for {kind}s" + (", or a checkpoint of timm" if kind == "image" else ""),
         )
     if "quantization_config" in settings or (Path(config.folder) / "adapter_config.json").exists():
         raise ConfigError(f"{config.folder} is quantised or an adapter", wanted="plain weights in one folder")
     try:
         if isinstance(stored, AudioSpec):
-            return _Sounds(config, stored, settings)
-        return _Pictures(config, stored, settings)
-    except (TypeError, ValueError, AttributeError) as error:
+            return Sounds(config, stored, settings)
+        return Pictures(config, stored, settings)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"config.json of {config.folder} cannot be used ({error})") from None
-
-
-def _size(given: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[int, int]:
-    """(width, height) that a vision model was trained on: what its preprocessor cuts out, else makes."""
-    size = (given.get("crop_size") if given.get("do_center_crop") else None) or given.get("size") or own["image_size"]
-    width: Any
-    height: Any
-    if isinstance(size, dict):
-        side = size.get("shortest_edge")
-        width, height = size.get("width", side), size.get("height", side)
-    else:
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-    if not (0 < int(width) <= 4096 and 0 < int(height) <= 4096):
-        raise ValueError(f"a size of {width} × {height} pixels")
-    return int(width), int(height)
 
 
 def _torch() -> Any:
@@ -389,10 +282,16 @@ def _torch() -> Any:
     return torch
 
 
-def _require_transformers() -> None:
-    """Raise ConfigError when it is not installed."""
+def _config(config: EncoderConfig) -> dict[str, Any]:
+    return read_json(config, "config.json") or {}
+
+
+def _version(name: str) -> str:
+    """Of a library that computes features. Raises ConfigError when it is not installed."""
+    if name == "timm":
+        return timm_checkpoint.required_version()
     try:
-        version("transformers")
+        return version(name)
     except PackageNotFoundError:
         raise ConfigError(
             "features.encoders need transformers, which is not installed",
@@ -402,7 +301,7 @@ def _require_transformers() -> None:
 
 def _transformers() -> Any:
     """The library, quiet. Raises ConfigError when it is not installed."""
-    _require_transformers()
+    _version("transformers")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -422,22 +321,45 @@ def _settings(config: EncoderConfig) -> Any:
     return getattr(found, "vision_config", found)
 
 
-def _shape(config: EncoderConfig, reader: _Pictures | _Sounds) -> tuple[int, int]:
+def _shape(config: EncoderConfig, reader: Pictures | Sounds) -> tuple[int, int]:
     """(dim, tokens) of the chosen layer, without reading weights: by a pass in which nothing is computed."""
-    settings, torch = _settings(config), _torch()
+    torch = _torch()
+    timm = reader.timm if isinstance(reader, Pictures) else None
+    settings = None if timm else _settings(config)
     try:
         with torch.device("meta"), torch.inference_mode():
-            model = _part(_transformers().AutoModel.from_config(settings, attn_implementation="sdpa"))
+            if timm:
+                model = timm_checkpoint.build(timm).eval()
+            else:
+                model = _part(_transformers().AutoModel.from_config(settings, attn_implementation="sdpa"))
             given = model(**{reader.argument: torch.zeros(reader.empty())})
         chosen = given.last_hidden_state
-        if config.layer == "pooled" and isinstance(reader, _Pictures):
+        if config.layer == "pooled" and isinstance(reader, Pictures):
             chosen = given.pooler_output[:, None]
+    except ConfigError:
+        raise
     except Exception as error:  # sizes that do not fit raise what torch likes
         raise _unusable(config, error) from None
     return int(chosen.shape[2]), int(chosen.shape[1])
 
 
-def _load_model(config: EncoderConfig, reader: _Pictures | _Sounds) -> Any:
+def _load_model(config: EncoderConfig, reader: Pictures | Sounds) -> Any:
+    """The encoder with its weights, on the GPU if there is one. Raises ConfigError when weights lack or do not fit."""
+    found = _from_timm(config) if isinstance(reader, Pictures) and reader.timm else _from_transformers(config, reader)
+    device = "cuda" if _torch().cuda.is_available() else "cpu"
+    return found.eval().requires_grad_(False).to(device)
+
+
+def _from_timm(config: EncoderConfig) -> Any:
+    try:
+        return timm_checkpoint.load(folder_of(config)).float()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise _unusable(config, error) from None
+
+
+def _from_transformers(config: EncoderConfig, reader: Pictures | Sounds) -> Any:
     settings, torch = _settings(config), _torch()
     try:
         model, report = _transformers().AutoModel.from_pretrained(
@@ -446,7 +368,7 @@ def _load_model(config: EncoderConfig, reader: _Pictures | _Sounds) -> Any:
         )  # fmt: skip
     except Exception as error:
         raise _unusable(config, error) from None
-    unused = "decoder." if isinstance(reader, _Sounds) else "pooler." if config.layer == "last" else "-"
+    unused = "decoder." if isinstance(reader, Sounds) else "pooler." if config.layer == "last" else "-"
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(unused))
     if missing or report["mismatched_keys"]:
         raise ConfigError(
@@ -455,8 +377,7 @@ def _load_model(config: EncoderConfig, reader: _Pictures | _Sounds) -> Any:
             wanted="all of them: those that lack would be random",
             cure="choose `layer: last`" if all("pooler" in name for name in missing) else "use another checkpoint",
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return _part(model).eval().requires_grad_(False).to(device)
+    return _part(model)
 
 
 def _part(model: Any) -> Any:
@@ -465,7 +386,8 @@ def _part(model: Any) -> Any:
 
 
 def _unusable(config: EncoderConfig, error: Exception) -> ConfigError:
-    first = str(error).strip().split("\n", 1)[0][:300]
+    lines = str(error).strip().split("\n")
+    first = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])[:300]
     return ConfigError(
         f"the checkpoint in {config.folder} cannot be used ({type(error).__name__}: {first})",
         cure="use another checkpoint",
