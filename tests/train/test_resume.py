@@ -133,7 +133,7 @@ def worse(out: Path) -> dict[str, Any]:
     return {"probe": told["probe"] + 0.02, "probes": parts}
 
 
-@pytest.mark.parametrize("without", ["", pytest.param("probes", id="of an earlier version")])
+@pytest.mark.parametrize("without", ["", pytest.param("probes", marks=pytest.mark.slow, id="of an earlier version")])
 def test_a_model_that_is_not_the_one_that_was_saved_is_refused_with_both_numbers(
     first: Artifact, keypad_shards: Artifact, tmp_path: Path, without: str
 ):

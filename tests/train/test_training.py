@@ -28,6 +28,7 @@ from mmlm.train.schedule import learning_rate
 from mmlm.train.train import train
 from mmlm.world import World
 
+SLOW = pytest.mark.slow
 SMALL: dict[str, Any] = {
     "steps": 4,
     "save_every": 2,
@@ -81,7 +82,7 @@ def test_two_steps_and_two_more_after_a_stop_equal_four(two_ranks: Artifact, key
     assert resumed.digest == two_ranks.digest
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=SLOW), 2, pytest.param(3, marks=SLOW)])
 def test_what_no_step_trains_costs_nothing_and_stays_in_the_model(keypad_shards: Artifact, tmp_path: Path, stage: int):
     """Frozen without an end: as frozen up to the last step, but without gradients and optimizer state; also resumed."""
     rules = {"zero": {"stage": stage}, "ema": {"decay": 0.5, "use": True}}
@@ -112,7 +113,7 @@ def test_what_no_step_trains_costs_nothing_and_stays_in_the_model(keypad_shards:
     assert losses(out) == losses(rests.path) and resumed.digest == rests.digest
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=SLOW)])
 def test_computing_with_averaged_weights_leaves_the_training_alone(
     keypad_shards: Artifact, tmp_path: Path, precision: str
 ):
