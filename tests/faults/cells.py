@@ -139,6 +139,9 @@ attach); a second raylet on this machine at 127.0.0.2. A frozen node is a raylet
 declares the node dead and gives the unit to another worker, then the old worker alone is woken. The cells shorten Ray's
 patience for that (`NOTICE` in `tests/faults/stage.py`); it changes when a dead node is noticed, not what becomes of its work.
 
+All of it takes 26 minutes on two cores and closes with pytest's own count: `105 passed` in 1,556 s on 29 November 2026 (the
+cells, a node that is lost under a training, and an MLflow that is down, slow or killed under one).
+
 The points: *before the temporary file* of a unit is opened; *mid-tar*, half of its records written; *after fsync*, tar and
 index flushed and the worker about to return; *after publish*, linked under their names and the journal not yet told;
 *before the manifest row*, all units in the journal and `manifest.parquet` not yet written. The first three lie in the

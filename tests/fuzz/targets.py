@@ -213,6 +213,7 @@ def _parsed(kind: str) -> Source:
         "chat": {"kind": "chat", "files": "*.jsonl"},
         "hf": {"kind": "hf"},
         "sidecar": {"kind": "sidecar"},
+        "documents": {"kind": "documents", "max_chars": 80, "overlap": 20},
     }
     return parse(ScanConfig, {"sources": [sources[kind]]}, "fuzzed").sources[0]
 
@@ -300,6 +301,11 @@ def _texts(*texts: str) -> Callable[[], list[bytes]]:
 
 _JSON = ('{"id": 1, "messages": [{"role": "user", "content": "词"}]}', "[1, NaN, 1e999]", '"\\ud800"', "[" * 50, "{}")
 _CSV = ('a,b\n1,"two\nlines"\n3,4\n', "a;b\n\x00;2\n", 'a\tb\n"open', "\ufeff图,标\n甲,乙\n")
+_MARKDOWN = (
+    "---\ntitle: 'An end'\n---\n# One #\n\nA sentence. Another one is longer.\n\n```\n# code\n```\n## Two\n\n- a\n- b",
+    "# \u4e00\n\n这是一句话。第二句话比较长，有逗号，也有问号吗？是的！\n\n\u3000\u3000段落。\n" * 3,
+    "Under\n=====\n\n~~~~\n```\n~~~\n\nE.g. Dr. No said “stop.” It was 3.14 p.m. … and\r\nso on.",
+)
 TARGETS: dict[str, Target] = {
     "our_tar": Target(_our_tar, (ValueError,), _tars),
     "their_tar": Target(_their_tar, (RefuseError,), _tars),
@@ -325,6 +331,8 @@ TARGETS: dict[str, Target] = {
     "video": Target(_video, (SampleError,), films),
     "pdf": Target(_pdf, (), pdfs),
     "html": Target(_html, (RefuseError,), pages),
+    "markdown": Target(lambda data: _corpus("documents", {"d.md": data}), (DataError,), _texts(*_MARKDOWN)),
+    "plain": Target(lambda data: _corpus("documents", {"d.txt": data}), (DataError,), _texts(*_MARKDOWN)),
     "warc": Target(_warc, (), warcs),
     "warc_gz": Target(lambda data: _warc(gzip.compress(data, 1)), (), warcs),
     "svg": Target(_svg, (SampleError,), lambda: _small(picture_cases("/nonexistent"), ".svg")),
