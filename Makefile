@@ -3,6 +3,7 @@
 PYTHON ?= python3
 STORY  ?= demo
 MINUTES ?= 60
+WORKERS ?= 2
 BIN    := .venv/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -33,8 +34,8 @@ venv: .venv/.ready ## the environment, in .venv
 demo: venv ## the whole story on the built-in corpus (about 4 minutes; then look at runs/demo)
 	@$(BIN)/mmlm run $(STORY)
 
-test: check ## make check, then the tests
-	@$(BIN)/python -m pytest
+test: check ## make check, then the tests, as many at once as WORKERS (2)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 check: venv ## format, lint, types, who may import whom
 	@$(BIN)/ruff format --check
