@@ -34,7 +34,7 @@ from mmlm.shards import encoders
 from mmlm.shards.config import ShardConfig
 from mmlm.storage import sha256_json
 
-RECIPE = 6
+RECIPE = 7
 """Bump when the code changes the bytes of shards."""
 OVERHEAD = 4096
 """Estimated bytes of a sample beside its media: headers, padding, JSON."""
