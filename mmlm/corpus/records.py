@@ -168,12 +168,16 @@ def from_row(row: dict[str, Any]) -> Record:
         )
         for p in row["parts"]
     )  # fmt: skip
-    labels = tuple(row["labels"]) if row["labels"] is not None else None
-    target = Target(row["label"], labels, row["number"], row["answer"])
     return Record(
-        row["id"], parts, row["task"], target, row["split"], row["group"], row["lang"], row["source"], row["license"],
+        row["id"], parts, row["task"], target_of(row), row["split"], row["group"], row["lang"], row["source"], row["license"],
         row["content_hash"],
     )  # fmt: skip
+
+
+def target_of(row: dict[str, Any]) -> Target:
+    """What a row with the columns label, labels, number and answer asks for."""
+    labels = tuple(row["labels"]) if row["labels"] is not None else None
+    return Target(row["label"], labels, row["number"], row["answer"])
 
 
 WITHOUT_MEDIA = [
@@ -190,14 +194,19 @@ def read_rows(
 
     With `keep` only rows whose ids it answers with true, which `columns` must have. Raises ArtifactError for a broken file.
     """
+    for chunk in read_batches(manifest, columns=columns, batch=batch):
+        if keep:
+            kept = [keep(name) for name in chunk.column("id").to_pylist()]
+            chunk = chunk.filter(pa.array(kept, pa.bool_()))
+        yield from chunk.to_pylist()
+
+
+def read_batches(manifest: Path, *, columns: list[str] | None = None, batch: int = 4096) -> Iterator[pa.RecordBatch]:
+    """The same as tables of at most `batch` rows."""
     for path in files_of(manifest):
         with reading(path) as f:
             for number in range(f.num_row_groups):
-                for chunk in f.read_row_group(number, columns=columns).to_batches(max_chunksize=batch):
-                    if keep:
-                        kept = [keep(name) for name in chunk.column("id").to_pylist()]
-                        chunk = chunk.filter(pa.array(kept, pa.bool_()))
-                    yield from chunk.to_pylist()
+                yield from f.read_row_group(number, columns=columns).to_batches(max_chunksize=batch)
 
 
 def read_records(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmlm.artifacts import Artifact
 from mmlm.config import resolved
-from mmlm.corpus.records import read_records, read_rows
+from mmlm.corpus.records import read_rows, target_of
 from mmlm.errors import DataError
 from mmlm.features.chat import find_template
 from mmlm.features.config import FeaturesConfig
@@ -34,6 +34,11 @@ def find_tokenizer(manifest: Artifact, config: FeaturesConfig, out: Path, earlie
     return train_tokenizer(training_texts(manifest.path, config.tokenizer.max_bytes), config.tokenizer)
 
 
+_SPOKEN = [
+    "id", "split", "label", "labels", "number", "answer", "parts.list.element.kind", "parts.list.element.text",
+]  # fmt: skip
+
+
 def training_texts(manifest: Path, most: int) -> Iterator[str]:
     """Questions, context and answers of the training split, in order of id; of more than `most` bytes, those of records
     that are drawn evenly over the split."""
@@ -44,11 +49,11 @@ def training_texts(manifest: Path, most: int) -> Iterator[str]:
 
 
 def _texts(manifest: Path, keep: Callable[[str], bool] | None = None) -> Iterator[str]:
-    for record in read_records(manifest, media=False, keep=keep):
-        if (record.split or "train") != "train":
+    for row in read_rows(manifest, columns=_SPOKEN, keep=keep):
+        if (row["split"] or "train") != "train":
             continue
-        yield from (part.text for part in record.parts if part.kind == "text" and part.text)
-        if answer := answer_text(record.target):
+        yield from (part["text"] for part in row["parts"] if part["kind"] == "text" and part["text"])
+        if answer := answer_text(target_of(row)):
             yield answer
 
 
