@@ -7,6 +7,7 @@ python jobs/scan.py demo --out runs/demo --on ray --address http://HOST:8265   #
 import sys
 
 from mmlm.cli import main
+from mmlm.leaving import run
 
 if __name__ == "__main__":
-    sys.exit(main(["scan", *sys.argv[1:]]))
+    run(lambda: main(["scan", *sys.argv[1:]]))

@@ -6,6 +6,7 @@ python jobs/serve.py --model models:/mmlm-demo@champion --port 8000
 import sys
 
 from mmlm.cli import main
+from mmlm.leaving import run
 
 if __name__ == "__main__":
-    sys.exit(main(["serve", *sys.argv[1:]]))
+    run(lambda: main(["serve", *sys.argv[1:]]))

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from mmlm import __version__, model_commands
 from mmlm.errors import ConfigError, GateFailed, Interrupted, MmlmError, explain_os_error
+from mmlm.leaving import run
 
 VERBS = {
     "scan": "read the raw corpora into a manifest: ids, hashes, splits, what was refused and why",
@@ -495,5 +496,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def command() -> NoReturn:
+    """`mmlm` in a shell."""
+    run(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

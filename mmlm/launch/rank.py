@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -94,20 +94,6 @@ def show_progress() -> None:
         Progress.terminal_stream = os.fdopen(int(terminal), "w", encoding="utf-8", errors="replace")
 
 
-def leave(code: int) -> NoReturn:
-    """End this process with `code`, without taking the interpreter apart.
-
-    A failed rank must not wait for peers that are gone. One that is done must not be taken apart under native threads
-    (gloo's, autograd's): a thread that asks for the interpreter then is unwound through code that forbids it, and the
-    whole process aborts ("terminate called without an active exception") with its work done.
-    """
-    if code == 0:
-        atexit._run_exitfuncs()  # what libraries have left to write
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def main(target: str, args: str, log: str) -> int:
     from mmlm.storage import write_json
 
@@ -130,4 +116,9 @@ if __name__ == "__main__":
     die_with_parent()
     for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(stop, stop_early)
-    leave(main(*sys.argv[1:4]))
+    from mmlm.leaving import leave
+
+    code = main(*sys.argv[1:4])
+    if code == 0:  # a rank that failed must not wait for peers that are gone
+        atexit._run_exitfuncs()  # what libraries have left to write
+    leave(code)
