@@ -39,6 +39,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = error.code if isinstance(error.code, int | None) else 1
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)
+    except KeyboardInterrupt:  # before the command had begun to look out for it
+        print("mmlm: interrupted; run the same command again to go on", file=sys.stderr)
+        code = 4
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         code = 1

@@ -47,6 +47,7 @@ def script(body: str) -> list[str]:
         ("sys.exit(2)", 2, ""),
         ("sys.exit('no such verb')", 1, "no such verb"),
         ("raise ValueError('ours')", 1, "ValueError: ours"),
+        ("raise KeyboardInterrupt", 4, "interrupted; run the same command again"),
     ],
 )
 def test_what_is_to_be_done_is_done_and_the_interpreter_is_left_alone(body: str, code: int, said: str) -> None:

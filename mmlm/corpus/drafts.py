@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 from mmlm.corpus.records import Part, Record
 from mmlm.storage import is_remote, split_fragment
@@ -261,24 +261,40 @@ def media_root(root: str, table: str) -> str:
 
 
 def media_uri(value: str, root: str, data: str = "") -> str:
-    """The URI to store for a path in the data. Raises RefuseError when it climbs out of the data folder."""
+    """The URI to store for a path in the data; `file:` URIs are decoded (RFC 8089), backslashes are left as they are.
+
+    Raises RefuseError when it climbs out of the data folder.
+    """
     if "\0" in value:
         raise RefuseError("unsafe_path", "a NUL character in the path")
     if any("\ud800" <= c <= "\udfff" for c in value):  # a file may be called so, but no table can say it
         raise RefuseError("bad_name", f"{value[:80]!a} is not UTF-8")
+    if value.strip().lower().startswith("file://"):
+        value = unquote(value.strip()[len("file://") :].removeprefix("localhost"), errors="surrogateescape")
+        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+            raise RefuseError("unsafe_path", f"{value[:80]!a} is no path")
     if is_remote(value):
         return value
-    value = value.removeprefix("file://").strip()
+    value = value.strip()
     if (is_remote(root) or is_remote(data)) and os.path.isabs(value):
         raise RefuseError("unsafe_path", f"{value[:80]!r} is a path of this machine in a table from elsewhere")
     if os.path.isabs(value):
         value = posixpath.normpath(value)
         return value.removeprefix(data.rstrip("/") + "/") if data else value
-    if ".." in split_fragment(value)[0].replace("\\", "/").split("/"):
+    if _climbs(value, "" if is_remote(root) else root):
         raise RefuseError("unsafe_path", f"{value[:80]!r} climbs out of the data folder")
     if is_remote(root):
         return f"{root.rstrip('/')}/{posixpath.normpath(value)}"
     return posixpath.normpath(posixpath.join(root, value))
+
+
+def _climbs(value: str, root: str) -> bool:
+    """Whether a relative path leads out of the data folder, or of a `root` that lies outside, read with either slash."""
+    path = split_fragment(value)[0].replace("\\", "/")
+    if ".." not in path.split("/"):
+        return False
+    inside = posixpath.normpath(path if root.startswith(("..", "/")) else posixpath.join(root, path))
+    return inside == ".." or inside.startswith(("../", "/"))
 
 
 def _data_uri(text: str) -> bytes:
