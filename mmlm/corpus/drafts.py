@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, unquote_to_bytes
 
-from mmlm.corpus.records import Part, Record
+from mmlm.corpus.records import LARGEST, Part, Record
 from mmlm.storage import is_remote, split_fragment
 
 if TYPE_CHECKING:  # a worker that makes shards needs no config of a scan, which takes a third of its start
@@ -201,6 +201,12 @@ def as_number(value: Any) -> float | None:
         raise RefuseError("bad_value", f"{text[:40]!r} is no number") from None
     if not math.isfinite(number):
         raise RefuseError("bad_value", f"{text[:40]!r} is not finite")
+    return _sensible(number)
+
+
+def _sensible(number: float) -> float:
+    if abs(number) > LARGEST:
+        raise RefuseError("bad_value", f"{number:g}: numbers may have the size {LARGEST:g} at most")
     return number
 
 
@@ -214,7 +220,7 @@ def as_field(value: Any, category: bool = False) -> float | str | None:
             number = float(text)
         except ValueError:
             return text.strip()
-        return number if math.isfinite(number) else None
+        return _sensible(number) if math.isfinite(number) else None
     return text.strip()
 
 

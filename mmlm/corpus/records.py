@@ -20,6 +20,8 @@ from mmlm.storage import sha256_bytes, sha256_json
 
 Kind = Literal["text", "image", "audio", "video", "fields"]
 KINDS: tuple[str, ...] = ("text", "image", "audio", "video", "fields")
+LARGEST = 1e30
+"""Size of the largest number that is taken, in a corpus or in a question: sums of squares must not overflow."""
 SPLITS = ("train", "val", "test")
 
 

@@ -21,6 +21,8 @@ from mmlm.features.spec import AUDIO, FIELDS, IMAGE, PAD, AudioSpec, EncoderSpec
 Empty = Callable[[tuple[int, ...], Any], np.ndarray]
 IGNORE = -100
 """Target of a position that is not trained on."""
+FARTHEST = 1e6
+"""Standard deviations that a number may lie from the mean at most, as the model sees it."""
 FIXED = ((np.arange(256.0) - 127.5) / 63.75).astype(np.float32)[None]
 """(1, 256): what each value of a picture becomes on a fixed scale."""
 _SLOTS = (IMAGE, AUDIO, FIELDS)
@@ -271,7 +273,7 @@ def _values(samples: Sequence[Sample], spec: FeatureSpec) -> tuple[np.ndarray, n
                 value = sample.fields.get(name)
                 if name in spec.fields.numbers and isinstance(value, int | float) and np.isfinite(value):
                     mean, deviation = spec.fields.numbers[name]
-                    values.append((value - mean) / (deviation or 1.0))
+                    values.append(min(max((value - mean) / (deviation or 1.0), -FARTHEST), FARTHEST))
                     at.append(rows[(name, None)])
                 elif (name, f"={value}") in rows:
                     values.append(1.0)

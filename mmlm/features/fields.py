@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from mmlm.corpus.records import LARGEST
 from mmlm.features.spec import FieldsSpec
 
 Value = float | str | None
@@ -23,9 +24,9 @@ def read_fields(values: dict[str, Value], spec: FieldsSpec) -> dict[str, Value]:
 def _number(value: Value) -> float | None:
     try:
         number = float(value) if value is not None else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None  # neither is infinity, nor what is not a number
 
 
 def _category(value: Value) -> str | None:

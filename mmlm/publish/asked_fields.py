@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from mmlm.corpus.records import LARGEST
 from mmlm.errors import DataError
 from mmlm.features.spec import FieldsSpec
 
@@ -36,11 +38,14 @@ def _checked(name: str, value: Any, spec: FieldsSpec) -> float | str | None:
         return None
     if name in spec.numbers:
         try:
-            if isinstance(value, bool):
-                raise TypeError
-            return float(value)
-        except (TypeError, ValueError):
-            raise DataError(f"the field {name} is {value!r}", wanted="a number") from None
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not abs(number) <= LARGEST:
+            raise DataError(
+                f"the field {name} is {str(value)[:40]!r}", wanted=f"a number, of the size {LARGEST:g} at most"
+            )
+        return number
     if not isinstance(value, str):
         raise DataError(f"the field {name} is {value!r}", wanted="a text in quotes: it is a category")
     return value
