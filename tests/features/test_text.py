@@ -232,6 +232,8 @@ def test_report_of_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert english["tokens"] == len(tokenizer.encode("Which number is it?")) + 1
     assert english["tokens_per_word"] == round(english["tokens"] / 5, 4)
     assert (chinese["words"], chinese["characters"], chinese["bytes"]) == (8, 11, 27)
+    assert chinese["tokens_per_character"] == round(chinese["tokens"] / 11, 4)
+    assert chinese["bytes_per_token"] == round(27 / chinese["tokens"], 4)
     assert (french["texts"], french["tokens_per_word"]) == (0, None)
     assert [row["changed"] for row in (english, french, chinese)] == [0, 0, 0]
     assert token_report(records, tokenizer, limit=1) == [english]

@@ -78,6 +78,26 @@ def test_the_tars_are_plain_and_carry_no_trace_of_their_making(shards: Artifact)
         assert [name for group in by_key.values() for name in group] == names
 
 
+def test_the_figures_of_a_shard_are_those_of_its_samples(shards: Artifact) -> None:
+    for row in pq.read_table(shards.path / "manifest.parquet").to_pylist():
+        stored: dict[str, dict[str, bytes]] = {}
+        with tarfile.open(shards.path / row["path"]) as tar:
+            for member in tar:
+                key, _, ending = member.name.partition(".")
+                stored.setdefault(key, {})[ending] = tar.extractfile(member).read()  # type: ignore[union-attr]
+        samples = [unpack(one) for one in stored.values()]
+        assert row["samples"] == len(samples)
+        assert row["images"] == sum(len(sample.images) for sample in samples)
+        assert row["sounds"] == sum(len(sample.sounds) for sample in samples)
+        assert row["audio_frames"] == sum(len(mel) for sample in samples for mel in sample.sounds)
+        assert row["tokens"] == sum(len(sample.tokens) for sample in samples)
+        for kind in ("image", "audio"):
+            held = sum(len(data) for one in stored.values() for name, data in one.items() if name.startswith(kind))
+            assert row[f"{kind}_bytes"] == held
+            assert (held > 0) == (row["images" if kind == "image" else "sounds"] > 0)
+        assert (shards.path / row["path"]).stat().st_size == row["bytes"]
+
+
 def test_the_stock_reader_reads_them(shards: Artifact) -> None:
     tars = [str(path) for path in sorted(shards.path.glob("*.tar"))]
     samples = list(webdataset.WebDataset(tars, shardshuffle=False))

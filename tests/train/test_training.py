@@ -59,6 +59,23 @@ def test_two_ranks_equal_one_on_the_same_global_batch(two_ranks: Artifact, keypa
     assert losses(alone.path) == pytest.approx(losses(two_ranks.path), rel=2**-8)  # bf16 keeps 8 bits
 
 
+def test_the_figures_of_a_step_are_those_of_its_batch(two_ranks: Artifact, keypad_shards: Artifact):
+    config = parse(TrainConfig, SMALL, "test")
+    loader = Loader(keypad_shards.path, config.data, 0, World(0, 1))
+    rows = [json.loads(line) for line in (two_ranks.path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for step, row in enumerate(row["metrics"] for row in rows):
+        (batch,) = loader.batches(step, 1)
+        real, records = int(batch.valid_BT.sum()), len(batch.label_R)
+        assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(real, rel=1e-3)
+        assert row["samples_per_second"] * row["step_seconds"] == pytest.approx(records, rel=1e-3)
+        assert 0 <= row["padding"] < 0.6  # a rank pads its own half
+        assert row["lr"] == learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
+        assert 0.01 < row["gradient_norm"] < 100
+        assert 0 < row["mfu"] < 1 and row["tflops"] > 0
+        assert 50e6 < row["memory_own_bytes"] <= row["memory_rss_bytes"] < 10e9
+
+
 def test_four_micro_batches_equal_one(two_ranks: Artifact, keypad_shards: Artifact, tmp_path: Path):
     cut = run(keypad_shards, tmp_path / "model", 2, accumulate=4)
     assert losses(cut.path) == pytest.approx(losses(two_ranks.path), rel=2**-8)
