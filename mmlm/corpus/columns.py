@@ -9,6 +9,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mmlm.corpus.column_names import (
+    ANSWERS_BELOW,
+    GROUP,
+    ID,
+    LANG,
+    LANGUAGE,
+    SPLIT,
+    TEXT,
+    TEXTS_BELOW,
+    last_of,
+    name_of,
+    parent_of,
+)  # fmt: skip
 from mmlm.corpus.drafts import SPLIT_NAMES, Refusal, RefuseError, as_text, media_part
 from mmlm.corpus.select import check_selector, find
 from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, sniff
@@ -25,32 +38,6 @@ LEAST_GROUPS = 10
 """Groups that a column must tell apart: of fewer no validation and test splits can be made."""
 WELL_FILLED = 0.9
 """Share of the rows that must have a value in a column which is to be answered: rows without one are refused."""
-_ID = {"id", "key", "uid", "uuid", "index", "idx", "no", "nr", "number", "record_id", "sample_id", "row"}
-_GROUP = {
-    "group", "patient", "patient_id", "subject", "subject_id", "speaker", "speaker_id", "session", "client_id",
-    "author", "family", "writer", "user", "user_id", "participant", "participant_id",
-}  # fmt: skip
-_LANG = {"lang", "language", "locale", "lang_code"}
-_SPLIT = {"split", "set", "subset", "partition", "fold", "usage"}
-QUESTION = {"question", "prompt", "instruction", "query", "input", "q", "问题", "提问", "指令", "输入"}
-ANSWER = {
-    "answer", "output", "response", "completion", "reply", "target_text", "translation",
-    "caption", "transcript", "summary", "a", "答案", "回答", "回复", "输出", "译文", "摘要",
-}  # fmt: skip
-_TEXT = QUESTION | {
-    "text", "caption", "title", "description", "sentence", "review", "comment", "body", "content", "message", "en", "zh",
-    "utterance", "tweet", "sms", "headline", "abstract", "passage", "document", "paragraph", "post", "news", "email",
-    "review_text", "text_a", "文本", "内容", "正文", "评论", "评价", "标题", "句子", "描述", "新闻", "留言",
-}  # fmt: skip
-LABEL = (
-    "label", "class", "category", "target", "diagnosis", "outcome", "sentiment", "species", "genre", "emotion",
-    "intent", "topic", "result", "y", "标签", "类别", "分类", "情感", "意图", "诊断", "type", "kind", "tag",
-)  # fmt: skip
-_ANSWERS_BELOW = {"label", "labels", "target", "targets", "annotation", "annotations", "标签"}
-"""Names of mappings that hold several answers about a row; none of them is given to the model."""
-_TEXTS_BELOW = {"text", "texts", "caption", "captions", "title", "titles", "translation", "translations", "transcripts"}
-"""Names of mappings that hold texts, such as one per language."""
-_LANGUAGE = re.compile(r"[a-z]{2,3}([-_@]\w+)?")
 
 
 class Columns:
@@ -70,7 +57,7 @@ class Columns:
         self.values = {c: vs for c, vs in self.values.items() if vs}
         self.free = [c for c in self.values if _can_be_written(c) and not self.numbers_rows(c)]
         self.odd = [c for c in self.values if c not in self.free]
-        self.among_answers = {c for c in self.values if parent_of(c) in _ANSWERS_BELOW}
+        self.among_answers = {c for c in self.values if parent_of(c) in ANSWERS_BELOW}
         self.leaking: list[str] = []
         self.root = ""
 
@@ -151,7 +138,7 @@ class Columns:
             if column := self.media(kind):
                 found[kind] = column
         self.find_root([found[k] for k in ("image", "audio") if k in found])
-        for key, names in (("split", _SPLIT), ("lang", _LANG), ("license", {"license", "licence"}), ("group", _GROUP)):
+        for key, names in (("split", SPLIT), ("lang", LANG), ("license", {"license", "licence"}), ("group", GROUP)):
             for column in self.named(names):
                 ok = {v.strip().lower() for v in self.distinct(column)}
                 if key == "split" and not ok <= set(SPLIT_NAMES):
@@ -163,7 +150,7 @@ class Columns:
                 found[key] = column
                 self.take(column)
                 break
-        for column in [*self.named(_ID), *(c for c in self.single() if re.search(r"_id$|[a-z]I[dD]$", c))]:
+        for column in [*self.named(ID), *(c for c in self.single() if re.search(r"_id$|[a-z]I[dD]$", c))]:
             if "id" not in found and len(self.distinct(column)) == len(self.rows):
                 found["id"] = self.take(column) or ""
             elif self.unique(column):  # such as numbers that begin anew in each table
@@ -196,49 +183,10 @@ class Columns:
             self.is_number(column) and self.unique(column)
         )
 
-    def label(self, likely: str = "") -> str | None:
-        """The column of classes to be answered: `likely` if it is one, else by its name, else the last that may be."""
-        for column in [*[c for c in self.single() if c == likely], *self.named(LABEL)]:
-            if self.filled(column) < WELL_FILLED:
-                continue
-            if self.is_class(column):
-                return self.take(column)
-            if column == self.too_many_classes():
-                return None
-            if self.is_number(column) and len(self.distinct(column)) > 2:
-                raise DataError(
-                    f"`{column}` holds {len(self.distinct(column))} different numbers", wanted="classes",
-                    cure="predicting a number comes in a later version; make classes of it (such as low, middle, high)",
-                )  # fmt: skip
-        classes = [c for c in self.single() if self.is_class(c) and self.filled(c) >= WELL_FILLED]
-        strings = [c for c in classes if not self.is_number(c) and self.size(c) <= 60]
-        strings = [c for c in strings if not self.is_text_by_name(c)] or strings
-        whole = [c for c in classes if self.is_number(c) and len(self.distinct(c)) <= 20]
-        if not strings and not whole:
-            self.require_filled()
-            return None
-        return self.take((strings or whole)[-1])
-
-    def require_filled(self) -> None:
-        """Raise DataError when the only label there is has too few values."""
-        for column in self.named(LABEL):
-            if self.filled(column) < WELL_FILLED and self.is_class(column):
-                empty = 1 - self.filled(column)
-                raise DataError(
-                    f"`{column}` is empty in {100 * empty:.0f} % of the rows",
-                    wanted=f"classes in at least {100 * WELL_FILLED:.0f} % of them",
-                    cure=f"remove the other rows, or write scan.yaml by hand with error_budget: {empty + 0.01:.2f}",
-                )
-
-    def too_many_classes(self) -> str | None:
-        """A column that bears the name of a label but holds so many different short texts that they are to be written."""
-        found = [c for c in self.named(LABEL) if self.filled(c) >= WELL_FILLED and not self.is_number(c)]
-        return next((c for c in found if len(self.distinct(c)) > MOST_CLASSES and self.size(c) <= 200), None)
-
     def is_text_by_name(self, column: str) -> bool:
         """Whether a column's name, or that of the mapping it lies in, says that it is text to be read."""
         above = parent_of(column)
-        return (last_of(column) in _TEXT and above not in _ANSWERS_BELOW) or above in _TEXTS_BELOW
+        return (last_of(column) in TEXT and above not in ANSWERS_BELOW) or above in TEXTS_BELOW
 
     def size(self, column: str) -> float:
         """Mean length of a column's texts in UTF-8 bytes: a Chinese word is short in characters."""
@@ -260,8 +208,8 @@ class Columns:
     def in_common_language(self, column: str, words: list[str]) -> str:
         """Of a text that is there in several languages the one that most rows have, English or Chinese before others."""
         mapping, _, own = column.rpartition(".")
-        said = [c for c in words if c.rpartition(".")[0] == mapping and _LANGUAGE.fullmatch(c.rpartition(".")[2])]
-        if not _LANGUAGE.fullmatch(own) or parent_of(column) not in _TEXTS_BELOW or len(said) < 2:
+        said = [c for c in words if c.rpartition(".")[0] == mapping and LANGUAGE.fullmatch(c.rpartition(".")[2])]
+        if not LANGUAGE.fullmatch(own) or parent_of(column) not in TEXTS_BELOW or len(said) < 2:
             return column
         first = ("en", "zh", "zh_cn", "zh_hans", "en_us", "en_gb")
         known = {c: first.index(last_of(c)) if last_of(c) in first else len(first) for c in said}
@@ -286,7 +234,7 @@ class Columns:
     def inputs(self) -> list[str]:
         """Free columns that may be given to the model: not those that stand among answers, such as `labels.colour`, nor
         those that are called as numbers of rows are."""
-        return [c for c in self.single() if c not in self.among_answers and last_of(c) not in _ID]
+        return [c for c in self.single() if c not in self.among_answers and last_of(c) not in ID]
 
     def tells(self, column: str, label: str) -> bool:
         """Whether a column gives the label away: each of its values goes with one label only, or each label with one
@@ -309,7 +257,7 @@ class Columns:
             if "." in column and column not in self.among_answers:
                 below.setdefault(column.rpartition(".")[0], []).append(column)
         for mapping, columns in below.items():
-            spoken = last_of(mapping) in _TEXTS_BELOW or all(_LANGUAGE.fullmatch(c.rpartition(".")[2]) for c in columns)
+            spoken = last_of(mapping) in TEXTS_BELOW or all(LANGUAGE.fullmatch(c.rpartition(".")[2]) for c in columns)
             held = [sum(bool(find(r, c)) for c in columns) for r in self.rows]
             some = [n for n in held if n]
             fullest = max(self.filled(c) for c in columns)
@@ -405,18 +353,3 @@ def _is_media(value: Any, kind: str, endings: tuple[str, ...]) -> bool:
     if isinstance(value, bytes):
         return sniff(value[:4096])[0] == kind
     return isinstance(value, str) and (value.lower().endswith(endings) or value.startswith(f"data:{kind}/"))
-
-
-def last_of(column: str) -> str:
-    return re.split(r"[.\[\]]+", column.strip().lower())[-1].replace(" ", "_").replace("-", "_")
-
-
-def parent_of(column: str) -> str:
-    """The last part of what a nested column lies in, or "" for one that lies in nothing."""
-    above = re.sub(r"\[[^\]]*\]", "", column).rpartition(".")[0]
-    return last_of(above) if above else ""
-
-
-def name_of(column: str) -> str:
-    """A task's or field's name after a column: words joined by underscores."""
-    return re.sub(r"[^\w]+", "_", column).strip("_").lower() or "value"

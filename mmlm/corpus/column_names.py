@@ -1,0 +1,47 @@
+"""What the names of columns say: which mean a number of the row, a group, a text, a label."""
+
+from __future__ import annotations
+
+import re
+
+ID = {"id", "key", "uid", "uuid", "index", "idx", "no", "nr", "number", "record_id", "sample_id", "row"}
+GROUP = {
+    "group", "patient", "patient_id", "subject", "subject_id", "speaker", "speaker_id", "session", "client_id",
+    "author", "family", "writer", "user", "user_id", "participant", "participant_id",
+}  # fmt: skip
+LANG = {"lang", "language", "locale", "lang_code"}
+SPLIT = {"split", "set", "subset", "partition", "fold", "usage"}
+QUESTION = {"question", "prompt", "instruction", "query", "input", "q", "问题", "提问", "指令", "输入"}
+ANSWER = {
+    "answer", "output", "response", "completion", "reply", "target_text", "translation",
+    "caption", "transcript", "summary", "a", "答案", "回答", "回复", "输出", "译文", "摘要",
+}  # fmt: skip
+TEXT = QUESTION | {
+    "text", "caption", "title", "description", "sentence", "review", "comment", "body", "content", "message", "en", "zh",
+    "utterance", "tweet", "sms", "headline", "abstract", "passage", "document", "paragraph", "post", "news", "email",
+    "review_text", "text_a", "文本", "内容", "正文", "评论", "评价", "标题", "句子", "描述", "新闻", "留言",
+}  # fmt: skip
+LABEL = (
+    "label", "class", "category", "target", "diagnosis", "outcome", "sentiment", "species", "genre", "emotion",
+    "intent", "topic", "result", "y", "标签", "类别", "分类", "情感", "意图", "诊断", "type", "kind", "tag",
+)  # fmt: skip
+ANSWERS_BELOW = {"label", "labels", "target", "targets", "annotation", "annotations", "标签"}
+"""Names of mappings that hold several answers about a row; none of them is given to the model."""
+TEXTS_BELOW = {"text", "texts", "caption", "captions", "title", "titles", "translation", "translations", "transcripts"}
+"""Names of mappings that hold texts, such as one per language."""
+LANGUAGE = re.compile(r"[a-z]{2,3}([-_@]\w+)?")
+
+
+def last_of(column: str) -> str:
+    return re.split(r"[.\[\]]+", column.strip().lower())[-1].replace(" ", "_").replace("-", "_")
+
+
+def parent_of(column: str) -> str:
+    """The last part of what a nested column lies in, or "" for one that lies in nothing."""
+    above = re.sub(r"\[[^\]]*\]", "", column).rpartition(".")[0]
+    return last_of(above) if above else ""
+
+
+def name_of(column: str) -> str:
+    """A task's or field's name after a column: words joined by underscores."""
+    return re.sub(r"[^\w]+", "_", column).strip("_").lower() or "value"
