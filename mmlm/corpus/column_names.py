@@ -27,6 +27,51 @@ LABEL = (
 )  # fmt: skip
 ANSWERS_BELOW = {"label", "labels", "target", "targets", "annotation", "annotations", "标签"}
 """Names of mappings that hold several answers about a row; none of them is given to the model."""
+CONTEXT = ("context", "passage", "paragraph", "input", "background", "document", "article", "上下文", "输入")
+"""Names of what a question is about, beside it."""
+ANSWERS = ("answers", "answer")
+"""Names of what holds several right answers, of which the first is written."""
+PAIRS = (
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("text_a", "text_b"), ("question1", "question2"),
+    ("sentence_a", "sentence_b"), ("sentence_1", "sentence_2"), ("text1", "text2"), ("text_1", "text_2"),
+    ("question", "sentence"), ("question", "passage"), ("question", "context"),
+)  # fmt: skip
+"""Names of two texts that are read together."""
+SPOKEN = ("transcript", "transcription", "sentence")
+"""Names of what is said in a sound."""
+LABEL_LISTS = ("labels", "tags", "genres", "categories", "topics", "classes", "label", "标签", "类别")
+"""Names of lists of which several classes hold."""
+TARGETS = (
+    "gold_label",
+    "survived",
+    "churn",
+    "spam",
+    "is_spam",
+    "fraud",
+    "is_fraud",
+    "toxic",
+    "toxicity",
+    "hate",
+    "stance",
+    "polarity",
+    "emotions",
+    "severity",
+    "quality",
+    "grade",
+    "rating",
+    "stars",
+)
+"""Other names of what is usually predicted, asked where none of LABEL is there."""
+QUANTITIES = (
+    "price", "saleprice", "sale_price", "selling_price", "medv", "median_house_value", "salary", "wage", "income",
+    "revenue", "sales", "rent", "价格", "房价",
+)  # fmt: skip
+"""Names of numbers that are usually predicted, where they stand last or nothing else can be asked."""
+_NO_LABEL = ID | (GROUP - {"author", "family", "writer"}) | LANG | SPLIT | {
+    "speaker_name", "username", "votes", "up_votes", "down_votes", "upvotes", "downvotes", "helpful_votes", "likes",
+    "zip", "zipcode", "zip_code", "postcode", "post_code", "postal_code", "postalcode", "plz", "邮编", "year", "年份",
+    "url", "uri", "link", "href", "date", "datetime", "time", "timestamp", "created_at", "updated_at",
+}  # fmt: skip
 TEXTS_BELOW = {"text", "texts", "caption", "captions", "title", "titles", "translation", "translations", "transcripts"}
 """Names of mappings that hold texts, such as one per language."""
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_@]\w+)?")
@@ -40,6 +85,16 @@ def parent_of(column: str) -> str:
     """The last part of what a nested column lies in, or "" for one that lies in nothing."""
     above = re.sub(r"\[[^\]]*\]", "", column).rpartition(".")[0]
     return last_of(above) if above else ""
+
+
+def is_id(column: str) -> bool:
+    """Whether a name ends as those of numbers do: `_id`, `userId`, `itemID`."""
+    return bool(re.search(r"_id$|[a-z]I[dD]$", column))
+
+
+def is_no_label(column: str) -> bool:
+    """Whether a name says that a column is not what is to be answered: numbers, groups, speakers, votes, places, dates."""
+    return last_of(column) in _NO_LABEL or is_id(column) or last_of(column).endswith("_id")
 
 
 def name_of(column: str) -> str:

@@ -18,6 +18,7 @@ from mmlm.corpus.column_names import (
     SPLIT,
     TEXT,
     TEXTS_BELOW,
+    is_id,
     last_of,
     name_of,
     parent_of,
@@ -60,6 +61,7 @@ class Columns:
         self.among_answers = {c for c in self.values if parent_of(c) in ANSWERS_BELOW}
         self.leaking: list[str] = []
         self.root = ""
+        self.roots = [""] * len(groups)
 
     def other_answers(self) -> list[str]:
         """Free columns that stand among answers."""
@@ -101,16 +103,29 @@ class Columns:
         return None
 
     def find_root(self, columns: list[str]) -> None:
-        """Choose the folder that most media paths are relative to."""
+        """Choose the folder that most media paths are relative to; `roots` are those of each table."""
+        self._find_root(columns)
+        self.roots = [self.root] * len(self.groups)
+        own = [os.path.dirname(name) for name, _ in self.groups]
+        if len(set(own)) > 1 and all(self._lie_below(*one, columns) for one in zip(own, self.tables, strict=True)):
+            self.roots = own  # such as train/metadata.jsonl and test/metadata.jsonl with their pictures beside them
+
+    def _lie_below(self, root: str, rows: list[dict[str, Any]], columns: list[str]) -> bool:
+        """Whether most media paths of a table are relative to the folder `root`."""
+        paths = [v for r in rows[:100] for c in columns for v in find(r, c)[:1] if isinstance(v, str) and v]
+        return 2 * sum(os.path.isfile(os.path.join(self.data, root, p)) for p in paths) > len(paths)
+
+    def _find_root(self, columns: list[str]) -> None:
         paths = [v for c in columns for v in self.values[c][:100] if isinstance(v, str) and not v.startswith("data:")]
         paths += [
             w for c in columns for v in self.values[c][:100] if isinstance(v, list) for w in v[:1] if isinstance(w, str)
         ]
         if not paths:
             return
-        here = os.path.dirname(self.groups[0][0])
+        own = list(dict.fromkeys(os.path.dirname(name) for name, _ in self.groups))
+        here = own[0]
         below = [e.name for e in os.scandir(self.data / here) if e.is_dir() and not e.name.startswith(".")]
-        roots = ["", *([here] if here else []), *sorted(os.path.join(here, b) for b in below)]
+        roots = ["", *filter(None, own), *sorted(os.path.join(here, b) for b in below)]
         there = {root: sum(os.path.isfile(os.path.join(self.data, root, p)) for p in paths) for root in roots}
         self.root = max(roots, key=lambda r: there[r])
         if not there[self.root] and (above := self._above(paths)):
@@ -150,7 +165,7 @@ class Columns:
                 found[key] = column
                 self.take(column)
                 break
-        for column in [*self.named(ID), *(c for c in self.single() if re.search(r"_id$|[a-z]I[dD]$", c))]:
+        for column in [*self.named(ID), *(c for c in self.single() if is_id(c))]:
             if "id" not in found and len(self.distinct(column)) == len(self.rows):
                 found["id"] = self.take(column) or ""
             elif self.unique(column):  # such as numbers that begin anew in each table
@@ -270,17 +285,23 @@ class Columns:
                 return mapping, columns
         return None
 
-    def items(self, column: str | None, kind: str) -> list[Any]:
-        """Bytes or absolute paths of the media in a column."""
+    def items(self, column: str | None, kind: str) -> tuple[list[Any], list[RefuseError]]:
+        """(bytes or absolute paths of the media in a column, why others of it are refused)."""
         found: list[Any] = []
-        for value in self.values[column][:ROWS] if column else []:
-            one = value[0] if isinstance(value, list) and value else value
-            try:
-                part = media_part(kind, one, self.root)
-            except RefuseError:
-                continue
-            found.append(part.data if part.uri is None else self.data / part.uri)
-        return found
+        refused: list[RefuseError] = []
+        rooted = [(root, row) for root, rows in zip(self.roots, self.tables, strict=True) for row in rows]
+        for root, row in rooted if column else []:
+            for value in find(row, column or "")[:1]:
+                one = value[0] if isinstance(value, list) and value else value
+                if one in ("", []):
+                    continue
+                try:
+                    part = media_part(kind, one, root)
+                except RefuseError as error:
+                    refused.append(error)
+                else:
+                    found.append(part.data if part.uri is None else self.data / part.uri)
+        return found, refused
 
 
 def drawn_rows(rows: Iterable[tuple[str, Any] | Refusal]) -> tuple[list[dict[str, Any]], int]:

@@ -14,12 +14,16 @@ from mmlm.corpus.guess_ask import Asked
 from mmlm.corpus.records import Target
 from mmlm.corpus.select import find
 from mmlm.corpus.table_files import (
+    no_header,
     no_row,
     one_table,
     only_in_training,
     other_encoding,
+    refused_words,
     sampled_rows,
     sources,
+    spelled_alike,
+    spelling_words,
     split_words,
     with_target,
 )
@@ -40,13 +44,29 @@ def look_at_tables(data: Path, names: list[str]) -> Guess:
     says = [f"{n} is not UTF-8; it is read as {read_as}." for n in rows if (read_as := other_encoding(data / n))]
     if sum("messages" in r or "conversations" in r for r in every) > len(every) / 2:
         return _chat(data, groups, every, sum(totals.values()), says)
+    rows, spelling = spelled_alike(groups, rows)
+    says += [spelling_words(name, other) for name, other in spelling.items()]
+    headless = [m for name, _ in groups if (m := no_header(name, rows[name]))]
+    try:
+        guess = _guess(data, groups, rows, totals, says, spelling)
+    except DataError as error:
+        raise headless[0] if headless else error from None
+    if headless:
+        guess.says.insert(1, f"Mind: {headless[0]}.")  # behind what the story is called after
+    return guess
+
+
+def _guess(
+    data: Path, groups: list[tuple[str, str]], rows: dict[str, list[dict[str, Any]]], totals: dict[str, int],
+    says: list[str], spelling: dict[str, dict[str, str]],
+) -> Guess:  # fmt: skip
+    """What tables that belong together, of which `rows` are looked at, hold."""
     likely = only_in_training(groups, rows)
     groups, without = with_target(groups, rows, likely or _target_of(data, groups, rows))
     if without:
         says.append(f"Left out, since nothing in it is labelled: {_listed(without)}.")
-    return _Table(data, groups, [rows[name] for name, _ in groups], sum(totals[n] for n, _ in groups)).guess(
-        likely, says
-    )
+    table = _Table(data, groups, [rows[name] for name, _ in groups], sum(totals[n] for n, _ in groups))
+    return table.guess(likely, says, spelling)
 
 
 def _target_of(data: Path, groups: list[tuple[str, str]], rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -54,8 +74,8 @@ def _target_of(data: Path, groups: list[tuple[str, str]], rows: dict[str, list[d
     if len(groups) == 1:
         return ""
     training = next((g for g in groups if g[1] == "train"), groups[0])
-    ask = _Table(data, [training], [rows[training[0]]], 0).guess("", []).scan["sources"][0]["ask"][0]
-    return str(ask.get("label") or ask.get("answer") or "")
+    ask = _Table(data, [training], [rows[training[0]]], 0).guess("", [], {}).scan["sources"][0]["ask"][0]
+    return str(next((ask[k] for k in ("label", "labels", "number", "answer") if k in ask), ""))
 
 
 def _chat(data: Path, groups: list[tuple[str, str]], rows: list[dict[str, Any]], total: int, says: list[str]) -> Guess:
@@ -96,9 +116,10 @@ def _chat(data: Path, groups: list[tuple[str, str]], rows: list[dict[str, Any]],
     said = f"{_listed(n for n, _ in groups)}: {total:,} chat records, each with a question and an answer."
     says = [said, *says, *seen]
     says.append(split_words(groups, "split" if any(r.split for r in records) else None))
-    source_yaml = {"kind": "chat", **({"root": root} if root else {})}
+    source_yaml: dict[str, Any] = {"kind": "chat"}
+    roots_of = [os.path.dirname(n) if root else "" for n, _ in groups]
     return Guess(
-        "chat", data, {"sources": sources(groups, source_yaml)}, {t: sorted(v) for t, v in sorted(tasks.items())},
+        "chat", data, {"sources": sources(groups, source_yaml, roots_of)}, {t: sorted(v) for t, v in sorted(tasks.items())},
         tuple(sorted({m for r in records for m in r.modalities()})), sizes, {"records": total}, says,
     )  # fmt: skip
 
@@ -114,13 +135,15 @@ def _bytes_of(texts: list[str]) -> int:
 class _Table(Asked):
     """A table, and the `scan` section for it."""
 
-    def guess(self, likely: str, said: list[str]) -> Guess:
-        """`likely`: the column that is probably the answer; `said`: what was said about the files."""
+    def guess(self, likely: str, said: list[str], spelling: dict[str, dict[str, str]]) -> Guess:
+        """`likely`: the column that is probably the answer; `said`: what was said about the files; `spelling`: see
+        `spelled_alike`."""
         roles = self.roles()
         ask, tasks, words = self.ask(roles, likely)
         label = ask.get("label")
-        # a question and its answer stand for themselves; what else a row has is about the row
-        fields, given_away = self.fields(label) if label or "text" not in ask else ({}, [])
+        # a question and its answer, a sound and its words stand for themselves; what else a row has is about the row
+        alone = ask.get("answer") and ("text" in ask or ask["task"] == "transcript")
+        fields, given_away = ({}, []) if alone else self.fields(label)
         given_away += [name_of(c) for c in self.leaking]
         if given_away:
             words.append(f"Left out because they give `{label}` away: {_listed(given_away)}.")
@@ -130,22 +153,16 @@ class _Table(Asked):
         columns: dict[str, Any] = dict(roles)
         if fields:
             columns["fields"] = fields
-        source: dict[str, Any] = {"kind": "table", **({"root": self.root} if self.root else {})}
-        source |= {"map": columns, "ask": [ask]}
+        source: dict[str, Any] = {"kind": "table", "map": columns, "ask": [ask]}
         media = {k: self.items(roles.get(k), k) for k in ("image", "audio")}
-        sizes, seen = measure(media["image"], media["audio"])
+        sizes, seen = measure(media["image"][0], media["audio"][0])
+        seen = [*(refused_words(roles[k], *media[k]) for k in media if media[k][1]), *seen]
         sizes["text_bytes"] = text_sizes([self.written(row, ask) for row in self.rows])
         sizes["fields"] = len(fields)
         modalities = {k for k in ("image", "audio") if k in roles} | ({"fields"} if fields else set()) | {"text"}
         modalities |= {"context"} if "context" in ask else set()
         says = [f"{_listed(n for n, _ in self.groups)}: a table of {self.total:,} rows.", *said, *words]
-        says += [f"`{c}` holds {'pictures' if k == 'image' else 'sounds'}." for k, c in roles.items() if k in media]
-        about = {k: c for k, c in roles.items() if k in ("id", "group", "lang", "license")}
-        if plain := [f"`{c}`" for k, c in about.items() if c == k]:
-            says.append(
-                f"Taken for what {'its name says' if len(plain) == 1 else 'their names say'}: {', '.join(plain)}."
-            )
-        says += [f"`{c}` is the {k}." for k, c in about.items() if c != k]
+        says += _role_words(roles)
         if fields:
             says.append(f"Taken as named values: {_listed(fields)}.")
         if answers:
@@ -154,14 +171,25 @@ class _Table(Asked):
             says.append(f"Not used: {_listed(f'`{c}`' for c in ignored)}.")
         says += [*seen, split_words(self.groups, roles.get("split"))]
         return Guess(
-            "table", self.data, {"sources": sources(self.groups, source)}, tasks, tuple(sorted(modalities)), sizes,
-            {"records": self.total}, says,
+            "table", self.data, {"sources": sources(self.groups, source, self.roots, spelling)}, tasks,
+            tuple(sorted(modalities)), sizes, {"records": self.total}, says,
         )  # fmt: skip
 
     def written(self, row: dict[str, Any], ask: dict[str, Any]) -> int:
         """UTF-8 bytes of all words of a row's record: text, context, question, answer."""
         if "each" in ask:
             row = {**row, "value": next((v for held in find(row, ask["each"])[:1] for v in held.values()), "")}
-        places = [str(ask[k]).strip("{}") for k in ("text", "context", "answer", "label") if ask.get(k)]
+        places = [str(ask[k]).strip("{}") for k in ("text", "context", "answer", "label", "labels") if ask.get(k)]
         cells = [str(v) for place in places for v in find(row, place)[:1]]
         return _bytes_of([*cells, max((ask.get("question") or {"en": ""}).values(), key=lambda q: len(q.encode()))])
+
+
+def _role_words(roles: dict[str, str]) -> list[str]:
+    """What to say about the columns that are about the row itself."""
+    says = [
+        f"`{c}` holds {'pictures' if k == 'image' else 'sounds'}." for k, c in roles.items() if k in ("image", "audio")
+    ]
+    about = {k: c for k, c in roles.items() if k in ("id", "group", "lang", "license")}
+    if plain := [f"`{c}`" for k, c in about.items() if c == k]:
+        says.append(f"Taken for what {'its name says' if len(plain) == 1 else 'their names say'}: {', '.join(plain)}.")
+    return [*says, *(f"`{c}` is the {k}." for k, c in about.items() if c != k)]
