@@ -67,10 +67,11 @@ QUANTITIES = (
     "revenue", "sales", "rent", "价格", "房价",
 )  # fmt: skip
 """Names of numbers that are usually predicted, where they stand last or nothing else can be asked."""
-_NO_LABEL = ID | (GROUP - {"author", "family", "writer"}) | LANG | SPLIT | {
+# a key may be that of a tune, a number a digit, an author who is to be told by the text, a family that of a species
+_NO_LABEL = (ID - {"key", "number"}) | (GROUP - {"author", "family"}) | LANG | SPLIT | {
     "speaker_name", "username", "votes", "up_votes", "down_votes", "upvotes", "downvotes", "helpful_votes", "likes",
     "zip", "zipcode", "zip_code", "postcode", "post_code", "postal_code", "postalcode", "plz", "邮编", "year", "年份",
-    "url", "uri", "link", "href", "date", "datetime", "time", "timestamp", "created_at", "updated_at",
+    "url", "uri", "link", "href", "date", "datetime", "timestamp", "created_at", "updated_at",
 }  # fmt: skip
 TEXTS_BELOW = {"text", "texts", "caption", "captions", "title", "titles", "translation", "translations", "transcripts"}
 """Names of mappings that hold texts, such as one per language."""

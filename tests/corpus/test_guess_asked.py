@@ -168,3 +168,9 @@ def test_of_two_texts_the_second_is_context_even_where_it_repeats(tmp_path: Path
     guess = look(table(tmp_path / "t.csv", rows))
     assert ask_of(guess) == {"task": "same", "text": pair[0], "context": pair[1], "label": "same"}
     assert guess.scan["sources"][0]["map"] == {}
+
+
+@pytest.mark.parametrize("name", ["key", "author", "time"])
+def test_names_that_may_be_a_label_after_all(tmp_path: Path, name: str) -> None:
+    rows = [{"text": f"a text of its own, number {i}", name: f"k{i % 3}"} for i in range(40)]
+    assert look(table(tmp_path / "t.csv", rows)).tasks == {name: ["k0", "k1", "k2"]}
