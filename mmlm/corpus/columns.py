@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import random
 import re
@@ -189,8 +191,19 @@ class Columns:
     def is_class(self, column: str) -> bool:
         """Few values, each of them several times."""
         n, kinds = len(self.texts(column)), len(self.distinct(column))
-        fractions = self.is_number(column) and any(not float(t).is_integer() for t in self.distinct(column) if t)
+        fractions = self.is_number(column) and self.has_fractions(column)
         return 2 <= kinds <= min(MOST_CLASSES, max(2, n // 2)) and not fractions
+
+    def numbers(self, column: str) -> list[float]:
+        """The different numbers in a column; behind the rows that `is_number` looks at something else may stand."""
+        found = []
+        for text in self.distinct(column):
+            with contextlib.suppress(ValueError):
+                found.append(float(text))
+        return [number for number in found if math.isfinite(number)]
+
+    def has_fractions(self, column: str) -> bool:
+        return any(not number.is_integer() for number in self.numbers(column))
 
     def numbers_rows(self, column: str) -> bool:
         """Whether a column without a name of its own counts the rows, such as the index that pandas writes."""

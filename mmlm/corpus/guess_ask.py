@@ -186,9 +186,6 @@ class Asked(Columns):
     def is_quantity(self, column: str) -> bool:
         return self.is_number(column) and len(self.distinct(column)) > 2
 
-    def has_fractions(self, column: str) -> bool:
-        return any(not float(t).is_integer() for t in self.distinct(column) if t)
-
     def pair(self) -> tuple[str, str] | None:
         """Two columns whose names say that they are texts to be read together."""
         free = {last_of(c): c for c in self.inputs() if not self.is_number(c)}
@@ -258,7 +255,7 @@ class Asked(Columns):
     def answers(self, kind: str, column: str) -> tuple[list[str], str]:
         """(the classes in a column, none for numbers; what to say about them)."""
         if kind == "number":
-            numbers = [float(t) for t in self.distinct(column) if t]
+            numbers = self.numbers(column)
             return [], f"`{column}` is what to answer, a number from {min(numbers):g} to {max(numbers):g}."
         if kind == "labels":
             classes = sorted({c for v in self.values[column] for c in as_labels(v)})

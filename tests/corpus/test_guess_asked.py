@@ -174,3 +174,10 @@ def test_of_two_texts_the_second_is_context_even_where_it_repeats(tmp_path: Path
 def test_names_that_may_be_a_label_after_all(tmp_path: Path, name: str) -> None:
     rows = [{"text": f"a text of its own, number {i}", name: f"k{i % 3}"} for i in range(40)]
     assert look(table(tmp_path / "t.csv", rows)).tasks == {name: ["k0", "k1", "k2"]}
+
+
+def test_a_word_far_down_a_column_of_numbers_is_refused_when_scanning(tmp_path: Path, scanned: Scan) -> None:
+    rows = [{"text": f"passage number {i}", "target": "n/a" if i == 700 else i / 8} for i in range(800)]
+    guess = look(table(tmp_path / "t.csv", rows))
+    assert ask_of(guess)["number"] == "target" and any("from 0 to 99.875" in s for s in guess.says)
+    assert scanned(guess.data, *guess.scan["sources"]).counts["refused_reasons"] == {"bad_value": 1}
