@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import random
 import re
@@ -9,6 +11,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mmlm.corpus.column_names import (
+    ANSWERS_BELOW,
+    GROUP,
+    ID,
+    LANG,
+    LANGUAGE,
+    SPLIT,
+    TEXT,
+    TEXTS_BELOW,
+    is_id,
+    last_of,
+    name_of,
+    parent_of,
+)  # fmt: skip
 from mmlm.corpus.drafts import SPLIT_NAMES, Refusal, RefuseError, as_text, media_part
 from mmlm.corpus.select import check_selector, find
 from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, sniff
@@ -25,32 +41,6 @@ LEAST_GROUPS = 10
 """Groups that a column must tell apart: of fewer no validation and test splits can be made."""
 WELL_FILLED = 0.9
 """Share of the rows that must have a value in a column which is to be answered: rows without one are refused."""
-_ID = {"id", "key", "uid", "uuid", "index", "idx", "no", "nr", "number", "record_id", "sample_id", "row"}
-_GROUP = {
-    "group", "patient", "patient_id", "subject", "subject_id", "speaker", "speaker_id", "session", "client_id",
-    "author", "family", "writer", "user", "user_id", "participant", "participant_id",
-}  # fmt: skip
-_LANG = {"lang", "language", "locale", "lang_code"}
-_SPLIT = {"split", "set", "subset", "partition", "fold", "usage"}
-QUESTION = {"question", "prompt", "instruction", "query", "input", "q", "问题", "提问", "指令", "输入"}
-ANSWER = {
-    "answer", "output", "response", "completion", "reply", "target_text", "translation",
-    "caption", "transcript", "summary", "a", "答案", "回答", "回复", "输出", "译文", "摘要",
-}  # fmt: skip
-_TEXT = QUESTION | {
-    "text", "caption", "title", "description", "sentence", "review", "comment", "body", "content", "message", "en", "zh",
-    "utterance", "tweet", "sms", "headline", "abstract", "passage", "document", "paragraph", "post", "news", "email",
-    "review_text", "text_a", "文本", "内容", "正文", "评论", "评价", "标题", "句子", "描述", "新闻", "留言",
-}  # fmt: skip
-LABEL = (
-    "label", "class", "category", "target", "diagnosis", "outcome", "sentiment", "species", "genre", "emotion",
-    "intent", "topic", "result", "y", "标签", "类别", "分类", "情感", "意图", "诊断", "type", "kind", "tag",
-)  # fmt: skip
-_ANSWERS_BELOW = {"label", "labels", "target", "targets", "annotation", "annotations", "标签"}
-"""Names of mappings that hold several answers about a row; none of them is given to the model."""
-_TEXTS_BELOW = {"text", "texts", "caption", "captions", "title", "titles", "translation", "translations", "transcripts"}
-"""Names of mappings that hold texts, such as one per language."""
-_LANGUAGE = re.compile(r"[a-z]{2,3}([-_@]\w+)?")
 
 
 class Columns:
@@ -70,9 +60,10 @@ class Columns:
         self.values = {c: vs for c, vs in self.values.items() if vs}
         self.free = [c for c in self.values if _can_be_written(c) and not self.numbers_rows(c)]
         self.odd = [c for c in self.values if c not in self.free]
-        self.among_answers = {c for c in self.values if parent_of(c) in _ANSWERS_BELOW}
+        self.among_answers = {c for c in self.values if parent_of(c) in ANSWERS_BELOW}
         self.leaking: list[str] = []
         self.root = ""
+        self.roots = [""] * len(groups)
 
     def other_answers(self) -> list[str]:
         """Free columns that stand among answers."""
@@ -114,16 +105,29 @@ class Columns:
         return None
 
     def find_root(self, columns: list[str]) -> None:
-        """Choose the folder that most media paths are relative to."""
+        """Choose the folder that most media paths are relative to; `roots` are those of each table."""
+        self._find_root(columns)
+        self.roots = [self.root] * len(self.groups)
+        own = [os.path.dirname(name) for name, _ in self.groups]
+        if len(set(own)) > 1 and all(self._lie_below(*one, columns) for one in zip(own, self.tables, strict=True)):
+            self.roots = own  # such as train/metadata.jsonl and test/metadata.jsonl with their pictures beside them
+
+    def _lie_below(self, root: str, rows: list[dict[str, Any]], columns: list[str]) -> bool:
+        """Whether most media paths of a table are relative to the folder `root`."""
+        paths = [v for r in rows[:100] for c in columns for v in find(r, c)[:1] if isinstance(v, str) and v]
+        return 2 * sum(os.path.isfile(os.path.join(self.data, root, p)) for p in paths) > len(paths)
+
+    def _find_root(self, columns: list[str]) -> None:
         paths = [v for c in columns for v in self.values[c][:100] if isinstance(v, str) and not v.startswith("data:")]
         paths += [
             w for c in columns for v in self.values[c][:100] if isinstance(v, list) for w in v[:1] if isinstance(w, str)
         ]
         if not paths:
             return
-        here = os.path.dirname(self.groups[0][0])
+        own = list(dict.fromkeys(os.path.dirname(name) for name, _ in self.groups))
+        here = own[0]
         below = [e.name for e in os.scandir(self.data / here) if e.is_dir() and not e.name.startswith(".")]
-        roots = ["", *([here] if here else []), *sorted(os.path.join(here, b) for b in below)]
+        roots = ["", *filter(None, own), *sorted(os.path.join(here, b) for b in below)]
         there = {root: sum(os.path.isfile(os.path.join(self.data, root, p)) for p in paths) for root in roots}
         self.root = max(roots, key=lambda r: there[r])
         if not there[self.root] and (above := self._above(paths)):
@@ -151,7 +155,7 @@ class Columns:
             if column := self.media(kind):
                 found[kind] = column
         self.find_root([found[k] for k in ("image", "audio") if k in found])
-        for key, names in (("split", _SPLIT), ("lang", _LANG), ("license", {"license", "licence"}), ("group", _GROUP)):
+        for key, names in (("split", SPLIT), ("lang", LANG), ("license", {"license", "licence"}), ("group", GROUP)):
             for column in self.named(names):
                 ok = {v.strip().lower() for v in self.distinct(column)}
                 if key == "split" and not ok <= set(SPLIT_NAMES):
@@ -163,7 +167,7 @@ class Columns:
                 found[key] = column
                 self.take(column)
                 break
-        for column in [*self.named(_ID), *(c for c in self.single() if re.search(r"_id$|[a-z]I[dD]$", c))]:
+        for column in [*self.named(ID), *(c for c in self.single() if is_id(c))]:
             if "id" not in found and len(self.distinct(column)) == len(self.rows):
                 found["id"] = self.take(column) or ""
             elif self.unique(column):  # such as numbers that begin anew in each table
@@ -187,8 +191,19 @@ class Columns:
     def is_class(self, column: str) -> bool:
         """Few values, each of them several times."""
         n, kinds = len(self.texts(column)), len(self.distinct(column))
-        fractions = self.is_number(column) and any(not float(t).is_integer() for t in self.distinct(column) if t)
+        fractions = self.is_number(column) and self.has_fractions(column)
         return 2 <= kinds <= min(MOST_CLASSES, max(2, n // 2)) and not fractions
+
+    def numbers(self, column: str) -> list[float]:
+        """The different numbers in a column; behind the rows that `is_number` looks at something else may stand."""
+        found = []
+        for text in self.distinct(column):
+            with contextlib.suppress(ValueError):
+                found.append(float(text))
+        return [number for number in found if math.isfinite(number)]
+
+    def has_fractions(self, column: str) -> bool:
+        return any(not number.is_integer() for number in self.numbers(column))
 
     def numbers_rows(self, column: str) -> bool:
         """Whether a column without a name of its own counts the rows, such as the index that pandas writes."""
@@ -196,49 +211,10 @@ class Columns:
             self.is_number(column) and self.unique(column)
         )
 
-    def label(self, likely: str = "") -> str | None:
-        """The column of classes to be answered: `likely` if it is one, else by its name, else the last that may be."""
-        for column in [*[c for c in self.single() if c == likely], *self.named(LABEL)]:
-            if self.filled(column) < WELL_FILLED:
-                continue
-            if self.is_class(column):
-                return self.take(column)
-            if column == self.too_many_classes():
-                return None
-            if self.is_number(column) and len(self.distinct(column)) > 2:
-                raise DataError(
-                    f"`{column}` holds {len(self.distinct(column))} different numbers", wanted="classes",
-                    cure="predicting a number comes in a later version; make classes of it (such as low, middle, high)",
-                )  # fmt: skip
-        classes = [c for c in self.single() if self.is_class(c) and self.filled(c) >= WELL_FILLED]
-        strings = [c for c in classes if not self.is_number(c) and self.size(c) <= 60]
-        strings = [c for c in strings if not self.is_text_by_name(c)] or strings
-        whole = [c for c in classes if self.is_number(c) and len(self.distinct(c)) <= 20]
-        if not strings and not whole:
-            self.require_filled()
-            return None
-        return self.take((strings or whole)[-1])
-
-    def require_filled(self) -> None:
-        """Raise DataError when the only label there is has too few values."""
-        for column in self.named(LABEL):
-            if self.filled(column) < WELL_FILLED and self.is_class(column):
-                empty = 1 - self.filled(column)
-                raise DataError(
-                    f"`{column}` is empty in {100 * empty:.0f} % of the rows",
-                    wanted=f"classes in at least {100 * WELL_FILLED:.0f} % of them",
-                    cure=f"remove the other rows, or write scan.yaml by hand with error_budget: {empty + 0.01:.2f}",
-                )
-
-    def too_many_classes(self) -> str | None:
-        """A column that bears the name of a label but holds so many different short texts that they are to be written."""
-        found = [c for c in self.named(LABEL) if self.filled(c) >= WELL_FILLED and not self.is_number(c)]
-        return next((c for c in found if len(self.distinct(c)) > MOST_CLASSES and self.size(c) <= 200), None)
-
     def is_text_by_name(self, column: str) -> bool:
         """Whether a column's name, or that of the mapping it lies in, says that it is text to be read."""
         above = parent_of(column)
-        return (last_of(column) in _TEXT and above not in _ANSWERS_BELOW) or above in _TEXTS_BELOW
+        return (last_of(column) in TEXT and above not in ANSWERS_BELOW) or above in TEXTS_BELOW
 
     def size(self, column: str) -> float:
         """Mean length of a column's texts in UTF-8 bytes: a Chinese word is short in characters."""
@@ -260,8 +236,8 @@ class Columns:
     def in_common_language(self, column: str, words: list[str]) -> str:
         """Of a text that is there in several languages the one that most rows have, English or Chinese before others."""
         mapping, _, own = column.rpartition(".")
-        said = [c for c in words if c.rpartition(".")[0] == mapping and _LANGUAGE.fullmatch(c.rpartition(".")[2])]
-        if not _LANGUAGE.fullmatch(own) or parent_of(column) not in _TEXTS_BELOW or len(said) < 2:
+        said = [c for c in words if c.rpartition(".")[0] == mapping and LANGUAGE.fullmatch(c.rpartition(".")[2])]
+        if not LANGUAGE.fullmatch(own) or parent_of(column) not in TEXTS_BELOW or len(said) < 2:
             return column
         first = ("en", "zh", "zh_cn", "zh_hans", "en_us", "en_gb")
         known = {c: first.index(last_of(c)) if last_of(c) in first else len(first) for c in said}
@@ -286,7 +262,7 @@ class Columns:
     def inputs(self) -> list[str]:
         """Free columns that may be given to the model: not those that stand among answers, such as `labels.colour`, nor
         those that are called as numbers of rows are."""
-        return [c for c in self.single() if c not in self.among_answers and last_of(c) not in _ID]
+        return [c for c in self.single() if c not in self.among_answers and last_of(c) not in ID]
 
     def tells(self, column: str, label: str) -> bool:
         """Whether a column gives the label away: each of its values goes with one label only, or each label with one
@@ -309,7 +285,7 @@ class Columns:
             if "." in column and column not in self.among_answers:
                 below.setdefault(column.rpartition(".")[0], []).append(column)
         for mapping, columns in below.items():
-            spoken = last_of(mapping) in _TEXTS_BELOW or all(_LANGUAGE.fullmatch(c.rpartition(".")[2]) for c in columns)
+            spoken = last_of(mapping) in TEXTS_BELOW or all(LANGUAGE.fullmatch(c.rpartition(".")[2]) for c in columns)
             held = [sum(bool(find(r, c)) for c in columns) for r in self.rows]
             some = [n for n in held if n]
             fullest = max(self.filled(c) for c in columns)
@@ -322,17 +298,23 @@ class Columns:
                 return mapping, columns
         return None
 
-    def items(self, column: str | None, kind: str) -> list[Any]:
-        """Bytes or absolute paths of the media in a column."""
+    def items(self, column: str | None, kind: str) -> tuple[list[Any], list[RefuseError]]:
+        """(bytes or absolute paths of the media in a column, why others of it are refused)."""
         found: list[Any] = []
-        for value in self.values[column][:ROWS] if column else []:
-            one = value[0] if isinstance(value, list) and value else value
-            try:
-                part = media_part(kind, one, self.root)
-            except RefuseError:
-                continue
-            found.append(part.data if part.uri is None else self.data / part.uri)
-        return found
+        refused: list[RefuseError] = []
+        rooted = [(root, row) for root, rows in zip(self.roots, self.tables, strict=True) for row in rows]
+        for root, row in rooted if column else []:
+            for value in find(row, column or "")[:1]:
+                one = value[0] if isinstance(value, list) and value else value
+                if one in ("", []):
+                    continue
+                try:
+                    part = media_part(kind, one, root)
+                except RefuseError as error:
+                    refused.append(error)
+                else:
+                    found.append(part.data if part.uri is None else self.data / part.uri)
+        return found, refused
 
 
 def drawn_rows(rows: Iterable[tuple[str, Any] | Refusal]) -> tuple[list[dict[str, Any]], int]:
@@ -405,18 +387,3 @@ def _is_media(value: Any, kind: str, endings: tuple[str, ...]) -> bool:
     if isinstance(value, bytes):
         return sniff(value[:4096])[0] == kind
     return isinstance(value, str) and (value.lower().endswith(endings) or value.startswith(f"data:{kind}/"))
-
-
-def last_of(column: str) -> str:
-    return re.split(r"[.\[\]]+", column.strip().lower())[-1].replace(" ", "_").replace("-", "_")
-
-
-def parent_of(column: str) -> str:
-    """The last part of what a nested column lies in, or "" for one that lies in nothing."""
-    above = re.sub(r"\[[^\]]*\]", "", column).rpartition(".")[0]
-    return last_of(above) if above else ""
-
-
-def name_of(column: str) -> str:
-    """A task's or field's name after a column: words joined by underscores."""
-    return re.sub(r"[^\w]+", "_", column).strip("_").lower() or "value"

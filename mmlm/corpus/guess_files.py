@@ -32,6 +32,8 @@ COUNTED_ELSEWHERE = 500
 _MEDIA_ENDINGS = (*IMAGE_ENDINGS, *AUDIO_ENDINGS, *VIDEO_ENDINGS)
 _PARTNERS = 0.8
 """Share of the media that must have a text of the same name beside them to be side-car captions."""
+_BESIDE_TARS = (".parquet", "_stats.json")
+"""What img2dataset writes beside each tar about its samples."""
 _NAMES = {
     "image": "pictures",
     "audio": "sounds",
@@ -46,7 +48,8 @@ def look_at_files(path: Path, files: list[str]) -> Guess | None:
     if len(files) > 1 and hugging_face(path):
         return _read("hf", path, {"kind": "hf"}, [f"{path} is a Hugging Face data set."])
     tars = [f for f in files if f.lower().endswith(".tar")]
-    if tars and 2 * len(tars) > len(files):
+    beside = {os.path.splitext(t)[0] + end for t in tars for end in _BESIDE_TARS}
+    if tars and 2 * len(tars) > len([f for f in files if f not in beside]):
         pattern = tars[0] if len(files) == 1 else "*.tar" if all("/" not in t for t in tars) else "**/*.tar"
         source = {"kind": "webdataset", "files": pattern}
         return _read("webdataset", path, source, [f"{path} holds {len(tars):,} tar files, read as WebDataset shards."])

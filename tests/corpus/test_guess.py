@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mmlm.corpus.guess import Guess, look
@@ -200,7 +204,7 @@ def test_nested_json(tmp_path: Path, scanned: Scan) -> None:
         ({"t.csv": b"x,y\n1.5,2.5\n2.5,3.5\n"}, "no column to be answered"),
         ({"a.csv": b"x,label\n1,2\n", "b.csv": b"x,label\n1,2\n"}, "2 tables"),
         ({"t.csv": b"image,label\n1.png,a\n2.png,b\n3.png,a\n4.png,b\n"}, "not below"),
-        ({"t.csv": b"x,target\n" + b"".join(b"%d,%d.5\n" % (i, i) for i in range(30))}, "different numbers"),
+        ({"t.csv": b"x,label\n" + b"".join(b"%d,%d\n" % (i, i) for i in range(30))}, "different numbers"),
     ],
 )
 def test_what_cannot_be_learnt_from_is_told(tmp_path: Path, files: dict[str, bytes], told: str) -> None:
@@ -235,3 +239,88 @@ def test_media_paths_may_be_relative_to_the_folder_above(tmp_path: Path, scanned
     guess = look(write_lines(tmp_path / "corpus/manifest.jsonl", rows))
     assert guess.data == tmp_path
     assert scan_guess(guess, scanned).counts["kept"] == 8
+
+
+def test_what_img2dataset_writes_beside_its_tars_is_no_table(tmp_path: Path, scanned: Scan) -> None:
+    for shard in range(2):
+        stem = f"{shard:05d}"
+        with tarfile.open(tmp_path / f"{stem}.tar", "w") as tar:
+            for i in range(8):
+                for ending, data in (("jpg", png(shard * 8 + i)), ("txt", b"a picture"), ("json", b"{}")):
+                    member = tarfile.TarInfo(f"{stem}{i:04d}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        pq.write_table(pa.table({"url": ["a"] * 8, "caption": ["b"] * 8}), tmp_path / f"{stem}.parquet")
+        (tmp_path / f"{stem}_stats.json").write_text('{"count": 8}')
+    guess = look(tmp_path)
+    assert (guess.form, guess.tasks, guess.counts["records"]) == ("webdataset", {"caption": []}, 16)
+    assert scan_guess(guess, scanned).counts["kept"] == 16
+
+
+def test_folders_that_name_the_split_of_a_table_with_its_media_beside_it(tmp_path: Path, scanned: Scan) -> None:
+    for split, n in (("train", 12), ("test", 4)):
+        fill(tmp_path / split, {f"{i:03d}.png": png(i + 20 * len(split)) for i in range(n)})
+        rows = [{"file_name": f"{i:03d}.png", "text": f"{split} picture number {i}"} for i in range(n)]
+        write_lines(tmp_path / split / "metadata.jsonl", rows)
+    guess = look(tmp_path)
+    assert [(s["split"], s["root"]) for s in guess.scan["sources"]] == [("test", "test"), ("train", "train")]
+    made = scan_guess(guess, scanned)
+    assert (made.counts["kept"], made.counts["test"]) == (16, 4)
+    assert {p.uri.split("/")[0] for r in made.records.values() for p in r.parts if p.uri} == {"train", "test"}
+
+
+def test_several_tables_in_the_folder_of_a_split_stay_several_tables(tmp_path: Path) -> None:
+    for name in ("train/a", "train/b", "test/a"):
+        write_csv(tmp_path / f"{name}.csv", [{"text": f"{name} {i}", "label": "ab"[i % 2]} for i in range(6)])
+    with pytest.raises(DataError, match="3 tables"):
+        look(tmp_path)
+
+
+def test_columns_that_differ_in_case_only_are_the_same(tmp_path: Path, scanned: Scan) -> None:
+    rows = [{"text": f"this is text {i}", "label": "ab"[i % 2], "age": i / 3} for i in range(20)]
+    write_csv(tmp_path / "train.csv", rows)
+    write_csv(
+        tmp_path / "test.csv", [{"Age": r["age"], "Text ": f"test: {r['text']}", "LABEL": r["label"]} for r in rows]
+    )
+    guess = look(tmp_path)
+    test = next(s for s in guess.scan["sources"] if s["split"] == "test")
+    assert (test["ask"][0]["text"], test["ask"][0]["label"]) == ("Text", "LABEL")
+    assert test["map"]["fields"] == {"age": "Age"}
+    assert any("test.csv writes" in s and "`LABEL`" in s for s in guess.says)
+    made = scan_guess(guess, scanned)
+    assert (made.counts["kept"], made.counts["test"]) == (40, 20)
+
+
+@pytest.mark.parametrize(
+    ("first", "warned"),
+    [
+        ("3,Title 7,Some news about 5 things", True),
+        ("3,Wall St. falls,Some news that is far too long to be the name of any column", True),
+        ("label,title,text", False),
+        ("0,1,2", False),
+        ("label,2019,text", False),
+    ],
+)
+def test_a_first_line_that_is_a_row_is_told(tmp_path: Path, first: str, warned: bool) -> None:
+    rows = [f"{i % 4},Title {i},Some news about {i} things" for i in range(40)]
+    (tmp_path / "t.csv").write_text("\n".join([first, *rows]))
+    guess = look(tmp_path / "t.csv")
+    assert any("looks like a row" in s and "wanted the names" in s for s in guess.says) == warned
+    assert "looks like a row" not in guess.says[0]  # which the story is called after
+
+
+def test_a_first_line_that_is_a_row_explains_why_nothing_can_be_asked(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("\n".join(f"A-{i}|Printing {i}|Printing number {i} in words" for i in range(20)))
+    with pytest.raises(DataError, match=r"`A-0`, `Printing 0`.*put such a line above it"):
+        look(tmp_path / "t.csv")
+    write_csv(
+        tmp_path / "joined.csv", [{"text": t, "label": n} for t, n in [("a", "x"), ("text", "label"), ("b", "y")] * 9]
+    )
+    assert not any("looks like a row" in s for s in look(tmp_path / "joined.csv").says)
+
+
+def test_media_that_would_all_be_refused_are_told_with_a_cure(tmp_path: Path) -> None:
+    fill(tmp_path, {f"out/{i}.png": png(i) for i in range(8)})
+    write_csv(tmp_path / "in/t.csv", [{"image": f"../out/{i}.png", "label": "ab"[i % 2]} for i in range(8)])
+    (said,) = [s for s in look(tmp_path / "in/t.csv").says if "cannot be read" in s]
+    assert said.startswith("8 of 8 ") and "climbs out of the data folder" in said and "without `..`" in said

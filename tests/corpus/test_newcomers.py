@@ -28,10 +28,10 @@ from tests.corpus.test_folders import fill
 REVIEWS = ("很好看", "不喜欢", "太差了，看不下去", "值得再看一遍")
 
 
-def table(path: Path, rows: list[dict[str, Any]], encoding: str = "utf-8") -> Path:
+def table(path: Path, rows: list[dict[str, Any]], encoding: str = "utf-8", separator: str = ",") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding=encoding) as f:
-        writer = csv.DictWriter(f, list(rows[0]))
+        writer = csv.DictWriter(f, list(rows[0]), delimiter=separator)
         writer.writeheader()
         writer.writerows(rows)
     return path

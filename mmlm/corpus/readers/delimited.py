@@ -225,7 +225,8 @@ class _Reader:
         if twice is not None:
             raise DataError(
                 f"{self.shown} has {names.count(twice)} columns that are called `{twice}`",
-                wanted="a name of its own for each column", cure="rename them in its first line",
+                wanted="a name of its own for each column",
+                cure="rename them in its first line, or put a line of names above it if it is a row already",
             )  # fmt: skip
         return names
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pydantic
 import yaml
 
-from mmlm.corpus.columns import ANSWER, LABEL, QUESTION
+from mmlm.corpus.column_names import ANSWER, LABEL, QUESTION
 from mmlm.corpus.config import CAPTION, Ask, HfSource, TableMap, TableSource
 from mmlm.corpus.drafts import SPLIT_NAMES, Outcomes, Refusal
 from mmlm.corpus.readers.folders import list_files, storable
