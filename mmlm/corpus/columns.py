@@ -25,19 +25,19 @@ LEAST_GROUPS = 10
 """Groups that a column must tell apart: of fewer no validation and test splits can be made."""
 WELL_FILLED = 0.9
 """Share of the rows that must have a value in a column which is to be answered: rows without one are refused."""
-_ID = {"id", "key", "uid", "uuid", "index", "idx", "no", "nr", "number", "record_id", "sample_id", "row"}
-_GROUP = {
+ID = {"id", "key", "uid", "uuid", "index", "idx", "no", "nr", "number", "record_id", "sample_id", "row"}
+GROUP = {
     "group", "patient", "patient_id", "subject", "subject_id", "speaker", "speaker_id", "session", "client_id",
     "author", "family", "writer", "user", "user_id", "participant", "participant_id",
 }  # fmt: skip
-_LANG = {"lang", "language", "locale", "lang_code"}
-_SPLIT = {"split", "set", "subset", "partition", "fold", "usage"}
+LANG = {"lang", "language", "locale", "lang_code"}
+SPLIT = {"split", "set", "subset", "partition", "fold", "usage"}
 QUESTION = {"question", "prompt", "instruction", "query", "input", "q", "问题", "提问", "指令", "输入"}
 ANSWER = {
     "answer", "output", "response", "completion", "reply", "target_text", "translation",
     "caption", "transcript", "summary", "a", "答案", "回答", "回复", "输出", "译文", "摘要",
 }  # fmt: skip
-_TEXT = QUESTION | {
+TEXT = QUESTION | {
     "text", "caption", "title", "description", "sentence", "review", "comment", "body", "content", "message", "en", "zh",
     "utterance", "tweet", "sms", "headline", "abstract", "passage", "document", "paragraph", "post", "news", "email",
     "review_text", "text_a", "文本", "内容", "正文", "评论", "评价", "标题", "句子", "描述", "新闻", "留言",
@@ -151,7 +151,7 @@ class Columns:
             if column := self.media(kind):
                 found[kind] = column
         self.find_root([found[k] for k in ("image", "audio") if k in found])
-        for key, names in (("split", _SPLIT), ("lang", _LANG), ("license", {"license", "licence"}), ("group", _GROUP)):
+        for key, names in (("split", SPLIT), ("lang", LANG), ("license", {"license", "licence"}), ("group", GROUP)):
             for column in self.named(names):
                 ok = {v.strip().lower() for v in self.distinct(column)}
                 if key == "split" and not ok <= set(SPLIT_NAMES):
@@ -163,7 +163,7 @@ class Columns:
                 found[key] = column
                 self.take(column)
                 break
-        for column in [*self.named(_ID), *(c for c in self.single() if re.search(r"_id$|[a-z]I[dD]$", c))]:
+        for column in [*self.named(ID), *(c for c in self.single() if re.search(r"_id$|[a-z]I[dD]$", c))]:
             if "id" not in found and len(self.distinct(column)) == len(self.rows):
                 found["id"] = self.take(column) or ""
             elif self.unique(column):  # such as numbers that begin anew in each table
@@ -238,7 +238,7 @@ class Columns:
     def is_text_by_name(self, column: str) -> bool:
         """Whether a column's name, or that of the mapping it lies in, says that it is text to be read."""
         above = parent_of(column)
-        return (last_of(column) in _TEXT and above not in _ANSWERS_BELOW) or above in _TEXTS_BELOW
+        return (last_of(column) in TEXT and above not in _ANSWERS_BELOW) or above in _TEXTS_BELOW
 
     def size(self, column: str) -> float:
         """Mean length of a column's texts in UTF-8 bytes: a Chinese word is short in characters."""
@@ -286,7 +286,7 @@ class Columns:
     def inputs(self) -> list[str]:
         """Free columns that may be given to the model: not those that stand among answers, such as `labels.colour`, nor
         those that are called as numbers of rows are."""
-        return [c for c in self.single() if c not in self.among_answers and last_of(c) not in _ID]
+        return [c for c in self.single() if c not in self.among_answers and last_of(c) not in ID]
 
     def tells(self, column: str, label: str) -> bool:
         """Whether a column gives the label away: each of its values goes with one label only, or each label with one

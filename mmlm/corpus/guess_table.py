@@ -13,7 +13,7 @@ from mmlm.corpus.drafts import SPLIT_NAMES, Refusal, as_label
 from mmlm.corpus.elsewhere import filled
 from mmlm.corpus.guess import Guess, _listed, measure, text_sizes
 from mmlm.corpus.readers.delimited import csv_encoding
-from mmlm.corpus.readers.hf import TRANSCRIBE
+from mmlm.corpus.readers.hf_columns import TRANSCRIBE
 from mmlm.corpus.readers.rows import read_rows
 from mmlm.corpus.records import Target
 from mmlm.corpus.select import find

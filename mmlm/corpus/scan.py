@@ -54,7 +54,7 @@ from mmlm.progress import Progress, tell
 from mmlm.storage import atomic_write, is_remote, resolve, sha256_json, split_fragment
 from mmlm.world import cores
 
-RECIPE = 6
+RECIPE = 7
 """Bumped by hand when the manifest made of the same corpus changes."""
 REFUSED_FILE = "refused.parquet"
 DROPPED_FILE = "dropped.parquet"
@@ -63,6 +63,11 @@ ROWS_PER_FILE = 2_000_000
 """Records in one Parquet file of the manifest."""
 _ROW_GROUP, _GROUP_BYTES = 16_384, 16 << 20
 """Rows of a row group, and bytes of text and inline media in it, at most."""
+UNLABELLED = {
+    "no_label": "records are marked as having no label; they are left out",
+    "no_split": "files lie beside the folders of the splits, in one that is none; they are left out",
+}
+"""Reasons that are no fault of what is refused, and do not count towards `error_budget`."""
 _ASKED_AT_ONCE = 10_000
 """Objects elsewhere that are asked about together."""
 _SPOOL = SCHEMA.append(pa.field("where", pa.string()))
@@ -266,11 +271,14 @@ def _require_useful(config: ScanConfig, counts: dict[str, Any], folder: Path) ->
         raise DataError(
             f"all {counts['found']:,} records were refused{told}", cure=f"{table} names each; mend them or the mapping"
         )
-    if counts["refused"] > config.error_budget * counts["found"]:
-        share = 100 * counts["refused"] / counts["found"]
+    refused = counts["refused"] - sum(reasons.get(reason, 0) for reason in UNLABELLED)
+    if refused > config.error_budget * counts["found"]:
+        worst = max(reasons.keys() - UNLABELLED, key=lambda r: (reasons[r], r))
+        share = 100 * refused / counts["found"]
         budget = min(1.0, share / 100 + 0.01)
         raise DataError(
-            f"{counts['refused']:,} of {counts['found']:,} records ({share:.1f} %) were refused{told}",
+            f"{refused:,} of {counts['found']:,} records ({share:.1f} %) were refused,"
+            f" most of them `{worst}` ({reasons[worst]})",
             wanted=f"at most {100 * config.error_budget:g} %",
             cure=f"{table} names each; mend them, or allow more: --set scan.error_budget={budget:.2f}",
         )
@@ -290,6 +298,9 @@ def _warn(config: ScanConfig, counts: dict[str, Any]) -> None:
         "media_in_two_splits": f"pictures, sounds or videos are in two splits, {given}; {known} a held-out one",
         "train_copies_of_held_out": "training records are a val or test record once more; scan.curate.exact drops them",
     }
+    for reason, what in UNLABELLED.items():
+        if n := counts["refused_reasons"].get(reason):
+            tell(f"scan: {reason}: {n:,} {what}")
     for name, what in told.items():
         if counts.get(name) and (name == "train_copies_of_held_out" or not config.curate.contamination):
             tell(f"scan: {name}: {counts[name]:,} {what}")

@@ -30,7 +30,8 @@ from mmlm.corpus.keypad import FOLDER as KEYPAD_FOLDER
 from mmlm.corpus.keypad import TABLE as KEYPAD_TABLE
 from mmlm.corpus.readers.chat import read_chat
 from mmlm.corpus.readers.folders import Tree, list_files, read_folders
-from mmlm.corpus.readers.hf import TRANSCRIBE, Need, hf_files, read_hf
+from mmlm.corpus.readers.hf import Need, hf_files, read_hf
+from mmlm.corpus.readers.hf_columns import TRANSCRIBE
 from mmlm.corpus.readers.sidecar import read_sidecar
 from mmlm.corpus.readers.table import read_table
 from mmlm.corpus.readers.webdataset import read_webdataset
