@@ -156,7 +156,9 @@ def _classes(files: list[str]) -> dict[str, list[str]]:
     with_splits = split_level(files)
     found: dict[str, list[str]] = {}
     for name in files:
-        folders = name.split("/")[:-1][with_splits:]
+        folders = name.split("/")[:-1]
+        if with_splits and folders and folders.pop(0).lower() not in SPLIT_NAMES:
+            continue
         if folders and _is_record(name):
             found.setdefault(as_label(folders[0]) or folders[0], []).append(name)
     if all(c.lower() in SPLIT_NAMES for c in found):
@@ -185,6 +187,7 @@ def _folders(path: Path, files: list[str], classes: dict[str, list[str]]) -> Gue
     says = [f"{path} holds {len(classes)} class folders: {_listed(f'{c} ({len(f)})' for c, f in classes.items())}."]
     names = {"image": "pictures", "audio": "sounds", "video": "videos", "text": "texts"}
     says.append("In them: " + ", ".join(f"{len(v):,} {names[k]}" for k, v in by_kind.items() if v) + ".")
+    left = 0
     counts = {"records": len(taken), **{f"class {c}": len(f) for c, f in classes.items()}}
     if split_level(files):
         splits = Counter(SPLIT_NAMES[f.split("/")[0].lower()] for f in taken)
@@ -192,9 +195,14 @@ def _folders(path: Path, files: list[str], classes: dict[str, list[str]]) -> Gue
             "They are split already: " + ", ".join(f"{n:,} {s}" for s, n in splits.items()) + "; that split is kept."
         )
         counts |= dict(splits)
+        beside = Counter(top for f in files if "/" in f and (top := f.split("/")[0]).lower() not in SPLIT_NAMES)
+        if left := beside.total():
+            says.append(
+                f"Left out, since they lie in no split: {_listed(f'{n:,} in {top}' for top, n in beside.items())}."
+            )
     else:
         says.append("No split is given: 10 % for validation and 10 % for test, by a hash of the content.")
-    if others := len(files) - len(taken):
+    if others := len(files) - len(taken) - left:
         says.append(f"{others:,} other files will be refused or looked into when scanning.")
     media = {k: [path / f for f in v] for k, v in by_kind.items()}
     sizes, seen = measure(media["image"], media["audio"])

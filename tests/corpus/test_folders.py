@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mmlm.corpus.guess import look
 from tests.corpus.samples import Scan, png, wav
 
 SOURCE = {"kind": "folders"}
@@ -69,6 +70,29 @@ def test_given_splits_are_kept(tmp_path: Path, scanned: Scan) -> None:
     made = scanned(tmp_path, SOURCE)
     assert all(r.split == names[i.split("/")[0]] for i, r in made.records.items())
     assert {r.target.label for r in made.records.values()} == {"a", "b"}
+
+
+def test_a_folder_beside_the_splits_is_left_out_by_name(tmp_path: Path, scanned: Scan) -> None:
+    names = {"train": "train", "valid": "val"}
+    fill(tmp_path, {f"{s}/{c}/{i}.png": png(hash_of(s, c, i)) for s in names for c in ("cat", "dog") for i in range(3)})
+    fill(tmp_path, {f"unlabeled/{i}.png": png(900 + i) for i in range(5)})
+    fill(tmp_path, {"extra/cat/1.png": png(99)})
+    made = scanned(tmp_path, SOURCE, error_budget=0.0)
+    assert {r.target.label for r in made.records.values()} == {"cat", "dog"}
+    assert {r.split for i, r in made.records.items() if i.startswith("valid")} == {"val"}
+    assert made.reasons == {**{f"unlabeled/{i}.png": "no_split" for i in range(5)}, "extra/cat/1.png": "no_split"}
+    guess = look(tmp_path)
+    assert guess.tasks == {"category": ["cat", "dog"]} and guess.counts["val"] == 6
+    assert "Left out, since they lie in no split: 1 in extra, 5 in unlabeled." in guess.says
+
+
+def test_a_class_that_is_called_train_is_one(tmp_path: Path, scanned: Scan) -> None:
+    fill(
+        tmp_path,
+        {f"{c}.png": png(i) for i, c in enumerate(("train/steam/1", "train/fast/1", "bus/city/1", "bus/old/1"))},
+    )
+    made = scanned(tmp_path, SOURCE)
+    assert {r.target.label for r in made.records.values()} == {"train", "bus"}
 
 
 def hash_of(*words: object) -> int:

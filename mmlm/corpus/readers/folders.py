@@ -98,17 +98,25 @@ def walk_folders(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 def split_level(files: Iterable[str], depth: int = 2) -> bool:
     """Whether the topmost folders are splits: all bear names of splits, train is there, and something lies `depth`
-    folders deep (2: classes lie below)."""
-    train = deep = False
+    folders deep (2: classes lie below). With classes, other folders may lie beside them (`unlabeled`), where train has
+    two classes or more, and another split is there or no other folder has folders in it."""
+    classes: dict[str, set[str]] = {}
+    others = nested = deep = False
     for file in files:
         if "/" not in file:
             continue
-        split = SPLIT_NAMES.get(file.split("/")[0].lower(), "")
-        if not split:
+        top, *below = file.split("/")[:-1]
+        split = SPLIT_NAMES.get(top.lower(), "")
+        if split:
+            classes.setdefault(split, set()).update(below[:1])
+            deep = deep or 1 + len(below) >= depth
+        elif depth < 2:
             return False
-        train = train or split == "train"
-        deep = deep or file.count("/") >= depth
-    return train and deep
+        else:
+            others, nested = True, nested or bool(below)
+    if others:
+        return len(classes.get("train", ())) > 1 and (len(classes) > 1 or not nested)
+    return "train" in classes and deep
 
 
 def read_folders(source: FolderSource, tree: Tree) -> Outcomes:
@@ -120,6 +128,9 @@ def read_folders(source: FolderSource, tree: Tree) -> Outcomes:
             yield Refusal(ascii(shown), "", "bad_name", "the file's name is not UTF-8")
             continue
         folders = relative.split("/")[:-1]
+        if with_splits and folders and folders[0].lower() not in SPLIT_NAMES:
+            yield Refusal(shown, shown, "no_split", f"{folders[0]!r} lies beside the splits and is none of them")
+            continue
         split = SPLIT_NAMES[folders.pop(0).lower()] if with_splits and folders else source.split
         if not folders:
             yield Refusal(shown, shown, "no_class", "the file lies in no class folder")
