@@ -10,7 +10,6 @@ import glob
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +88,16 @@ def read_hf(
         return
     for outcome in read_asked(inferred(source, features), rows, data, True, repeats):
         # a row is not taken before all is yielded of the one before it, so `hidden` is about this one
-        told = isinstance(outcome, Refusal) and outcome.reason == "no_target"
-        if told and (column := next((c for c in hidden if outcome.detail == f"no label at `{c}`"), None)):
+        yield _unlabelled(outcome, hidden) if isinstance(outcome, Refusal) else outcome
+
+
+def _unlabelled(refusal: Refusal, hidden: set[str]) -> Refusal:
+    """The refusal, said more exactly where it is for the lack of a class that is one of `hidden`."""
+    for column in hidden:
+        if (refusal.reason, refusal.detail) == ("no_target", f"no label at `{column}`"):
             detail = f"`{column}` is -1, by which Hugging Face data sets say that there is no label"
-            outcome = replace(outcome, reason="no_label", detail=detail)
-        yield outcome
+            return Refusal(refusal.source, refusal.id, "no_label", detail)
+    return refusal
 
 
 def _arrow_files(folder: Path) -> list[str]:
