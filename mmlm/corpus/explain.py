@@ -65,7 +65,7 @@ _CHAT_ROLES = {
     "messages": "turns", "conversations": "turns", "images": "pictures", "image": "pictures", "audios": "sounds",
     "audio": "sounds", "videos": "videos", "video": "videos", "id": "id", "group": "group", "split": "split",
     "lang": "lang", "task": "task", "label": "label", "labels": "labels", "number": "number", "source": "source",
-    "license": "license",
+    "license": "license", "tools": "tools",
 }  # fmt: skip
 """What a chat line's keys mean; their names are fixed."""
 

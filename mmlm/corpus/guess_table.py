@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -153,9 +154,13 @@ def _chat(data: Path, groups: list[tuple[str, str]], rows: list[dict[str, Any]],
     name = groups[0][0]
     roots = sorted({"", os.path.dirname(name)})
     best: tuple[int, str, list[Any]] = (-1, "", [])
+    refused: list[Refusal] = []
+    cut = 0
     for root in roots:
         source = ChatSource(kind="chat", files=[name], root=root)
-        drafts = [d.record for d in islice(read_chat(source, [(name, data / name)], ""), ROWS) if isinstance(d, Draft)]
+        found = list(islice(read_chat(source, [(name, data / name)], ""), ROWS))
+        refused, cut = [d for d in found if isinstance(d, Refusal)], sum(isinstance(d, Draft) and d.cut for d in found)
+        drafts = [d.record for d in found if isinstance(d, Draft)]
         there = sum(
             os.path.isfile(data / p.uri) for r in drafts[:200] for p in r.parts if p.uri and not is_remote(p.uri)
         )
@@ -163,8 +168,9 @@ def _chat(data: Path, groups: list[tuple[str, str]], rows: list[dict[str, Any]],
             best = (there, root, drafts)
     _, root, records = best
     if not records:
+        why = f": {refused[0].source}: {refused[0].reason}, {refused[0].detail}" if refused else ""
         raise DataError(
-            f"{name} looks like chat messages, but none can be read",
+            f"{name} looks like chat messages, but none can be read{why}",
             wanted="messages of which the last is the assistant's",
             cure="check the file, or write scan.yaml by hand",
         )
@@ -183,7 +189,16 @@ def _chat(data: Path, groups: list[tuple[str, str]], rows: list[dict[str, Any]],
     said = f"{_listed(n for n, _ in groups)}: {total:,} chat records, each with a question and an answer."
     says = [said, *says, *seen]
     says.append(_split_words(groups, "split" if any(r.split for r in records) else None))
-    source_yaml = {"kind": "chat", **({"root": root} if root else {})}
+    ids = [str(r["id"]) for r in rows if r.get("id") not in (None, "")]
+    repeated = len(set(ids)) < len(ids)
+    if repeated:
+        says.append("Ids repeat: each is taken for a group, and every record is named by its content (`id: hash`).")
+    if cut:
+        says.append(f"{cut:,} of {len(records):,} go on after the assistant's last message; that is left out.")
+    if refused:
+        reasons = Counter(r.reason for r in refused)
+        says.append(f"Refused when scanning: {_listed(f'{n:,} {reason}' for reason, n in sorted(reasons.items()))}.")
+    source_yaml = {"kind": "chat", **({"root": root} if root else {}), **({"id": "hash"} if repeated else {})}
     return Guess(
         "chat", data, {"sources": _sources(groups, source_yaml)}, {t: sorted(v) for t, v in sorted(tasks.items())},
         tuple(sorted({m for r in records for m in r.modalities()})), sizes, {"records": total}, says,
