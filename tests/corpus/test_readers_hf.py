@@ -122,7 +122,7 @@ def test_names_of_rows_are_not_read_and_a_second_text_stands_beside_the_first(tm
 def test_a_data_set_of_names_and_labels_alone_is_told(tmp_path: Path, scanned: Scan) -> None:
     label = {"names": ["x", "y"], "_type": "ClassLabel"}
     save(tmp_path / "d", pa.table({"guid": ["1", "2"], "label": [0, 1]}), {"guid": STRING, "label": label})
-    with pytest.raises(DataError, match="no column but names and labels"):
+    with pytest.raises(DataError, match="names and labels alone"):
         scanned(tmp_path, {**SOURCE, "path": "d"})
     save(tmp_path / "e", pa.table({"url": ["a.b", "c.d"], "label": [0, 1]}), {"url": STRING, "label": label})
     assert scanned(tmp_path, {**SOURCE, "path": "e"}).counts["kept"] == 2

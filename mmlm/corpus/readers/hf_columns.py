@@ -80,7 +80,7 @@ def _asks(source: HfSource, features: Features) -> list[Ask]:
     if features.classes:
         text, beside = _read([s for s in strings if not _tells_class(s, features)])
         if not text and not shown:
-            raise _unclear(source, features, "no column but names and labels to learn from")
+            raise _unclear(source, features, "are names and labels alone, with nothing to learn from")
         return [
             Ask(
                 task=name, text=text, context=beside, question={"en": f"Which {name} is this?", "zh": f"这是哪一个 {name}？"},
@@ -100,13 +100,13 @@ def _asks(source: HfSource, features: Features) -> list[Ask]:
         heard = set(features.media.values()) == {"audio"}
         task, wording = ("transcript", TRANSCRIBE) if heard else ("caption", CAPTION)
         return [Ask(task=task, question=wording, answer=answer or _read(strings)[0])]
-    raise _unclear(source, features, "what is to be answered is not said")
+    raise _unclear(source, features, "do not say what is to be answered")
 
 
 def _unclear(source: HfSource, features: Features, what: str) -> DataError:
     named = ", ".join([*features.media, *features.classes, *features.strings])[:200]
     return DataError(
-        f"the columns of {source.path} ({named}): {what}",
+        f"the columns of {source.path} ({named}) {what}",
         cure="say in `ask` which column holds the label or answer, such as {task: label, text: text, label: label}",
     )
 
