@@ -25,7 +25,7 @@ from mmlm.corpus.column_names import (
     name_of,
     parent_of,
 )  # fmt: skip
-from mmlm.corpus.drafts import SPLIT_NAMES, Refusal, RefuseError, as_text, media_part
+from mmlm.corpus.drafts import SPLIT_NAMES, Refusal, RefuseError, as_text, media_part, media_uri
 from mmlm.corpus.select import check_selector, find
 from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, sniff
 from mmlm.errors import DataError
@@ -128,7 +128,7 @@ class Columns:
         here = own[0]
         below = [e.name for e in os.scandir(self.data / here) if e.is_dir() and not e.name.startswith(".")]
         roots = ["", *filter(None, own), *sorted(os.path.join(here, b) for b in below)]
-        there = {root: sum(os.path.isfile(os.path.join(self.data, root, p)) for p in paths) for root in roots}
+        there = {root: sum(self._lies(p, root) for p in paths) for root in roots}
         self.root = max(roots, key=lambda r: there[r])
         if not there[self.root] and (above := self._above(paths)):
             # such as corpora/stamps/manifest.jsonl with paths relative to corpora/
@@ -140,6 +140,13 @@ class Columns:
                 wanted="paths relative to the table's folder",
                 cure="give the folder that holds the table and its media",
             )  # fmt: skip
+
+    def _lies(self, path: str, root: str) -> bool:
+        """Whether there is a file where a scan would look for it."""
+        try:
+            return os.path.isfile(self.data / media_uri(path, root, str(self.data.absolute())))
+        except RefuseError:
+            return False
 
     def _above(self, paths: list[str]) -> Path | None:
         """One of the two folders above the data, if the media paths are relative to it."""

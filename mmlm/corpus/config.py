@@ -63,6 +63,9 @@ class ChatSource(Config):
     """Paths below --data; `*` and `**` are understood."""
     root: str = ""
     """Folder below --data that media paths are relative to."""
+    id: Literal["given", "hash"] = "given"
+    """given: the line's `id`, or its hash where it has none. hash: always its hash, for lines that repeat an `id`, which is
+    then the group of those that name none."""
     task: str = "answer"
     """Task of the records that name none."""
     lang: str = ""

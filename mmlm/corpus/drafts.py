@@ -39,13 +39,15 @@ class Draft:
     """A record as its source tells it. `where` is `file` or `file:line`; an empty `group` means the content's hash.
 
     `pieces`: how its sound is to be cut when it turns out to be a long one. `trusted`: beginnings of the remote URIs that
-    are read even where remote ones in the data are not, since the config itself names that place.
+    are read even where remote ones in the data are not, since the config itself names that place. `cut`: whether turns of a
+    chat that follow its last answer were left out.
     """
 
     record: Record
     where: str
     pieces: PiecesConfig | None = None
     trusted: tuple[str, ...] = ()
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from mmlm.corpus.config import (
     TableSource,
     WebDatasetSource,
 )
-from mmlm.corpus.drafts import Draft, Refusal
+from mmlm.corpus.drafts import SPLIT_NAMES, Draft, Refusal
 from mmlm.corpus.guess import look
 from mmlm.corpus.media import Looked, MediaReader
 from mmlm.corpus.readers import hf, webdataset
@@ -65,7 +65,7 @@ _CHAT_ROLES = {
     "messages": "turns", "conversations": "turns", "images": "pictures", "image": "pictures", "audios": "sounds",
     "audio": "sounds", "videos": "videos", "video": "videos", "id": "id", "group": "group", "split": "split",
     "lang": "lang", "task": "task", "label": "label", "labels": "labels", "number": "number", "source": "source",
-    "license": "license",
+    "license": "license", "tools": "tools",
 }  # fmt: skip
 """What a chat line's keys mean; their names are fixed."""
 
@@ -341,7 +341,8 @@ def _file_columns(source: Any, names: list[str]) -> list[dict[str, Any]]:
     with_splits = split_level(relative)
     folders = [n.split("/")[:-1] for n in relative]
     if with_splits:
-        found.insert(0, _folder_column("topmost folder", [f[0] for f in folders if f], "split", len(names)))
+        folders = [f for f in folders if f and f[0].lower() in SPLIT_NAMES]  # what lies beside them is left out
+        found.insert(0, _folder_column("topmost folder", [f[0] for f in folders], "split", len(names)))
     if isinstance(source, FolderSource):
         inner = [f[with_splits:] for f in folders]
         classes = ["/".join(f) if source.nested else f[0] for f in inner if f]

@@ -19,9 +19,9 @@ from typing import Any
 from mmlm import remote
 from mmlm.config import blank_credentials, unsigned
 from mmlm.corpus.counts import quantile
-from mmlm.corpus.drafts import SPLIT_NAMES, RefuseError, as_label
+from mmlm.corpus.drafts import SPLIT_NAMES, Refusal, RefuseError, as_label
 from mmlm.corpus.elsewhere import address_of, laid_out, looking_at
-from mmlm.corpus.readers.folders import list_files, split_level
+from mmlm.corpus.readers.folders import list_files, split_level, storable
 from mmlm.corpus.readers.rows import ENDINGS
 from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, TEXT_ENDINGS, VIDEO_ENDINGS, Header, read_header
 from mmlm.errors import DataError
@@ -106,13 +106,31 @@ def _look(path: Path) -> Guess:
                 f"{path.name} ends in {path.suffix or 'nothing'}", wanted=_FORMS, cure="give a table or a folder"
             )
         return look_at_tables(path.parent, [path.name])
-    files = list(list_files(path))
+    links: list[Refusal] = []
+    files = list(list_files(path, bad=links.append))
+    told = _listed((f"{link.id if storable(link.id) else ascii(link.id)}: {link.detail}" for link in links), 3)
     if not files:
         raise DataError(
-            f"{path} is an empty folder", wanted=_FORMS, cure="put your files there, or give another folder"
-        )
+            f"{path} {f'holds nothing but links that are not followed: {told}' if links else 'is an empty folder'}",
+            wanted=_FORMS,
+            cure="give the folder that they lead to, or copy it here (`cp -rL`)" if links
+            else "put your files there, or give another folder",
+        )  # fmt: skip
     for folder in sorted({os.path.dirname(f) for f in files}):
         _require_utf8(folder, "the folder")
+    try:
+        guess = _look_at_folder(path, files)
+    except DataError as error:
+        if not links:
+            raise
+        raise DataError(f"{error.found} (left out: {told})", wanted=error.wanted, cure=error.cure) from None
+    return replace(guess, says=[*guess.says, f"Left out: {told}."]) if links else guess
+
+
+def _look_at_folder(path: Path, files: list[str]) -> Guess:
+    from mmlm.corpus.guess_files import look_at_documents, look_at_files
+    from mmlm.corpus.guess_table import look_at_tables
+
     if guess := look_at_files(path, files):
         return guess
     tables = [f for f in files if f.count("/") <= 1 and f.lower().endswith(ENDINGS)]
@@ -156,7 +174,9 @@ def _classes(files: list[str]) -> dict[str, list[str]]:
     with_splits = split_level(files)
     found: dict[str, list[str]] = {}
     for name in files:
-        folders = name.split("/")[:-1][with_splits:]
+        folders = name.split("/")[:-1]
+        if with_splits and folders and folders.pop(0).lower() not in SPLIT_NAMES:
+            continue
         if folders and _is_record(name):
             found.setdefault(as_label(folders[0]) or folders[0], []).append(name)
     if all(c.lower() in SPLIT_NAMES for c in found):
@@ -185,6 +205,7 @@ def _folders(path: Path, files: list[str], classes: dict[str, list[str]]) -> Gue
     says = [f"{path} holds {len(classes)} class folders: {_listed(f'{c} ({len(f)})' for c, f in classes.items())}."]
     names = {"image": "pictures", "audio": "sounds", "video": "videos", "text": "texts"}
     says.append("In them: " + ", ".join(f"{len(v):,} {names[k]}" for k, v in by_kind.items() if v) + ".")
+    left = 0
     counts = {"records": len(taken), **{f"class {c}": len(f) for c, f in classes.items()}}
     if split_level(files):
         splits = Counter(SPLIT_NAMES[f.split("/")[0].lower()] for f in taken)
@@ -192,9 +213,14 @@ def _folders(path: Path, files: list[str], classes: dict[str, list[str]]) -> Gue
             "They are split already: " + ", ".join(f"{n:,} {s}" for s, n in splits.items()) + "; that split is kept."
         )
         counts |= dict(splits)
+        beside = Counter(top for f in files if "/" in f and (top := f.split("/")[0]).lower() not in SPLIT_NAMES)
+        if left := beside.total():
+            says.append(
+                f"Left out, since they lie in no split: {_listed(f'{n:,} in {top}' for top, n in beside.items())}."
+            )
     else:
         says.append("No split is given: 10 % for validation and 10 % for test, by a hash of the content.")
-    if others := len(files) - len(taken):
+    if others := len(files) - len(taken) - left:
         says.append(f"{others:,} other files will be refused or looked into when scanning.")
     media = {k: [path / f for f in v] for k, v in by_kind.items()}
     sizes, seen = measure(media["image"], media["audio"])

@@ -22,7 +22,7 @@ from mmlm.corpus.column_names import (
 from mmlm.corpus.columns import MOST_CLASSES, WELL_FILLED, Columns
 from mmlm.corpus.drafts import as_label, as_labels
 from mmlm.corpus.guess import _listed
-from mmlm.corpus.readers.hf import TRANSCRIBE
+from mmlm.corpus.readers.hf_columns import TRANSCRIBE
 from mmlm.corpus.select import find
 from mmlm.errors import DataError
 

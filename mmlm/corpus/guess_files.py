@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmlm.config import parse
-from mmlm.corpus.config import ScanConfig
+from mmlm.corpus.config import HfSource, ScanConfig
 from mmlm.corpus.drafts import Draft, Refusal
 from mmlm.corpus.elsewhere import source_of
 from mmlm.corpus.guess import SAMPLE, Guess, _listed, measure, text_sizes
-from mmlm.corpus.readers.sources import read_source
+from mmlm.corpus.readers.hf import features_of, hf_files
+from mmlm.corpus.readers.hf_columns import unused
+from mmlm.corpus.readers.sources import data_set, read_source
 from mmlm.corpus.records import Record
 from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, TEXT_ENDINGS, VIDEO_ENDINGS
 from mmlm.errors import DataError
@@ -46,7 +49,9 @@ _NAMES = {
 def look_at_files(path: Path, files: list[str]) -> Guess | None:
     """What the folder `path` with its `files` is, where it is none of tables and class folders; None when unsure."""
     if len(files) > 1 and hugging_face(path):
-        return _read("hf", path, {"kind": "hf"}, [f"{path} is a Hugging Face data set."])
+        guess = _read("hf", path, {"kind": "hf"}, [f"{path} is a Hugging Face data set."])
+        left = _unused(path)
+        return replace(guess, says=[*guess.says, f"Not used: {_listed(f'`{c}`' for c in left)}."]) if left else guess
     tars = [f for f in files if f.lower().endswith(".tar")]
     beside = {os.path.splitext(t)[0] + end for t in tars for end in _BESIDE_TARS}
     if tars and 2 * len(tars) > len([f for f in files if f not in beside]):
@@ -89,6 +94,13 @@ def hugging_face(path: Path) -> bool:
     except OSError:
         return (path / "dataset_info.json").is_file()
     return head.startswith(b"---") and (b"dataset_info:" in head or b"configs:" in head)
+
+
+def _unused(path: Path) -> list[str]:
+    """The columns of a Hugging Face data set that no record has."""
+    source = HfSource(kind="hf")
+    with data_set(source, source_of(path)) as (folder, need):
+        return unused(features_of(folder, hf_files(source, folder), need))
 
 
 def captioned(files: list[str]) -> tuple[list[str], list[str]]:

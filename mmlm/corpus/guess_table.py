@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,15 +81,19 @@ def _target_of(data: Path, groups: list[tuple[str, str]], rows: dict[str, list[d
 
 def _chat(data: Path, groups: list[tuple[str, str]], rows: list[dict[str, Any]], total: int, says: list[str]) -> Guess:
     from mmlm.corpus.config import ChatSource
-    from mmlm.corpus.drafts import Draft
+    from mmlm.corpus.drafts import Draft, Refusal
     from mmlm.corpus.readers.chat import read_chat
 
     name = groups[0][0]
     roots = sorted({"", os.path.dirname(name)})
     best: tuple[int, str, list[Any]] = (-1, "", [])
+    refused: list[Refusal] = []
+    cut = 0
     for root in roots:
         source = ChatSource(kind="chat", files=[name], root=root)
-        drafts = [d.record for d in islice(read_chat(source, [(name, data / name)], ""), ROWS) if isinstance(d, Draft)]
+        found = list(islice(read_chat(source, [(name, data / name)], ""), ROWS))
+        refused, cut = [d for d in found if isinstance(d, Refusal)], sum(isinstance(d, Draft) and d.cut for d in found)
+        drafts = [d.record for d in found if isinstance(d, Draft)]
         there = sum(
             os.path.isfile(data / p.uri) for r in drafts[:200] for p in r.parts if p.uri and not is_remote(p.uri)
         )
@@ -96,8 +101,9 @@ def _chat(data: Path, groups: list[tuple[str, str]], rows: list[dict[str, Any]],
             best = (there, root, drafts)
     _, root, records = best
     if not records:
+        why = f": {refused[0].source}: {refused[0].reason}, {refused[0].detail}" if refused else ""
         raise DataError(
-            f"{name} looks like chat messages, but none can be read",
+            f"{name} looks like chat messages, but none can be read{why}",
             wanted="messages of which the last is the assistant's",
             cure="check the file, or write scan.yaml by hand",
         )
@@ -116,7 +122,16 @@ def _chat(data: Path, groups: list[tuple[str, str]], rows: list[dict[str, Any]],
     said = f"{_listed(n for n, _ in groups)}: {total:,} chat records, each with a question and an answer."
     says = [said, *says, *seen]
     says.append(split_words(groups, "split" if any(r.split for r in records) else None))
-    source_yaml: dict[str, Any] = {"kind": "chat"}
+    ids = [str(r["id"]) for r in rows if r.get("id") not in (None, "")]
+    repeated = len(set(ids)) < len(ids)
+    if repeated:
+        says.append("Ids repeat: each is taken for a group, and every record is named by its content (`id: hash`).")
+    if cut:
+        says.append(f"{cut:,} of {len(records):,} go on after the assistant's last message; that is left out.")
+    if refused:
+        reasons = Counter(r.reason for r in refused)
+        says.append(f"Refused when scanning: {_listed(f'{n:,} {reason}' for reason, n in sorted(reasons.items()))}.")
+    source_yaml: dict[str, Any] = {"kind": "chat", **({"id": "hash"} if repeated else {})}
     roots_of = [os.path.dirname(n) if root else "" for n, _ in groups]
     return Guess(
         "chat", data, {"sources": sources(groups, source_yaml, roots_of)}, {t: sorted(v) for t, v in sorted(tasks.items())},

@@ -41,7 +41,7 @@ from mmlm.corpus.config import (
 )
 from mmlm.corpus.counts import Sizes, Tally
 from mmlm.corpus.curation.curator import CURATED, Curator, libraries, told_key
-from mmlm.corpus.drafts import Draft, Refusal, refused_row
+from mmlm.corpus.drafts import Draft, Outcomes, Refusal, refused_row
 from mmlm.corpus.generations import Generations
 from mmlm.corpus.keypad import write_keypad
 from mmlm.corpus.media import Looked, MediaReader
@@ -54,7 +54,7 @@ from mmlm.progress import Progress, tell
 from mmlm.storage import atomic_write, is_remote, resolve, sha256_json, split_fragment
 from mmlm.world import cores
 
-RECIPE = 6
+RECIPE = 7
 """Bumped by hand when the manifest made of the same corpus changes."""
 REFUSED_FILE = "refused.parquet"
 DROPPED_FILE = "dropped.parquet"
@@ -63,6 +63,11 @@ ROWS_PER_FILE = 2_000_000
 """Records in one Parquet file of the manifest."""
 _ROW_GROUP, _GROUP_BYTES = 16_384, 16 << 20
 """Rows of a row group, and bytes of text and inline media in it, at most."""
+UNLABELLED = {
+    "no_label": "records are marked as having no label; they are left out",
+    "no_split": "files lie beside the folders of the splits, in one that is none; they are left out",
+}
+"""Reasons that are no fault of what is refused, and do not count towards `error_budget`."""
 _ASKED_AT_ONCE = 10_000
 """Objects elsewhere that are asked about together."""
 _SPOOL = SCHEMA.append(pa.field("where", pa.string()))
@@ -115,10 +120,10 @@ def _make(config: ScanConfig, data: Path | str, work: Work, earlier: Artifact | 
     dropped = Sorter(work.path / ".dropped", REFUSED, _refused_key)
     told = Sorter(work.path / ".curation", CURATED, told_key)
     curation = Curator(config.curate, told, wordings(config.sources))
-    sizes, splitter = Sizes(), Splitter(config.split)
+    sizes, splitter, cut = Sizes(), Splitter(config.split), Counter[str]()
     try:
         with Progress("scan", None, "records") as progress:
-            for outcome in _outcomes(config, data, curation):
+            for outcome in _outcomes(config, data, curation, cut):
                 if isinstance(outcome, Refusal):
                     refused.add(refused_row(outcome))
                 else:
@@ -157,6 +162,7 @@ def _make(config: ScanConfig, data: Path | str, work: Work, earlier: Artifact | 
         counts |= {"groups_not_joined_by_media": splitter.apart} if splitter.apart else {}
         counts |= {"media_in_two_splits": splitter.across} if splitter.across else {}
         counts |= {"train_copies_of_held_out": copies} if (copies := tally.copies()) else {}
+        counts |= {name: n for name, n in cut.items() if n}
         _require_useful(config, counts, work.path)
         _warn(config, counts)
     finally:
@@ -173,14 +179,20 @@ def _make(config: ScanConfig, data: Path | str, work: Work, earlier: Artifact | 
     return work.finish(counts=counts, digest_of=records, extra=extra)
 
 
-def _outcomes(config: ScanConfig, data: Path | str, curation: Curator) -> Iterator[Looked | Refusal]:
+def _outcomes(config: ScanConfig, data: Path | str, curation: Curator, cut: Counter[str]) -> Iterator[Looked | Refusal]:
     reader = MediaReader(
         data, drop=config.on_bad_part == "drop_part", allow_remote=config.allow_remote, threads=min(8, 2 * cores()),
         video=config.allow_video,
     )  # fmt: skip
     repeats: dict[int, int] = {}
+
+    def counted(outcomes: Outcomes) -> Outcomes:
+        for outcome in outcomes:
+            cut["chats_cut"] += isinstance(outcome, Draft) and outcome.cut
+            yield outcome
+
     for source in config.sources:
-        yield from reader.look(curation.each(read_source(source, data, repeats)))
+        yield from reader.look(curation.each(counted(read_source(source, data, repeats))))
 
 
 def _settled(
@@ -266,13 +278,21 @@ def _require_useful(config: ScanConfig, counts: dict[str, Any], folder: Path) ->
         raise DataError(
             f"all {counts['found']:,} records were refused{told}", cure=f"{table} names each; mend them or the mapping"
         )
-    if counts["refused"] > config.error_budget * counts["found"]:
-        share = 100 * counts["refused"] / counts["found"]
+    refused = counts["refused"] - sum(reasons.get(reason, 0) for reason in UNLABELLED)
+    if refused > config.error_budget * counts["found"]:
+        worst = max(reasons.keys() - UNLABELLED, key=lambda r: (reasons[r], r))
+        share = 100 * refused / counts["found"]
         budget = min(1.0, share / 100 + 0.01)
+        cure = f"{table} names each; mend them, or allow more: --set scan.error_budget={budget:.2f}"
+        if worst == "duplicate_id" and any(isinstance(source, ChatSource) for source in config.sources):
+            cure = (
+                "if its ids name pictures or talks, say `id: hash` in the chat source: they are groups then; or " + cure
+            )
         raise DataError(
-            f"{counts['refused']:,} of {counts['found']:,} records ({share:.1f} %) were refused{told}",
+            f"{refused:,} of {counts['found']:,} records ({share:.1f} %) were refused,"
+            f" most of them `{worst}` ({reasons[worst]})",
             wanted=f"at most {100 * config.error_budget:g} %",
-            cure=f"{table} names each; mend them, or allow more: --set scan.error_budget={budget:.2f}",
+            cure=cure,
         )
     if counts["train"] == 0:
         raise DataError(
@@ -290,6 +310,11 @@ def _warn(config: ScanConfig, counts: dict[str, Any]) -> None:
         "media_in_two_splits": f"pictures, sounds or videos are in two splits, {given}; {known} a held-out one",
         "train_copies_of_held_out": "training records are a val or test record once more; scan.curate.exact drops them",
     }
+    if n := counts.get("chats_cut"):
+        tell(f"scan: chats_cut: {n:,} chats go on after the assistant's last message; that is left out")
+    for reason, what in UNLABELLED.items():
+        if n := counts["refused_reasons"].get(reason):
+            tell(f"scan: {reason}: {n:,} {what}")
     for name, what in told.items():
         if counts.get(name) and (name == "train_copies_of_held_out" or not config.curate.contamination):
             tell(f"scan: {name}: {counts[name]:,} {what}")

@@ -6,7 +6,14 @@ import base64
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mmlm.config import parse
+from mmlm.corpus.config import ScanConfig
+from mmlm.corpus.guess import look
 from mmlm.corpus.records import Record
+from mmlm.corpus.scan import scan
+from mmlm.errors import DataError
 from tests.corpus.samples import Scan, png, wav, write_lines
 
 SOURCE = {"kind": "chat", "files": "c.jsonl", "task": "chat"}
@@ -146,3 +153,73 @@ def test_turns_are_numbered_and_media_keep_theirs(tmp_path: Path, scanned: Scan)
     assert found["list"][0] == ("image", "user", -2)
     assert found["tool"] == [("text", "user", 0), ("text", "assistant", 0), ("text", "tool", 0)]
     assert found["end"] == [("text", "user", -2), ("text", "assistant", -1), ("text", "user", 0), ("text", "system", 0)]
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+def test_calls_of_tools_are_text_of_their_turn(tmp_path: Path, scanned: Scan) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "北京"}'}}
+    asked = {"role": "user", "content": "How warm is it?"}
+    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+    rows = [
+        {"id": "used", "tools": [WEATHER], "messages": [
+            asked, calls, {"role": "tool", "content": "17"}, {"role": "assistant", "content": "17 degrees."},
+        ]},
+        {"id": "last", "tools": "[]", "messages": [asked, {**calls, "content": "Let me look.", "tool_calls": [call, call]}]},
+        {"id": "old", "messages": [asked, {"role": "assistant", "function_call": {"name": "weather", "arguments": "{bad"}}]},
+        {"id": "nameless", "messages": [asked, {**calls, "tool_calls": [{"function": {"arguments": "{}"}}]}]},
+        {"id": "sharegpt", "conversations": [
+            {"from": "human", "value": "What?"}, {"from": "function_call", "value": '{"name": "f"}'},
+            {"from": "observation", "value": "1"}, {"from": "gpt", "value": "One."},
+        ]},
+    ]  # fmt: skip
+    write_lines(tmp_path / "c.jsonl", rows)
+    made = scanned(tmp_path, SOURCE)
+    r, said = made.records, '{"name": "weather", "arguments": {"city": "北京"}}'
+    assert [(p.role, p.turn, p.text) for p in r["used"].parts] == [
+        ("system", -1, '{"type": "function", "function": {"name": "weather", "parameters": {}}}'),
+        ("user", 0, "How warm is it?"), ("assistant", 0, said), ("tool", 0, "17"),
+    ]  # fmt: skip
+    assert r["last"].target.text == f"Let me look.\n{said}\n{said}" and len(r["last"].parts) == 1
+    assert r["old"].target.text == '{"name": "weather", "arguments": "{bad"}'
+    assert [p.role for p in r["sharegpt"].parts] == ["user", "assistant", "tool"]
+    assert [(row["id"], row["reason"]) for row in made.refused] == [("nameless", "bad_row")]
+
+
+def test_turns_after_the_last_answer_are_cut_and_counted(tmp_path: Path, scanned: Scan) -> None:
+    rows = [
+        {"id": "thanks", "messages": turns("What?", "A cat.", "Thanks.")},
+        {"id": "whole", "messages": turns("What?", "A dog.")},
+        {"id": "labelled", "messages": turns("What?", "A cat.", "Sure?"), "label": "yes"},
+        {"id": "asked", "messages": turns("What?")},
+    ]
+    write_lines(tmp_path / "c.jsonl", rows)
+    made = scanned(tmp_path, SOURCE)
+    assert [(p.turn, p.text) for p in made.records["thanks"].parts] == [(0, "What?")]
+    assert made.records["thanks"].target.text == "A cat." and made.counts["chats_cut"] == 1
+    assert [p.text for p in made.records["labelled"].parts] == ["What?", "A cat.", "Sure?"]
+    assert [row["id"] for row in made.refused] == ["asked"]
+    assert any(s.startswith("1 of 3 go on") for s in look(tmp_path / "c.jsonl").says)
+
+
+def test_ids_that_repeat_are_groups(tmp_path: Path, scanned: Scan) -> None:
+    rows = [{"id": str(i % 20), "messages": turns(f"What is {i}?", str(i))} for i in range(40)]
+    write_lines(tmp_path / "c.jsonl", rows)
+    config = parse(ScanConfig, {"sources": [SOURCE]}, "scan")
+    with pytest.raises(DataError, match="`id: hash` in the chat source"):
+        scan(config, data=tmp_path, out=tmp_path / "out")
+    guess = look(tmp_path / "c.jsonl")
+    assert guess.scan["sources"] == [{"kind": "chat", "files": "c.jsonl", "id": "hash"}]
+    made = scanned(tmp_path, *guess.scan["sources"])
+    assert made.counts["kept"] == 40 and {r.group for r in made.records.values()} == {str(i) for i in range(20)}
+    assert all(len({r.split for r in made.records.values() if r.group == str(i)}) == 1 for i in range(20))
+    write_lines(tmp_path / "c.jsonl", [{"id": "0", "messages": turns("Anew?", "Yes.")}, *reversed(rows)])
+    again = scanned(tmp_path, *guess.scan["sources"])
+    assert made.records.keys() < again.records.keys()
+
+
+def test_why_no_chat_can_be_read_is_told(tmp_path: Path) -> None:
+    write_lines(tmp_path / "c.jsonl", [{"messages": [{"role": "wizard", "content": "x"}]}] * 3)
+    with pytest.raises(DataError, match=r"c\.jsonl:1: bad_role, role 'wizard'"):
+        look(tmp_path / "c.jsonl")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
+from mmlm.corpus.guess import look
+from mmlm.errors import DataError
 from tests.corpus.samples import Scan, png, wav
 
 SOURCE = {"kind": "folders"}
@@ -71,6 +75,29 @@ def test_given_splits_are_kept(tmp_path: Path, scanned: Scan) -> None:
     assert {r.target.label for r in made.records.values()} == {"a", "b"}
 
 
+def test_a_folder_beside_the_splits_is_left_out_by_name(tmp_path: Path, scanned: Scan) -> None:
+    names = {"train": "train", "valid": "val"}
+    fill(tmp_path, {f"{s}/{c}/{i}.png": png(hash_of(s, c, i)) for s in names for c in ("cat", "dog") for i in range(3)})
+    fill(tmp_path, {f"unlabeled/{i}.png": png(900 + i) for i in range(5)})
+    fill(tmp_path, {"extra/cat/1.png": png(99)})
+    made = scanned(tmp_path, SOURCE, error_budget=0.0)
+    assert {r.target.label for r in made.records.values()} == {"cat", "dog"}
+    assert {r.split for i, r in made.records.items() if i.startswith("valid")} == {"val"}
+    assert made.reasons == {**{f"unlabeled/{i}.png": "no_split" for i in range(5)}, "extra/cat/1.png": "no_split"}
+    guess = look(tmp_path)
+    assert guess.tasks == {"category": ["cat", "dog"]} and guess.counts["val"] == 6
+    assert "Left out, since they lie in no split: 1 in extra, 5 in unlabeled." in guess.says
+
+
+def test_a_class_that_is_called_train_is_one(tmp_path: Path, scanned: Scan) -> None:
+    fill(
+        tmp_path,
+        {f"{c}.png": png(i) for i, c in enumerate(("train/steam/1", "train/fast/1", "bus/city/1", "bus/old/1"))},
+    )
+    made = scanned(tmp_path, SOURCE)
+    assert {r.target.label for r in made.records.values()} == {"train", "bus"}
+
+
 def hash_of(*words: object) -> int:
     return sum(ord(c) * 31**i for i, c in enumerate("".join(map(str, words)))) % 2**31
 
@@ -93,3 +120,60 @@ def test_names_that_are_not_unicode_and_loops_of_links(tmp_path: Path, scanned: 
     made = scanned(tmp_path, SOURCE)
     assert set(made.records) == {"a/1.png", "b/2.png"}
     assert [r["reason"] for r in made.refused] == ["bad_name"]
+
+
+def test_links_to_folders_are_followed_within_the_data_and_refused_by_name_beyond(
+    tmp_path: Path, scanned: Scan
+) -> None:
+    data = tmp_path / "data"
+    fill(data, {f"corpus/{c}/{i}.png": png(10 * i + ord(c)) for c in "ab" for i in range(3)})
+    fill(data, {f"pool/{i}.png": png(500 + i) for i in range(3)})
+    fill(tmp_path, {"outside/1.png": png(700), "more/2.png": png(701)})
+    (data / "corpus/c").symlink_to("../pool")
+    (data / "pool/round").symlink_to(data)
+    (data / "corpus/d").symlink_to(tmp_path / "outside")
+    (data / "corpus/a/gone.png").symlink_to(tmp_path / "nothing.png")
+    (data / "corpus/a/self").symlink_to("self")
+    (data / "corpus/a/file.png").symlink_to(tmp_path / "more/2.png")
+    made = scanned(data, {**SOURCE, "path": "corpus"})
+    assert {i: r.target.label for i, r in made.records.items() if "/c/" in i} == {
+        f"corpus/c/{i}.png": "c" for i in range(3)
+    }
+    assert "corpus/a/file.png" in made.records and made.counts["kept"] == 10
+    assert made.reasons == {
+        "corpus/d": "unsafe_path",
+        "corpus/a/gone.png": "missing_file",
+        "corpus/a/self": "missing_file",
+    }
+    (said,) = [s for s in look(data / "corpus").says if s.startswith("Left out")]
+    assert "outside the data folder" in said and "leads nowhere" in said
+
+
+def test_folders_that_link_to_one_another_come_to_an_end(tmp_path: Path, scanned: Scan) -> None:
+    names = "abcdef"
+    fill(tmp_path, {f"{c}/1.png": png(ord(c)) for c in names})
+    for one in names:
+        for other in set(names) - {one}:
+            (tmp_path / one / other).symlink_to(tmp_path / other)
+    made = scanned(tmp_path, SOURCE)
+    assert {"a/1.png", "a/b/1.png", "a/b/c/1.png", "a/b/c/d/1.png"} <= made.records.keys()
+    assert max(name.count("/") for name in made.records) == 4
+    assert set(made.reasons.values()) == {"unsafe_path"}
+
+
+def test_a_folder_of_links_is_told(tmp_path: Path) -> None:
+    fill(tmp_path, {f"pool/{c}/1.png": png(ord(c)) for c in "ab"})
+    (tmp_path / "data").mkdir()
+    for c in "ab":
+        (tmp_path / "data" / c).symlink_to(tmp_path / "pool" / c)
+    with pytest.raises(DataError, match=r"nothing but links that are not followed: a: .*outside"):
+        look(tmp_path / "data")
+
+
+def test_links_beside_captions_and_documents_are_refused_too(tmp_path: Path, scanned: Scan) -> None:
+    fill(tmp_path, {"data/1.png": png(1), "data/1.txt": b"a cat", "outside/2.txt": b"x"})
+    (tmp_path / "data/deep").symlink_to(tmp_path / "outside")
+    assert scanned(tmp_path / "data", {"kind": "sidecar"}).reasons == {"deep": "unsafe_path"}
+    fill(tmp_path, {"texts/1.txt": b"One sentence is here. Another sentence follows it, longer than the first."})
+    (tmp_path / "texts/deep").symlink_to(tmp_path / "outside")
+    assert scanned(tmp_path / "texts", {"kind": "documents"}).reasons == {"deep": "unsafe_path"}

@@ -12,6 +12,7 @@ import pytest
 
 from mmlm.config import parse
 from mmlm.corpus.config import ScanConfig
+from mmlm.corpus.guess import look
 from mmlm.corpus.readers.hf import read_features
 from mmlm.corpus.scan import scan
 from mmlm.errors import ArtifactError, DataError
@@ -50,7 +51,7 @@ def test_a_dictionary_of_splits(tmp_path: Path, scanned: Scan) -> None:
     (tmp_path / "d/dataset_dict.json").write_text('{"splits": ["train", "validation", "test"]}')
     made = scanned(tmp_path, {**SOURCE, "path": "d"})
     assert {s: made.counts[s] for s in ("train", "val", "test")} == {"train": 10, "val": 4, "test": 3}
-    assert list(made.reasons.values()) == ["no_target"]  # -1: a class that is not told
+    assert list(made.reasons.values()) == ["no_label"]  # -1: a class that is not told
     record = next(r for r in made.records.values() if any(p.text == "text 1" for p in r.parts))
     assert (record.task, record.target.label) == ("label", "狗")
     assert [p.kind for p in record.parts] == ["image", "text", "text"] and record.parts[0].data == png(1)
@@ -76,6 +77,66 @@ def test_sounds_captions_lists_of_classes_and_answers(tmp_path: Path, scanned: S
     save(tmp_path / "e", pa.Table.from_pylist(pair), {"x": {"_type": "Image"}, "y": {"_type": "Image"}, "text": string})
     record = next(iter(scanned(tmp_path, {**SOURCE, "path": "e"}).records.values()))
     assert [p.data for p in record.parts[:2]] == [png(1), png(2)] and record.target.text == "same?"
+
+
+STRING = {"dtype": "string", "_type": "Value"}
+
+
+def read_in(made: Any) -> list[tuple[str, str]]:
+    """(role, text) of the first record by its texts."""
+    return min([(p.role, p.text) for p in r.parts if p.text] for r in made.records.values())
+
+
+def test_names_of_rows_are_not_read_and_a_second_text_stands_beside_the_first(tmp_path: Path, scanned: Scan) -> None:
+    label = {"names": ["x", "y"], "_type": "ClassLabel"}
+    number = {"dtype": "int64", "_type": "Value"}
+    told = {"guid": STRING, "headline": STRING, "label": label, "words": number, "label_text": STRING}
+    news = [
+        {"guid": f"g{i}", "headline": f"h{i}", "label": i % 2, "words": 2, "label_text": "xy"[i % 2]} for i in range(4)
+    ]
+    save(tmp_path / "a", pa.Table.from_pylist(news), told)
+    ask = [("user", "h0"), ("user", "Which label is this?")]
+    assert read_in(scanned(tmp_path, {**SOURCE, "path": "a", "lang": "en"})) == ask
+    assert "Not used: `guid`, `label_text`, `words`." in look(tmp_path / "a").says
+    pairs = [{"hypothesis": f"h{i}", "premise": f"p{i}", "pairID": str(i), "label": i % 2} for i in range(4)]
+    save(tmp_path / "b", pa.Table.from_pylist(pairs), dict.fromkeys(pairs[0], STRING) | {"label": label})
+    made = scanned(tmp_path, {**SOURCE, "path": "b", "lang": "en"})
+    assert read_in(made) == [("context", "h0"), ("user", "p0"), *ask[1:]]
+    pictures = [{"image_id": f"i{i}", "file_name": "x.png", "image": {"bytes": png(i), "path": None}} for i in range(4)]
+    named = {"image_id": STRING, "file_name": STRING, "image": {"_type": "Image"}}
+    save(tmp_path / "c", pa.Table.from_pylist([{**p, "label": 1} for p in pictures]), {**named, "label": label})
+    assert [p[1] for p in read_in(scanned(tmp_path, {**SOURCE, "path": "c", "lang": "en"}))] == ["Which label is this?"]
+    save(
+        tmp_path / "d",
+        pa.Table.from_pylist([{**p, "caption": "a cat"} for p in pictures]),
+        {**named, "caption": STRING},
+    )
+    made = scanned(tmp_path, {**SOURCE, "path": "d"})
+    assert {r.target.text for r in made.records.values()} == {"a cat"}
+    alpaca = [{"input": "i" if i else None, "instruction": "do", "output": f"o{i}"} for i in range(2)]
+    save(tmp_path / "e", pa.Table.from_pylist(alpaca), dict.fromkeys(alpaca[0], STRING))
+    made = scanned(tmp_path, {**SOURCE, "path": "e"})
+    assert sorted([p.text for p in r.parts] for r in made.records.values()) == [["do"], ["i", "do"]]
+
+
+def test_a_data_set_of_names_and_labels_alone_is_told(tmp_path: Path, scanned: Scan) -> None:
+    label = {"names": ["x", "y"], "_type": "ClassLabel"}
+    save(tmp_path / "d", pa.table({"guid": ["1", "2"], "label": [0, 1]}), {"guid": STRING, "label": label})
+    with pytest.raises(DataError, match="names and labels alone"):
+        scanned(tmp_path, {**SOURCE, "path": "d"})
+    save(tmp_path / "e", pa.table({"url": ["a.b", "c.d"], "label": [0, 1]}), {"url": STRING, "label": label})
+    assert scanned(tmp_path, {**SOURCE, "path": "e"}).counts["kept"] == 2
+
+
+def test_rows_that_are_marked_as_unlabelled_stop_no_scan(tmp_path: Path) -> None:
+    label = {"names": ["x", "y"], "_type": "ClassLabel"}
+    table = pa.table({"text": [f"t{i}" for i in range(12)], "label": [i % 3 - 1 for i in range(12)]})
+    save(tmp_path / "raw", table, {"text": STRING, "label": label})
+    config = parse(ScanConfig, {"sources": [SOURCE]}, "scan.yaml")
+    made = scan(config, data=tmp_path / "raw", out=tmp_path / "out")
+    assert (made.counts["kept"], made.counts["refused_reasons"]) == (8, {"no_label": 4})
+    refused = pq.read_table(made.path / "refused.parquet").to_pylist()
+    assert all("`label` is -1" in row["detail"] for row in refused)
 
 
 def test_map_and_ask_win(tmp_path: Path, scanned: Scan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from mmlm.storage import sha256_json
 ROLES = {
     "user": "user", "human": "user", "system": "system", "developer": "system",
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "function_call": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "context": "context",
 }  # fmt: skip
 _PLACEHOLDER = re.compile(r"\s?<(image|audio|video)>\s?")
@@ -42,7 +44,9 @@ def read_chat(
     """Drafts of every line of `files` ((name shown, path)).
 
     `repeats`: how often each line without an id was seen, to be shared among sources.
-    The last assistant turn is the target. Every message is a turn; those before the last question have negative numbers.
+    The last assistant turn is the target; what is said after it is cut unless the line has another target. Every message is
+    a turn; those before the last question have negative numbers. Calls of tools are text of their turn, and the tools
+    themselves of a system turn before all: a line of JSON for each.
     """
     repeats = {} if repeats is None else repeats
     for shown, path in files:
@@ -56,7 +60,8 @@ def read_chat(
                 if not isinstance(line, dict):
                     raise RefuseError("bad_row", f"a {type(line).__name__} where an object is wanted")
                 name = as_text(line.get("id")) or ""
-                yield Draft(_record(source, line, name, shown, data, repeats), where)
+                record, cut = _record(source, line, name, shown, data, repeats)
+                yield Draft(record, where, cut=cut)
             except RefuseError as error:
                 yield Refusal(where, name, error.reason, error.detail)
             except RecursionError:
@@ -66,39 +71,44 @@ def read_chat(
 
 
 def _record(
-    source: ChatSource, line: dict[str, Any], name: str, shown: str, data: str, repeats: dict[int, int]
-) -> Record:
-    group = as_text(line.get("group")) or ""
-    if not name:
-        name = sha256_json(line)[:20]
-        group = group or name
-        seen = repeats.get(int(name, 16), 0)
-        repeats[int(name, 16)] = seen + 1
-        name += f"-{seen + 1}" if seen else ""
+    source: ChatSource, line: dict[str, Any], given: str, shown: str, data: str, repeats: dict[int, int]
+) -> tuple[Record, bool]:
+    """(the record, whether turns after its answer were cut). `given` is the line's own id, or ""."""
+    name, group = _named(source, line, given, repeats)
     turns = list(_turns(line))
-    answer = None
-    if turns and turns[-1][0] == "assistant":
-        answer = _answer(turns.pop()[1])
+    label, number = as_label(line.get("label")), as_number(line.get("number"))
+    labels = as_labels(line["labels"]) if line.get("labels") is not None else None
+    whole = len(turns)
+    if (label, labels, number) == (None, None, None) and any(role == "assistant" for role, _ in turns):
+        while turns[-1][0] != "assistant":  # nobody answers it
+            turns.pop()
+    cut = len(turns) < whole
+    answer = _answer(turns.pop()[1]) if turns and turns[-1][0] == "assistant" else None
+    target = Target(label, labels, number, answer)
+    if target == Target():
+        raise RefuseError("no_target", "no message is the assistant's, and there is no label, labels or number")
     media = _Media(media_root(source.root, shown), data, line, [content for _, content in turns])
     parts = media.parts(turns)
-    target = Target(
-        as_label(line.get("label")),
-        as_labels(line["labels"]) if line.get("labels") is not None else None,
-        as_number(line.get("number")),
-        answer,
-    )
-    if target == Target():
-        raise RefuseError(
-            "no_target", "the last message is not the assistant's, and there is no label, labels or number"
-        )
     if not parts:
         raise RefuseError("no_parts", "nothing before the answer")
-    return Record(
+    record = Record(
         name, tuple(parts), as_text(line.get("task")) or source.task, target,
-        as_split(line.get("split")) or source.split, group or name,
+        as_split(line.get("split")) or source.split, group,
         as_text(line.get("lang")) or source.lang, as_text(line.get("source")) or shown,
         as_text(line.get("license")) or source.license,
     )  # fmt: skip
+    return record, cut
+
+
+def _named(source: ChatSource, line: dict[str, Any], given: str, repeats: dict[int, int]) -> tuple[str, str]:
+    """(id, group) of a line: what it gives, else its hash, with a number after it where the same line was there before."""
+    group = as_text(line.get("group")) or given
+    if given and source.id == "given":
+        return given, group
+    name = sha256_json(line)[:20]
+    seen = repeats.get(int(name, 16), 0)
+    repeats[int(name, 16)] = seen + 1
+    return name + (f"-{seen + 1}" if seen else ""), group or name
 
 
 def _turns(line: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -106,13 +116,41 @@ def _turns(line: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     messages = line.get("messages", line.get("conversations"))
     if not isinstance(messages, list) or not messages:
         raise RefuseError("no_messages", "neither `messages` nor `conversations` with something in it")
+    if tools := _parsed(line.get("tools")):
+        written = [t if isinstance(t, str) else _json(t) for t in (tools if isinstance(tools, list) else [tools])]
+        yield "system", [{"type": "text", "text": "\n".join(written)}]
     for message in messages:
         if not isinstance(message, dict):
             raise RefuseError("bad_row", f"a message is a {type(message).__name__}")
         said = message.get("role", message.get("from"))
         if str(said).lower() not in ROLES:
             raise RefuseError("bad_role", f"role {str(said)[:40]!r}; wanted user, assistant or system")
-        yield ROLES[str(said).lower()], message.get("content", message.get("value"))
+        yield ROLES[str(said).lower()], _with_calls(message, message.get("content", message.get("value")))
+
+
+def _with_calls(message: dict[str, Any], content: Any) -> Any:
+    """The content of a message, with its calls of tools as text behind it."""
+    calls = message.get("tool_calls") or message.get("function_call") or []
+    said = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        called = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(called, dict) or not isinstance(called.get("name"), str):
+            raise RefuseError("bad_row", "a call of a tool without a name")
+        given = _parsed(called.get("arguments", {}))
+        said.append({"type": "text", "text": _json({"name": called["name"], "arguments": given})})
+    return [*(content if isinstance(content, list) else [content]), *said] if said else content
+
+
+def _parsed(value: Any) -> Any:
+    """What a text of JSON says; everything else, also a text that is none, as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _answer(content: Any) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mmlm import remote
 from mmlm.corpus.config import FolderSource
 from mmlm.corpus.drafts import SPLIT_NAMES, Draft, Outcomes, Refusal, RefuseError, as_label, decode_text, pick_wording
+from mmlm.corpus.readers.links import Bad, Links, Trail, is_left_over
 from mmlm.corpus.records import Part, Record, Target
 from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, TEXT_ENDINGS, VIDEO_ENDINGS, sniff
 from mmlm.storage import is_remote, sha256_bytes
@@ -16,58 +18,54 @@ from mmlm.storage import is_remote, sha256_bytes
 MAX_TEXT = 1 << 20
 """Bytes of the longest text file that is read as a record."""
 _ENDINGS = {"image": IMAGE_ENDINGS, "audio": AUDIO_ENDINGS, "text": TEXT_ENDINGS, "video": VIDEO_ENDINGS}
-_LEFTOVERS = {"thumbs.db", "desktop.ini", "__macosx", "icon\r", "ehthumbs.db"}
 
 
-def _is_left_over(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _LEFTOVERS
+def list_files(folder: Path, within: Path | None = None, bad: Bad | None = None) -> Iterator[str]:
+    """Relative paths of all files below `folder`, sorted; hidden ones and what systems leave behind are skipped.
 
+    Links are followed as `Links` says.
+    """
+    links = Links(folder, within, bad)
 
-def list_files(folder: Path) -> Iterator[str]:
-    """Relative paths of all files below `folder`, sorted; hidden ones and what systems leave behind are skipped."""
-
-    def walk(relative: str) -> Iterator[str]:
-        with os.scandir(folder / relative) as found:
-            entries = sorted(found, key=lambda e: e.name)
-        for entry in entries:
-            if _is_left_over(entry.name):
-                continue
-            below = f"{relative}/{entry.name}" if relative else entry.name
-            if entry.is_dir(follow_symlinks=False):
-                yield from walk(below)
-            elif entry.is_file():  # a link to a file counts, a link to a folder could run in circles
+    def walk(relative: str, trail: Trail) -> Iterator[str]:
+        for name, inner in links.entries(relative, trail):
+            below = f"{relative}/{name}" if relative else name
+            if inner:
+                yield from walk(below, inner)
+            else:
                 yield below
 
-    yield from walk("")
+    yield from walk("", links.trail)
 
 
 class Tree:
     """The files below a folder: one of this machine, or one that lies elsewhere, whose files are fetched when opened.
 
     `path` is what the source says, `prefix` what stands before relative paths in ids and URIs. `root` is the address
-    that all paths are relative to, where the whole corpus lies elsewhere.
+    that all paths are relative to, where the whole corpus lies elsewhere. Links may lead to any folder in `within`; without
+    it, in the folder itself.
     """
 
-    def __init__(self, path: str, folder: Path, root: str = "") -> None:
-        self.folder = folder
+    def __init__(self, path: str, folder: Path, root: str = "", within: Path | None = None) -> None:
+        self.folder, self.within = folder, within
         inside = "" if path in ("", ".") else path.strip("/").removeprefix("./") + "/"
         self.uri = path.rstrip("/") if is_remote(path) else f"{root.rstrip('/')}/{inside}".rstrip("/") if root else ""
         self.prefix = f"{self.uri}/" if is_remote(path) else inside
 
-    def files(self) -> Iterator[str]:
-        """Relative paths of all files, sorted folder by folder."""
+    def files(self, bad: list[Refusal] | None = None) -> Iterator[str]:
+        """Relative paths of all files, sorted folder by folder. Links that are not followed are added to `bad`."""
         if not self.uri:
-            yield from list_files(self.folder)
+            yield from list_files(self.folder, self.within, self._teller(bad))
             return
         for uri in remote.below(self.uri + "/"):
             relative = uri.removeprefix(self.uri + "/")
-            if not any(_is_left_over(name) for name in relative.split("/")):
+            if not any(is_left_over(name) for name in relative.split("/")):
                 yield relative
 
-    def folders(self) -> Iterator[tuple[str, list[str]]]:
-        """(relative path, sorted names of its files) of every folder that holds files."""
+    def folders(self, bad: list[Refusal] | None = None) -> Iterator[tuple[str, list[str]]]:
+        """(relative path, sorted names of its files) of every folder that holds files. `bad`: see `files`."""
         if not self.uri:
-            yield from walk_folders(self.folder)
+            yield from walk_folders(self.folder, self.within, self._teller(bad))
             return
         found: dict[str, list[str]] = {}
         for relative in self.files():
@@ -75,51 +73,72 @@ class Tree:
             found.setdefault(folder, []).append(name)
         yield from ((folder, sorted(found[folder])) for folder in sorted(found))
 
+    def _teller(self, bad: list[Refusal] | None) -> Bad:
+        def told(refusal: Refusal) -> None:
+            if bad is not None:
+                shown = self.prefix + refusal.id
+                shown = shown if storable(shown) else ascii(shown)
+                bad.append(replace(refusal, source=shown, id=shown))
+
+        return told
+
     def open(self, relative: str) -> Path:
         """The file on this machine. Raises DataError when it lies elsewhere and cannot be fetched."""
         return remote.fetch(f"{self.uri}/{relative}") if self.uri else self.folder / relative
 
 
-def walk_folders(folder: Path) -> Iterator[tuple[str, list[str]]]:
+def walk_folders(folder: Path, within: Path | None = None, bad: Bad | None = None) -> Iterator[tuple[str, list[str]]]:
     """(relative path, sorted names of its files) of `folder` and of every folder below it that holds files."""
+    links = Links(folder, within, bad)
 
-    def walk(relative: str) -> Iterator[tuple[str, list[str]]]:
-        with os.scandir(folder / relative) as found:
-            entries = sorted((e for e in found if not _is_left_over(e.name)), key=lambda e: e.name)
-        folders = [e.name for e in entries if e.is_dir(follow_symlinks=False)]
-        if names := [e.name for e in entries if e.is_file()]:
+    def walk(relative: str, trail: Trail) -> Iterator[tuple[str, list[str]]]:
+        entries = links.entries(relative, trail)
+        folders = [(name, inner) for name, inner in entries if inner]
+        if names := [name for name, inner in entries if not inner]:
             yield relative, names
         del entries
-        for name in folders:
-            yield from walk(f"{relative}/{name}" if relative else name)
+        for name, inner in folders:
+            yield from walk(f"{relative}/{name}" if relative else name, inner)
 
-    yield from walk("")
+    yield from walk("", links.trail)
 
 
 def split_level(files: Iterable[str], depth: int = 2) -> bool:
     """Whether the topmost folders are splits: all bear names of splits, train is there, and something lies `depth`
-    folders deep (2: classes lie below)."""
-    train = deep = False
+    folders deep (2: classes lie below). With classes, other folders may lie beside them (`unlabeled`), where train has
+    two classes or more, and another split is there or no other folder has folders in it."""
+    classes: dict[str, set[str]] = {}
+    others = nested = deep = False
     for file in files:
         if "/" not in file:
             continue
-        split = SPLIT_NAMES.get(file.split("/")[0].lower(), "")
-        if not split:
+        top, *below = file.split("/")[:-1]
+        split = SPLIT_NAMES.get(top.lower(), "")
+        if split:
+            classes.setdefault(split, set()).update(below[:1])
+            deep = deep or 1 + len(below) >= depth
+        elif depth < 2:
             return False
-        train = train or split == "train"
-        deep = deep or file.count("/") >= depth
-    return train and deep
+        else:
+            others, nested = True, nested or bool(below)
+    if others:
+        return len(classes.get("train", ())) > 1 and (len(classes) > 1 or not nested)
+    return "train" in classes and deep
 
 
 def read_folders(source: FolderSource, tree: Tree) -> Outcomes:
     """Drafts of every file of `tree`; `group` is left empty, which means the hash of the content."""
     with_splits = split_level(tree.files())
-    for relative in tree.files():  # listed twice instead of being held in memory
+    links: list[Refusal] = []
+    for relative in tree.files(links):  # listed twice instead of being held in memory
         shown = tree.prefix + relative
         if not storable(shown):
             yield Refusal(ascii(shown), "", "bad_name", "the file's name is not UTF-8")
             continue
         folders = relative.split("/")[:-1]
+        if with_splits and folders and folders[0].lower() not in SPLIT_NAMES:
+            yield Refusal(shown, shown, "no_split", f"{folders[0]!r} lies beside the splits and is none of them")
+            continue
         split = SPLIT_NAMES[folders.pop(0).lower()] if with_splits and folders else source.split
         if not folders:
             yield Refusal(shown, shown, "no_class", "the file lies in no class folder")
@@ -135,6 +154,7 @@ def read_folders(source: FolderSource, tree: Tree) -> Outcomes:
             parts.append(Part("text", text=wording))
         record = Record(shown, tuple(parts), source.task, Target(label), split, "", lang, source.path, source.license)
         yield Draft(record, shown)
+    yield from links
 
 
 def kind_of(tree: Tree, relative: str) -> str | Refusal:

@@ -10,19 +10,17 @@ import glob
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pydantic
 import yaml
 
-from mmlm.corpus.column_names import ANSWER, LABEL, QUESTION
-from mmlm.corpus.config import CAPTION, Ask, HfSource, TableMap, TableSource
+from mmlm.corpus.config import HfSource
 from mmlm.corpus.drafts import SPLIT_NAMES, Outcomes, Refusal
 from mmlm.corpus.readers.folders import list_files, storable
+from mmlm.corpus.readers.hf_columns import KINDS, Features, inferred
 from mmlm.corpus.readers.rows import BROKEN_TABLE, Row, parquet_rows, parse_json, rows_at_a_time, rows_of_batch
 from mmlm.corpus.readers.table import read_asked
 from mmlm.corpus.readers.webdataset import split_in_name
@@ -31,22 +29,6 @@ from mmlm.errors import DataError
 Need = Callable[[Path], Path]
 MAX_INFO = 64 << 20
 """Bytes of the largest JSON or YAML that describes a data set."""
-TRANSCRIBE = {"en": "What is heard?", "zh": "听到了什么？"}
-_KINDS = {"Image": "image", "Audio": "audio", "Video": "video"}
-
-
-@dataclass
-class Features:
-    """What the columns are: `media` column → kind; `classes` column → names; `many` those that hold lists of classes;
-    `strings` in order."""
-
-    media: dict[str, str] = field(default_factory=dict)
-    classes: dict[str, list[str]] = field(default_factory=dict)
-    many: set[str] = field(default_factory=set)
-    strings: list[str] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.media or self.classes or self.strings)
 
 
 def hf_files(source: HfSource, folder: Path) -> list[tuple[str, str]]:
@@ -85,9 +67,10 @@ def read_hf(
     """
     files = hf_files(source, folder)
     features = features_of(folder, files, need)
+    hidden: set[str] = set()
     prefix = "" if source.path in ("", ".") else os.path.normpath(source.path) + "/"
     rows: Iterator[tuple[str, Row | Refusal, str]] = (
-        (prefix + name, converted(row, features), split)
+        (prefix + name, converted(row, features, hidden), split)
         for split, name in files
         for row in rows_of(need(folder / name), prefix + name)
     )
@@ -103,60 +86,18 @@ def read_hf(
             refused.append(one[1])
         yield from refused  # nothing else is there, and no question to be made up
         return
-    yield from read_asked(inferred(source, features), rows, data, True, repeats)
+    for outcome in read_asked(inferred(source, features), rows, data, True, repeats):
+        # a row is not taken before all is yielded of the one before it, so `hidden` is about this one
+        yield _unlabelled(outcome, hidden) if isinstance(outcome, Refusal) else outcome
 
 
-def inferred(source: HfSource, features: Features) -> TableSource:
-    """The source as a table: what its map and questions leave open is read off `features`.
-
-    Raises DataError when no column is an answer or a label, or a name is no selector.
-    """
-    columns = source.map.model_dump()
-    for kind in _KINDS.values():
-        named = [c for c, k in features.media.items() if k == kind]
-        if named and not columns[kind]:
-            columns[kind] = named if len(named) == 1 else [f"_{kind}s"]
-            columns["many"] = "all"
-    try:
-        return TableSource(
-            kind="table", files=[source.path], root="" if source.path == "." else source.path, map=TableMap(**columns),
-            ask=source.ask or _asks(source, features), lang=source.lang, license=source.license, split=source.split,
-        )  # fmt: skip
-    except pydantic.ValidationError as error:
-        raise DataError(
-            f"the columns of {source.path} have names that cannot be read as selectors ({error.errors()[0]['msg'][:120]})",
-            cure="rename them, or say in `map` and `ask` which columns hold what",
-        ) from None
-
-
-def _asks(source: HfSource, features: Features) -> list[Ask]:
-    strings = [s for s in features.strings if s not in (source.map.id, source.map.lang, source.map.group)]
-    lower = {s.lower(): s for s in strings}
-    question = next((lower[s] for s in lower if s in QUESTION), None)
-    answer = next((lower[s] for s in lower if s in ANSWER and lower[s] != question), None)
-    text = strings[0] if strings else None
-    if features.classes:
-        return [
-            Ask(
-                task=name, text=text, question={"en": f"Which {name} is this?", "zh": f"这是哪一个 {name}？"},
-                **{"labels" if name in features.many else "label": name},
-            )
-            for name in features.classes
-        ]  # fmt: skip
-    if question and answer:
-        return [Ask(task="answer", text=question, context=lower.get("context"), answer=answer)]
-    label = next((lower[s] for s in LABEL if s in lower), None)
-    if label and (features.media or len(strings) > 1):
-        text = next((s for s in strings if s != label), None)
-        return [Ask(task=label, text=text, question={"en": "Which class is this?", "zh": "这是哪一类？"}, label=label)]
-    if text and features.media:
-        heard = set(features.media.values()) == {"audio"}
-        task, wording = ("transcript", TRANSCRIBE) if heard else ("caption", CAPTION)
-        return [Ask(task=task, question=wording, answer=answer or text)]
-    raise DataError(
-        f"the columns of {source.path} ({', '.join([*features.media, *strings])[:200]}) do not say what is to be answered",
-        cure="say in `ask` which column holds the label or answer, such as {task: label, text: text, label: label}",
-    )
+def _unlabelled(refusal: Refusal, hidden: set[str]) -> Refusal:
+    """The refusal, said more exactly where it is for the lack of a class that is one of `hidden`."""
+    for column in hidden:
+        if (refusal.reason, refusal.detail) == ("no_target", f"no label at `{column}`"):
+            detail = f"`{column}` is -1, by which Hugging Face data sets say that there is no label"
+            return Refusal(refusal.source, refusal.id, "no_label", detail)
+    return refusal
 
 
 def _arrow_files(folder: Path) -> list[str]:
@@ -264,14 +205,16 @@ def read_features(told: Any) -> Features:
         ):
             inner, listed = (inner[0] if inner else None) if isinstance(inner, list) else inner.get("feature"), True
         if not isinstance(inner, dict):
-            continue
-        if (kind := inner.get("_type")) in _KINDS:
-            features.media[name] = _KINDS[kind]
+            features.others.append(name)
+        elif (kind := inner.get("_type")) in KINDS:
+            features.media[name] = KINDS[kind]
         elif kind == "ClassLabel" and isinstance(inner.get("names"), list):
             features.classes[name] = [str(n) for n in inner["names"]]
             features.many |= {name} if listed else set()
         elif kind == "Value" and inner.get("dtype") in ("string", "large_string") and not listed:
             features.strings.append(name)
+        else:
+            features.others.append(name)
     return features
 
 
@@ -288,7 +231,7 @@ def _readme_features(folder: Path) -> dict[str, Any] | None:
             values = list(names.values()) if isinstance(names, dict) else names
             found[str(one.get("name"))] = {"_type": "ClassLabel", "names": values}
         elif isinstance(kind, str):
-            named = {"_type": kind.capitalize()} if kind.capitalize() in _KINDS else {"_type": "Value", "dtype": kind}
+            named = {"_type": kind.capitalize()} if kind.capitalize() in KINDS else {"_type": "Value", "dtype": kind}
             found[str(one.get("name"))] = named
     return found or None
 
@@ -301,6 +244,8 @@ def _features_of_schema(schema: pa.Schema) -> Features:
             features.strings.append(column.name)
         elif pa.types.is_struct(column.type) and {f.name for f in column.type} == {"bytes", "path"}:
             features.media[column.name] = "audio" if "audio" in column.name.lower() else "image"
+        else:
+            features.others.append(column.name)
     return features
 
 
@@ -345,8 +290,13 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
         yield from _open(held)
 
 
-def converted(row: Row | Refusal, features: Features) -> Row | Refusal:
-    """The row with names for numbers of classes; -1 means that the class is not told."""
+def converted(row: Row | Refusal, features: Features, hidden: set[str] | None = None) -> Row | Refusal:
+    """The row with names for numbers of classes; -1 means that the class is not told.
+
+    `hidden` is made the set of columns of which that is so.
+    """
+    hidden = set() if hidden is None else hidden
+    hidden.clear()
     if isinstance(row, Refusal):
         return row
     where, values = row
@@ -360,6 +310,7 @@ def converted(row: Row | Refusal, features: Features) -> Row | Refusal:
             values[name] = [names[v] for v in numbers]
         elif isinstance(value, int):
             values[name] = names[value] if numbers else None
+            hidden.update(() if numbers else [name])
     for kind in set(features.media.values()):
         columns = [c for c, k in features.media.items() if k == kind]
         if len(columns) > 1:

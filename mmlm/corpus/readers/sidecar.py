@@ -35,7 +35,8 @@ def read_sidecar(source: SidecarSource, tree: Tree) -> Outcomes:
     """Drafts of everything in `tree`; `group` is left empty, which means the hash of the content."""
     with_splits = split_level(tree.files(), depth=1)
     ignored = tuple("." + e.lower().lstrip(".") for e in source.ignore)
-    for relative, names in tree.folders():
+    links: list[Refusal] = []
+    for relative, names in tree.folders(links):
         top = relative.split("/")[0].lower()
         split = SPLIT_NAMES[top] if with_splits and relative else source.split
         stems: dict[str, list[str]] = {}
@@ -48,6 +49,7 @@ def read_sidecar(source: SidecarSource, tree: Tree) -> Outcomes:
                 stems.setdefault(os.path.splitext(name)[0], []).append(inside)
         for stem in sorted(stems):
             yield from _read(source, tree, stems[stem], split)
+    yield from links
 
 
 def _read(source: SidecarSource, tree: Tree, members: list[str], split: str) -> Outcomes:

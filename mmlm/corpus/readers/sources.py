@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from mmlm import remote
@@ -24,13 +25,14 @@ from mmlm.corpus.config import (
     TableSource,
     WebDatasetSource,
 )
-from mmlm.corpus.drafts import Draft, Outcomes
+from mmlm.corpus.drafts import Draft, Outcomes, Refusal
 from mmlm.corpus.elsewhere import laid_out
 from mmlm.corpus.keypad import FOLDER as KEYPAD_FOLDER
 from mmlm.corpus.keypad import TABLE as KEYPAD_TABLE
 from mmlm.corpus.readers.chat import read_chat
 from mmlm.corpus.readers.folders import Tree, list_files, read_folders
-from mmlm.corpus.readers.hf import TRANSCRIBE, Need, hf_files, read_hf
+from mmlm.corpus.readers.hf import Need, hf_files, read_hf
+from mmlm.corpus.readers.hf_columns import TRANSCRIBE
 from mmlm.corpus.readers.sidecar import read_sidecar
 from mmlm.corpus.readers.table import read_table
 from mmlm.corpus.readers.webdataset import read_webdataset
@@ -64,7 +66,7 @@ def files_of(source: Source, data: Path | str) -> list[tuple[str, Path]]:
         raise DataError(f"there is no folder {data}", wanted="the raw corpora", cure=_FETCH)
     if isinstance(source, FolderSource | SidecarSource | HfSource):
         folder = _folder(source, data)
-        tree = Tree(source.path, folder)
+        tree = Tree(source.path, folder, within=data)
         if tree.uri:
             return [(name, Path()) for name in _names_elsewhere(source, tree, data)]
         names = [f for _, f in hf_files(source, folder)] if isinstance(source, HfSource) else tree.files()
@@ -173,7 +175,7 @@ def _matching(source: Source, data: Path, pattern: str) -> Iterator[str]:
             yield os.path.normpath(name)
         elif (data / name).is_dir() and not glob.has_magic(pattern):
             endings = _FOLDER_HOLDS.get(source.kind, ())
-            for below in list_files(data / name):
+            for below in list_files(data / name, data):
                 if below.lower().endswith(endings):
                     yield os.path.normpath(f"{name}/{below}")
         elif not glob.has_magic(pattern):
@@ -211,7 +213,8 @@ def _read(source: Source, data: Path | str, repeats: dict[int, int] | None) -> O
         from mmlm.corpus.readers.documents import read_documents
 
         files = files_of(source, data)
-        return read_documents(source, [unsigned(name) for name, _ in files], _shown(opened(files, data)))
+        documents = read_documents(source, [unsigned(name) for name, _ in files], _shown(opened(files, data)))
+        return chain(documents, _bad_links(source, data))
     if isinstance(source, KeypadSource):
         if isinstance(data, str):
             raise DataError(
@@ -243,7 +246,17 @@ def data_set(source: HfSource, data: Path | str) -> Iterator[tuple[Path, Need]]:
 
 def _tree(source: FolderSource | SidecarSource | HfSource, data: Path | str) -> Tree:
     folder = _folder(source, data)
-    return Tree(source.path, folder, data if isinstance(data, str) else "")
+    return Tree(source.path, folder, data) if isinstance(data, str) else Tree(source.path, folder, within=data)
+
+
+def _bad_links(source: Source, data: Path | str) -> list[Refusal]:
+    """The links below the folders that a source's `files` name, which lead elsewhere or nowhere."""
+    found: list[Refusal] = []
+    for pattern in getattr(source, "files", []) if isinstance(data, Path) else []:
+        if not is_remote(pattern) and (Path(data) / pattern).is_dir():
+            for _ in Tree(pattern, Path(data) / pattern, within=Path(data)).files(found):
+                pass  # only what is found on the way is wanted
+    return found
 
 
 def _folder(source: FolderSource | SidecarSource | HfSource, data: Path | str) -> Path:
