@@ -142,11 +142,10 @@ class Columns:
             )  # fmt: skip
 
     def _lies(self, path: str, root: str) -> bool:
-        """Whether there is a file where a scan would look for it."""
-        try:
-            return os.path.isfile(self.data / media_uri(path, root, str(self.data.absolute())))
-        except RefuseError:
-            return False
+        """Whether there is a file where a scan would look for it, or would refuse to."""
+        with contextlib.suppress(RefuseError):
+            path, root = media_uri(path, root, str(self.data.absolute())), ""
+        return os.path.isfile(os.path.join(self.data, root, path))
 
     def _above(self, paths: list[str]) -> Path | None:
         """One of the two folders above the data, if the media paths are relative to it."""
