@@ -23,7 +23,7 @@ from mmlm.errors import ConfigError, Interrupted
 from mmlm.features import spec as feature_spec
 from mmlm.launch import ray_tune
 from mmlm.launch.local import ranks
-from mmlm.tracking import NullTracker
+from mmlm.tracking import NullTracker, Tracker
 from mmlm.train import columns
 from mmlm.train.config import AdamWConfig, LionConfig, TrainConfig
 from mmlm.train.telemetry import GIVEN
@@ -144,7 +144,7 @@ def test_who_did_all_steps_is_finished_however_bad_it_is(tmp_path: Path) -> None
 def test_a_metric_that_training_will_not_write_is_refused_before_the_first_trial(
     keypad_shards: Artifact, tmp_path: Path
 ) -> None:
-    where, tracker = tuning.Where(tmp_path, "", parallel=1), NullTracker()
+    where, tracker = tuning.Where(tmp_path, "", parallel=1), Tracker(f"sqlite:///{tmp_path}/none.db", "demo", tmp_path)
     for metric, validation, said in (
         ("nonsense", {}, r"'nonsense'; wanted one of loss, loss_answer, loss_label, .*lr, "),
         ("val/los", {"every": 5}, "did you mean 'val/loss'"),
