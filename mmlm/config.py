@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -94,10 +94,10 @@ def _literal(kind: type[Config]) -> tuple[Any, ...]:
     return get_args(kind.model_fields["kind"].annotation)
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, load: Callable[[str], Any] = yaml.safe_load) -> Any:
     """The content of a YAML file. Raises ConfigError with line and column when it is not YAML."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}", cure="check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -113,10 +113,19 @@ DECIDED_BY_PRESET = frozenset(
 """Keys of a model that a preset says something of."""
 
 
+def _read(raw: str) -> Any:
+    try:
+        return yaml.safe_load(raw)
+    except yaml.YAMLError:
+        return raw
+
+
 def apply_override(
-    data: dict[str, Any], dotted: str, raw: str, kinds: Mapping[str, type[Config]] | None = None
-) -> None:
-    """Set `a.b.c` in nested `data` to `raw` read as YAML (so `3`, `true`, `[1, 2]` and `text` are what they look like).
+    data: dict[str, Any], dotted: str, raw: str, kinds: Mapping[str, type[Config]] | None = None,
+    read: Callable[[str], Any] = _read,
+) -> None:  # fmt: skip
+    """Set `a.b.c` in nested `data` to `raw`, by default read as YAML (so `3`, `true`, `[1, 2]` and `text` are what they look
+    like).
 
     A `preset` replaces what was said before it of what it decides. With `kinds`, the config of each key of `data`, a
     `kind` takes away what was said before it that only other kinds have, and `fusion: concat` may be gone into as
@@ -133,10 +142,7 @@ def apply_override(
         if not isinstance(following, dict):
             raise ConfigError(f"--set {dotted}: `{step}` is a value, not a section")
         here = following
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        value = raw
+    value = read(raw)
     others = DECIDED_BY_PRESET if last == "preset" else frozenset[str]()
     if last == "kind":
         others = _only_of_others(_choices(kinds, path), value)

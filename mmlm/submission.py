@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mmlm import story as stories
+from mmlm import written
 from mmlm.config import Config, apply_override, parse, read_yaml, split_override
 from mmlm.errors import ConfigError
 from mmlm.storage import is_remote
@@ -92,13 +94,17 @@ def _checkout() -> dict[str, str]:
 
 
 def settings(kind: type[C], given: list[str]) -> C:
-    """`--cluster FILE` and `--cluster key=value`, the later ones over the earlier ones."""
+    """`--cluster FILE` and `--cluster key=value`, the later ones over the earlier ones. Texts are as they were written."""
     data: dict[str, Any] = {}
     for part in given:
-        if "=" in part and not Path(part).is_file():
-            apply_override(data, *split_override(part))
+        if "=" in part and not os.path.isfile(part):
+            key, raw = split_override(part)
+            apply_override(data, key, raw, read=partial(written.read_value, kind, key))
         else:
-            data.update(read_yaml(Path(part)) or {})
+            found = read_yaml(Path(part), partial(written.load, kind)) or {}
+            if not isinstance(found, dict):
+                raise ConfigError(f"{part} holds {type(found).__name__}", wanted="a mapping of keys to values")
+            data.update(found)
     return parse(kind, data, "--cluster")
 
 

@@ -84,10 +84,12 @@ def draw(space: str | list[Any], rng: random.Random, key: str = "") -> Any:
         low, high = (float(found[2]), float(found[3])) if found else (1.0, 0.0)
     except ValueError:
         found = None
-    if not found or not low < high or (found[1] == "log" and low <= 0):
+    if not found or not -math.inf < low < high < math.inf or (found[1] == "log" and low <= 0):
         raise ValueError(f"{key} = {space}: wanted log(low,high), uniform(low,high), int(low,high) or [a, b, c]")
+    if found[1] == "int" and (first := math.ceil(low)) > (last := math.floor(high)):
+        raise ValueError(f"{key} = {space}: no whole number lies there; wanted int(1,8), or uniform({low:g},{high:g})")
     if found[1] == "int":
-        return rng.randint(math.ceil(low), math.floor(high))
+        return rng.randint(first, last)
     if found[1] == "log":
         return float(f"{math.exp(rng.uniform(math.log(low), math.log(high))):.4g}")
     return float(f"{rng.uniform(low, high):.4g}")
@@ -175,9 +177,12 @@ def tune(config: TuneConfig, written: Mapping[str, Any], shards: Artifact, where
     training does not write.
     """
     from mmlm.launch import ray_tune
+    from mmlm.train import columns
 
     out, base = where.out / FOLDER, parse(TrainConfig, copy.deepcopy(dict(written)), "train.yaml")
     every, refused = _trials(config, written)
+    if config.metric:
+        columns.require(config.metric, every.values(), shards.path)
     tried = sha256_json({str(number): resolved(trial) for number, trial in every.items()})
     work = artifacts.begin(
         out, "search", recipe=RECIPE, config=config, parents={"shards": shards},
@@ -268,7 +273,7 @@ def _plan(number: int, config: TrainConfig, shards: Artifact, where: Where, trac
         number=number, command=[sys.executable, "-m", "mmlm.tuning", str(folder / "trial.json")],
         environment={"PYTHONPATH": path, "OMP_NUM_THREADS": str(max(1, cores() // (where.parallel * where.ranks)))},
         rows=str(folder / "model" / "metrics.jsonl"),
-        done=str(folder / "model" / artifacts.NAME), log=str(folder / "log.txt"),
+        done=str(folder / "model" / artifacts.NAME), log=str(folder / "log.txt"), steps=config.steps,
     )  # fmt: skip
 
 

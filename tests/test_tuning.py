@@ -20,10 +20,17 @@ from mmlm.artifacts import Artifact
 from mmlm.cli import main
 from mmlm.config import parse
 from mmlm.errors import ConfigError, Interrupted
+from mmlm.features import spec as feature_spec
 from mmlm.launch import ray_tune
+from mmlm.launch.local import ranks
+from mmlm.tracking import NullTracker, Tracker
+from mmlm.train import columns
 from mmlm.train.config import AdamWConfig, LionConfig, TrainConfig
+from mmlm.train.telemetry import GIVEN
+from mmlm.train.train import train
 from mmlm.tuning import TuneConfig
 from mmlm.world import cores
+from tests.train.runs import SMALL
 
 SPACES = {"train.optimizer.lr": "log(1e-4,1e-2)", "train.model.layers": "int(1,3)", "train.model.width": [64, 128]}
 
@@ -45,12 +52,18 @@ def test_a_grid_has_as_many_trials_as_it_has_points() -> None:
     assert len(tuning.settings_of(config)) == 4
 
 
-@pytest.mark.parametrize("space", ["log(0,1)", "log(2,1)", "uniform(1)", "gauss(0,1)", "int(a,b)", []])
+@pytest.mark.parametrize("space", ["log(0,1)", "log(2,1)", "int(1,inf)", "uniform(1)", "gauss(0,1)", "int(a,b)", []])
 def test_a_space_that_is_none_is_refused(space: Any) -> None:
     with pytest.raises(ConfigError, match=r"wanted log|empty list"):
         parse(TuneConfig, {"search": {"train.optimizer.lr": space}}, "tune")
     with pytest.raises(ValueError):
         tuning.draw(space, random.Random(0))
+
+
+def test_a_range_without_a_whole_number_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"int\(0.2,0.8\): no whole number lies there; wanted int\(1,8\), or uniform"):
+        parse(TuneConfig, {"search": {"train.seed": "int(0.2,0.8)"}}, "tune")
+    assert tuning.draw("int(0.2,1.8)", random.Random(0)) == 1
 
 
 def test_flags_stand_over_the_file(tmp_path: Path) -> None:
@@ -93,7 +106,7 @@ def test_a_search_ends_for_a_time_limit_and_for_a_metric_that_is_none(tmp_path: 
             plans = [
                 ray_tune.TrialPlan(
                     n, [sys.executable, "-c", WRITER, f"{tmp_path}/{number}-{n}", "4" if metric == "loss" else "0"], {},
-                    rows=f"{tmp_path}/{number}-{n}", done=f"{tmp_path}/none", log=f"{tmp_path}/log",
+                    rows=f"{tmp_path}/{number}-{n}", done=f"{tmp_path}/none", log=f"{tmp_path}/log", steps=10,
                 )
                 for n in range(3)
             ]  # fmt: skip
@@ -101,6 +114,56 @@ def test_a_search_ends_for_a_time_limit_and_for_a_metric_that_is_none(tmp_path: 
             with pytest.raises(error, match=said):
                 ray_tune.search(plans, objective, parallel=1, ranks=2, gpu=False, storage=tmp_path / "ray")
             assert time.monotonic() - start < 40 and len(list(tmp_path.glob(f"{number}-*"))) < 3
+
+
+LATE = """
+import json, pathlib, sys, time
+print(json.dumps({"step": 10, "time": 1, "metrics": {"loss": float(sys.argv[2])}}), file=open(sys.argv[1], "w"), flush=True)
+time.sleep(1)  # writes its model
+pathlib.Path(sys.argv[1] + ".done").write_text("")
+"""
+
+
+def test_who_did_all_steps_is_finished_however_bad_it_is(tmp_path: Path) -> None:
+    objective = ray_tune.Objective("loss", "min", mean_of=1, steps=10, grace=1, reduction=3)
+    plans = [
+        ray_tune.TrialPlan(
+            n, [sys.executable, "-c", LATE, f"{tmp_path}/{n}", str(n)], {},
+            rows=f"{tmp_path}/{n}", done=f"{tmp_path}/{n}.done", log=f"{tmp_path}/log", steps=10,
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    with tuning._session(tuning.Where(tmp_path, "", parallel=1)):
+        outcomes = ray_tune.search(plans, objective, parallel=1, ranks=1, gpu=False, storage=tmp_path / "ray")
+    assert [(o.number, o.value, o.step, o.finished, o.error) for o in outcomes] == [
+        (0, 0.0, 10, True, ""), (1, 1.0, 10, True, ""),
+    ]  # fmt: skip
+    assert all(Path(plan.done).exists() for plan in plans)
+
+
+def test_a_metric_that_training_will_not_write_is_refused_before_the_first_trial(
+    keypad_shards: Artifact, tmp_path: Path
+) -> None:
+    where, tracker = tuning.Where(tmp_path, "", parallel=1), Tracker(f"sqlite:///{tmp_path}/none.db", "demo", tmp_path)
+    for metric, validation, said in (
+        ("nonsense", {}, r"'nonsense'; wanted one of loss, loss_answer, loss_label, .*lr, "),
+        ("val/los", {"every": 5}, "did you mean 'val/loss'"),
+        ("val/loss", {}, "set train.validation.every"),
+    ):
+        config = TuneConfig(search={"train.seed": [1, 2]}, metric=metric)
+        with pytest.raises(ConfigError, match=said):
+            tuning.tune(config, {**SMALL, "validation": validation}, keypad_shards, where, tracker)
+    assert not list(tmp_path.rglob("trial.json"))
+
+
+def test_the_columns_that_are_foretold_are_those_of_a_training(keypad_shards: Artifact, tmp_path: Path) -> None:
+    config = parse(TrainConfig, {**SMALL, "steps": 2, "validation": {"every": 1, "records": 8}}, "test")
+    made = train(config, keypad_shards, out=tmp_path / "model", launch=ranks(1), tracker=NullTracker())
+    rows = [json.loads(line)["metrics"] for line in (made.path / "metrics.jsonl").read_text().splitlines()]
+    written = {name for row in rows for name in row}
+    foretold = set(columns.columns(config, feature_spec.load(keypad_shards.path)))
+    assert written <= foretold and {"loss_label", "val/loss_label", "val/label_accuracy", "lr"} <= written
+    assert foretold - written <= {"skipped", "damaged", "memory_cuda_bytes", *(f"loss_given/{g}" for g in GIVEN)}
 
 
 def test_a_metric_of_validation_may_come_later(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class Loader:
 
     Where the work is done changes no batch: `workers` processes make them ahead, or none; `pin` puts them into
     page-locked memory, for a GPU. A `quiet` one tells nothing of its plan: it only looks. `plan` is the digest of the pack plan
-    that a checkpoint names: where it is there, it is taken.
+    that a checkpoint names: where it is there, it is taken. `pieces`: micro-batches of a step on each rank.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Loader:
         pin: bool = False,
         quiet: bool = False,
         plan: str | None = None,
+        pieces: int = 1,
     ) -> None:
         self.workers = (
             _number("MMLM_DATA_WORKERS", _default_workers(world) if pin else 0) if workers is None else workers
@@ -80,17 +81,21 @@ class Loader:
         """(step, piece, pieces) of what the pool was asked for."""
         self._thread = ThreadPoolExecutor(1, "pin") if pin else None
         self._next: tuple[tuple[int, int], Future[list[Batch]]] | None = None
-        self._require(1)
+        self._require(pieces)
         if world.is_main and not quiet:
             for line in self.describe(steps):
                 tell(line)
 
     def _require(self, pieces: int) -> None:
-        if self.config.batch < self.world.size * pieces:
+        batch, ranks = self.config.batch, self.world.size
+        if batch < ranks * pieces:
+            alone = [("a smaller accumulate", batch >= ranks), ("fewer ranks", batch >= pieces)]
+            enough = [cure for cure, helps in alone if helps] or ["fewer ranks and a smaller accumulate"]
+            each = f" of {pieces} micro-batches on each" if pieces > 1 else ""
             raise ConfigError(
-                f"a batch of {self.config.batch}",
-                wanted=f"at least one sequence for each of {pieces} micro-batches on each of {self.world.size} ranks",
-                cure="give a larger data.batch, a smaller accumulate or fewer ranks",
+                f"data.batch: {batch}",
+                wanted=f"{ranks * pieces} or more, a sequence for each{each} of {ranks} ranks",
+                cure="give " + " or ".join(["a larger data.batch", *enough]),
             )  # fmt: skip
 
     def batch(self, step: int) -> Batch:

@@ -15,7 +15,7 @@ import subprocess
 from dataclasses import dataclass
 
 import yaml
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from mmlm.config import Config
 from mmlm.errors import LaunchError
@@ -67,6 +67,14 @@ class KubeRayConfig(Config):
     """Variables on all nodes."""
     secrets: dict[k8s.VariableName, str] = {}
     """Variables that come from a secret: NAME → secret/key."""
+
+    @field_validator("workers_max")
+    @classmethod
+    def _not_below(cls, most: int | None, info: ValidationInfo) -> int | None:
+        workers = info.data.get("workers")
+        if most is not None and workers is not None and most < workers:
+            raise ValueError(f"the cluster begins with workers = {workers} and only grows; give at least that, or none")
+        return most
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,13 @@ limit: a large model takes minutes, and a second stop (or the watchdog of a hung
 GRACE_SECONDS = 10.0
 """How long the other ranks may take to end after one of them failed."""
 STOPPED = Interrupted.exit_code
-AGAIN = "run the same command again, it continues from the last checkpoint"
+
+
+def again(log: Path) -> str:
+    """What to do after a stop or a loss, by whether there is a checkpoint beside the folder `log`."""
+    if any((log.parent / "checkpoints").glob("step-*")):
+        return "run the same command again, it continues from the last checkpoint"
+    return "run the same command again, it begins anew: there was no checkpoint yet"
 
 
 class Launch(Protocol):
@@ -48,6 +54,8 @@ class Launch(Protocol):
 class Stoppable(Protocol):
     signals: int
     """Stop signals that this process got."""
+    number: int
+    """Which was the first; 0: none."""
 
 
 C = TypeVar("C", bound=Stoppable)
@@ -162,6 +170,8 @@ class _Group:
     """Ranks that ended neither well nor as asked, in the order seen."""
     signals: int = 0
     """Stop signals that this process got."""
+    number: int = 0
+    """Which was the first; 0: none."""
     stopping: bool = False
 
     def start(self, target: str, rank: int, environment: dict[str, str]) -> None:
@@ -194,7 +204,7 @@ class _Group:
             self.look()
             if (self.stopping or self.failed) and not forwarded:
                 forwarded = True
-                self.send(signal.SIGTERM)
+                self.send(self.number or signal.SIGTERM)  # they tell by what they were stopped
             if self.stopping and any(p.poll() is not None for p in self.processes):
                 kill_at = min(kill_at, time.monotonic() + SAVE_SECONDS)
             if self.failed:
@@ -237,7 +247,7 @@ class _Group:
         if self.signals or not self.failed:
             said = next((error for error in typed.values() if isinstance(error, Interrupted)), None)
             how = "training was stopped before it could save" if self.failed else "training was stopped"
-            raise said or Interrupted(how, cure=AGAIN)
+            raise said or Interrupted(how, cure=again(self.log))
         first = self.failed[0]
         raise typed.get(first) or self._death(first)
 
@@ -247,7 +257,7 @@ class _Group:
         if code == -signal.SIGKILL:
             return WorkLost(
                 f"rank {rank} was killed (signal 9), often for lack of memory",
-                cure=f"free memory or give a smaller batch; {AGAIN}",
+                cure=f"free memory or give a smaller batch; {again(self.log)}",
             )
         how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         return RankCrashed(f"rank {rank} {how}: {last_lines(path)}", cure=f"see {path}")
@@ -296,6 +306,7 @@ def count_signals(into: C) -> Iterator[C]:
         nonlocal last
         if time.monotonic() - last > 1.0:  # one Ctrl-C may arrive twice (terminal and shell); a second one means "now"
             into.signals += 1
+            into.number = into.number or number
             last = time.monotonic()
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

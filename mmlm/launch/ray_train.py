@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlm.errors import Interrupted, LaunchError, MmlmError, WorkLost
-from mmlm.launch.local import AGAIN, Launch, RankCrashed, count_signals, read_error
+from mmlm.launch.local import Launch, RankCrashed, again, count_signals, read_error
 from mmlm.progress import tell
 from mmlm.world import quiet_environment
 
@@ -90,12 +90,12 @@ class RayRanks:
         with count_signals(Asked()) as asked:
             while (lost := self._attempt(target, args, log, asked)) is not None:
                 if asked.signals:
-                    raise Interrupted("training was stopped before it could save", cure=AGAIN)
+                    raise Interrupted("training was stopped before it could save", cure=again(log))
                 if not losses.survivable():
                     raise lost
                 tell(f"{_sentence(lost)}; starting the ranks again ({losses.count} of {RESTARTS})")
         if asked.signals:  # the ranks were done, or as good as done; but nothing may follow them
-            raise Interrupted("training was stopped", cure=AGAIN)
+            raise Interrupted("training was stopped", cure=again(log))
 
     def _attempt(self, target: str, args: dict[str, Any], log: Path, asked: Asked) -> Exception | None:
         """Run the ranks once. Returns what was lost; raises what starting again would not mend."""
@@ -115,7 +115,7 @@ class RayRanks:
                 raise told  # bad input stays bad; a hang need not come back
         if failed is None:
             return None
-        lost = WorkLost(f"the ranks were lost: {_innermost(failed)}", cure=f"see {log}; {AGAIN}")
+        lost = WorkLost(f"the ranks were lost: {_innermost(failed)}", cure=f"see {log}; {again(log)}")
         return said[0] if said else lost
 
     def _fit(self, target: str, args: dict[str, Any], log: Path) -> None:
@@ -165,9 +165,10 @@ def run_rank(config: dict[str, Any]) -> None:
 
 
 class Asked:
-    """Stop signals that this process got."""
+    """Stop signals that this process got, and which was the first."""
 
     signals = 0
+    number = 0
 
 
 class Losses:
@@ -211,7 +212,7 @@ def stoppable(work: Callable[[], object], file: Path, asked: Asked, seconds: flo
             file.touch()
             tell(f"asked to stop: the ranks have {seconds:.0f} s to finish their step and save")
         if asked.signals > 1 or time.monotonic() > give_up:
-            raise Interrupted("training was stopped before it could save", cure=AGAIN)
+            raise Interrupted("training was stopped before it could save", cure=again(file.parent))
         wait([outcome], timeout=0.2)
     outcome.result()
 

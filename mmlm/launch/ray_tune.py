@@ -47,6 +47,8 @@ class TrialPlan:
     done: str
     """The file that is there when the command has done its work."""
     log: str
+    steps: int
+    """The last step of the command."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Outcome:
     """The last step that was reported."""
     error: str
     finished: bool
-    """False for a trial that ASHA stopped."""
+    """False for a trial that ASHA stopped before its last step."""
     seconds: float
 
 
@@ -99,8 +101,10 @@ class Trial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         while True:
             over = self.process is None or self.process.poll() is not None  # asked first: it may write until its end
+            done = over and Path(self.plan.done).exists()
             rows = values(Path(self.plan.rows), self.objective.metric)
-            if len(rows) > self.reported:
+            # who took its last step is let end before that is told: to stop it then saves nothing, and loses its model
+            if len(rows) > self.reported and (done or rows[self.reported][0] < self.plan.steps):
                 step, value = rows[self.reported]
                 self.reported += 1
                 self.recent.append(value)
@@ -110,7 +114,6 @@ class Trial(tune.Trainable):
                     "value": mean if math.isfinite(mean) else _worst(self.objective.mode),
                 }
                 return self.last
-            done = over and Path(self.plan.done).exists()
             if unknown := missing(Path(self.plan.rows), self.objective.metric, done):
                 return {**self.last, HALT: f"columns: {', '.join(unknown)}", "done": True}
             if done:
@@ -294,7 +297,7 @@ def _outcome(result: Any, objective: Objective) -> Outcome:
     best = (min if objective.mode == "min" else max)((v for _, v in _means(rows, objective.mean_of)), default=None)
     return Outcome(
         plan.number, best, rows[-1][0] if rows else 0, last_words(Path(plan.log)) if result.error else "",
-        Path(plan.done).exists(), _seconds(Path(plan.rows)),
+        Path(plan.done).exists() or bool(rows and rows[-1][0] >= plan.steps), _seconds(Path(plan.rows)),
     )  # fmt: skip
 
 

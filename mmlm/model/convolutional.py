@@ -36,6 +36,7 @@ class CnnModel(FusedTransformer):
     """Built as a FusedTransformer. Raises ConfigError for a spec that asks for more than classes by picture or sound."""
 
     generates = False
+    reads_text = False
 
     def __init__(self, config: CnnConfig, spec: FeatureSpec, field_rows: int = 0) -> None:
         nn.Module.__init__(self)

@@ -78,6 +78,8 @@ class FusedTransformer(nn.Module):
 
     generates = True
     """Whether it has words for an answer, not only classes."""
+    reads_text = True
+    """Whether texts change what it makes of a record."""
     recompute = 0
     """Every how manieth block keeps only its input and is run again in the backward pass; 0 is none. Costs time, saves
     memory, changes no number."""

@@ -2,7 +2,7 @@
 
 A question is `{"text": str, "image": bytes | path, "audio": bytes | path, "fields": {name: number | category}}`, every key
 optional, with `generation` (GenerationConfig) for how it is to be worded, and with `adapter` for which one answers, or
-`none`, where the model has adapters; an answer is
+`none`, where the model has adapters; any other key is refused. An answer is
 `{"answer": str, "score": float, "label_scores": {label: float}}`, or `{"error": sentence}`; with `labels` where several
 may hold, and with `number` (which has no score: null) where one is asked for.
 """
@@ -33,10 +33,9 @@ from mmlm.model.generation_config import GenerationConfig
 from mmlm.publish import asked_encoders
 from mmlm.publish.asked_fields import read_asked
 from mmlm.publish.asked_generation import read_generation
+from mmlm.publish.asked_keys import ASKED, check_keys
 from mmlm.storage import is_remote, read_uri
 
-KEYS = ("text", "image", "audio", "fields", "adapter")
-ASKED = KEYS[:4]
 MEDIA = {"image": "picture", "audio": "sound"}
 NO_ADAPTER = "none"
 """The adapter to ask for where none is wanted: the base answers."""
@@ -116,26 +115,38 @@ class Responder:
 
     def embed(self, rows: Iterable[Mapping[str, Any]], *, paths: bool = True) -> list[dict[str, Any]]:
         """`{"embedding": [numbers]}` or `{"error"}` for each row of text, image, audio and fields, in order: a vector of
-        length 1 for all that the row gives. Raises ConfigError when the model has no embedding head."""
+        length 1 for all that the row gives; with `note` where a part of it is not read. Raises ConfigError when the model has
+        no embedding head."""
         results: list[dict[str, Any]] = []
         samples: dict[int, Sample] = {}
         for i, row in enumerate(rows):
             results.append({})
             try:
-                parts, text = self._media(row, paths), row.get("text")
-                if not missing(text):
-                    parts.append(Part("text", role="context", text=str(text)))
-                if not parts:
-                    raise DataError("there is nothing to embed", wanted=" or ".join(ASKED))
-                samples[i] = self.encode(Record("thing", tuple(parts), self.spec.tasks[0].name), _no_read)
+                samples[i] = self._embedded(row, paths)
             except MmlmError as error:
                 results[i] = {"error": str(error)}
+            else:
+                if not self.answerer.model.reads_text and not missing(row.get("text")):
+                    results[i] = {"note": "the text is not read: this model reads none"}
         with self._lock:
             self._use(self._usual)
             found = embed(self.answerer, samples.values())
         for i, vector in zip(samples, found, strict=True):
-            results[i] = {"embedding": [round(float(x), 6) for x in vector]}
+            results[i] = {"embedding": [round(float(x), 6) for x in vector], **results[i]}
         return results
+
+    def _embedded(self, row: Mapping[str, Any], paths: bool) -> Sample:
+        """What of a row an embedding is made of. Raises DataError where that is nothing."""
+        check_keys(row, ASKED)
+        parts, text = self._media(row, paths), row.get("text")
+        if not missing(text) and not self.answerer.model.reads_text and not parts:
+            takes = [kind for kind in ASKED[1:] if kind in self.spec.modalities]
+            raise DataError("there is only text, and this model reads none", wanted=" or ".join(takes))
+        if not missing(text):
+            parts.append(Part("text", role="context", text=str(text)))
+        if not parts:
+            raise DataError("there is nothing to embed", wanted=" or ".join(ASKED))
+        return self.encode(Record("thing", tuple(parts), self.spec.tasks[0].name), _no_read)
 
     def _adapter(self, row: Mapping[str, Any]) -> str | None:
         """The adapter that a question asks for, None for the bare base. Raises DataError when there is no such one."""
@@ -157,14 +168,12 @@ class Responder:
 
     def sample(self, row: Mapping[str, Any], paths: bool = True) -> Sample:
         """The question as features. Raises DataError with a sentence for the person who asked."""
+        check_keys(row)
         parts = self._media(row, paths)
         text = row.get("text")
         if missing(text) or not str(text).strip():
             if not parts:
-                raise DataError(
-                    "nothing is asked" + (f" (unknown: {', '.join(map(str, row))})" if set(row) - set(KEYS) else ""),
-                    wanted=" or ".join(ASKED),
-                )
+                raise DataError("nothing is asked", wanted=" or ".join(ASKED))
             task = self.spec.tasks[0]
             text = task.questions[0] if task.questions else ""
         elif not isinstance(text, str):

@@ -16,7 +16,10 @@ import pandas as pd
 from mlflow.pyfunc import PythonModel
 
 import mmlm
-from mmlm.publish.answering import KEYS, Responder
+from mmlm.publish.answering import Responder, missing
+
+COLUMNS = ("text", "image", "audio", "fields", "adapter")
+"""Of the table that are read."""
 
 
 def serving() -> bool:
@@ -37,7 +40,8 @@ def unshadow() -> None:
 
 class MmlmModel(PythonModel):
     """Answers rows; `answer`, `score`, `label_scores`, and where some row has them `labels`, `number`, and `error` for a
-    row that could not be answered. Asked to `embed`, a model with an embedding head gives `embedding`, a list of numbers."""
+    row that could not be answered. Asked to `embed`, a model with an embedding head gives `embedding`, a list of numbers,
+    and `note` where some row has one."""
 
     def load_context(self, context: Any) -> None:
         """Loads the checkpoint of the bundle on the CPU, or on the GPU that MMLM_DEVICE names."""
@@ -46,11 +50,12 @@ class MmlmModel(PythonModel):
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         table = pd.DataFrame(model_input)
-        columns = [table[key].tolist() if key in table else [None] * len(table) for key in KEYS]
-        rows = [dict(zip(KEYS, values, strict=True)) for values in zip(*columns, strict=True)]
+        columns = [table[key].tolist() if key in table else [None] * len(table) for key in COLUMNS]
+        cells = [zip(COLUMNS, values, strict=True) for values in zip(*columns, strict=True)]
+        rows = [{key: value for key, value in row if not missing(value)} for row in cells]
         embed = bool((params or {}).get("embed"))
         answers = (self.responder.embed if embed else self.responder.answer)(rows, paths=not serving())
-        extra = [name for name in ("labels", "number", "error") if any(name in a for a in answers)]
+        extra = [name for name in ("labels", "number", "note", "error") if any(name in a for a in answers)]
         names = [*(["embedding"] if embed else ["answer", "score", "label_scores"]), *extra]
         return pd.DataFrame({name: pd.Series([a.get(name) for a in answers], dtype=object) for name in names})
 

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmlm.config import blank_credentials
-from mmlm.errors import ConfigError, ServeError
+from mmlm.errors import ConfigError, DataError, ServeError
+from mmlm.publish.asked_keys import ASKED, check_keys
+from mmlm.publish.asked_keys import KEYS as ANSWERED
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from mmlm.publish.answering import Responder
 
-ASKED = ("text", "image", "audio", "fields")
-KEYS = (*ASKED, "adapter", "generation", "stream")
+KEYS = (*ANSWERED, "stream")
 MAX_BODY = 32 << 20
 """A request body larger than this, bytes, is refused while it arrives."""
 PAGE = Path(__file__).with_name("page.html")
@@ -235,11 +236,10 @@ def parse(body: bytes, content_type: str, keys: Sequence[str] = KEYS) -> dict[st
         raise RequestError(400, f"the body is not JSON; wanted {wanted}") from None
     if not isinstance(question, dict):
         raise RequestError(422, f"the body must be one object with {', '.join(keys)}")
-    unknown = sorted(set(question) - set(keys))
-    if unknown:
-        raise RequestError(
-            422, f"unknown field {', '.join(f'`{k[:40]}`' for k in unknown[:5])}; known: {', '.join(keys)}"
-        )
+    try:
+        check_keys(question, keys)
+    except DataError as error:
+        raise RequestError(422, str(error)) from None
     for key, value in question.items():
         if key in ("fields", "generation"):
             if value is not None and not isinstance(value, dict):

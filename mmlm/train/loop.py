@@ -44,7 +44,7 @@ def fit(
     """
     where, world = where or Where(), worlds.from_environment()
     device = engine.device_of(world)
-    begun = functools.partial(Loader, plan=checkpoint.data_of(out / FOLDER).get("pack"))
+    begun = functools.partial(Loader, plan=checkpoint.data_of(out / FOLDER).get("pack"), pieces=config.accumulate)
     with (
         Stop(where) as stop,
         Watchdog.of_start(where.hang_seconds, out / "logs", world, name) as watchdog,

@@ -113,7 +113,7 @@ def _measure(
 ) -> Measured:  # fmt: skip
     notes = []
     here = World(ranks - 1, ranks)
-    loader = Loader(shards, config.data, config.seed, here, config.steps, quiet=True)
+    loader = Loader(shards, config.data, config.seed, here, config.steps, quiet=True, pieces=config.accumulate)
 
     def make(step: int) -> Batch:
         return loader.batches(step, config.accumulate)[0]

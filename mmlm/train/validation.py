@@ -18,7 +18,7 @@ import torch
 from mmlm.data.collate import IGNORE, collate
 from mmlm.data.loader import CACHE_BYTES
 from mmlm.data.reader import ShardReader
-from mmlm.errors import DataError
+from mmlm.errors import ConfigError, DataError
 from mmlm.features.sample import Sample
 from mmlm.progress import tell
 from mmlm.train import engine
@@ -60,6 +60,33 @@ class Validation:
         order = np.random.default_rng((0, 7)).permutation(len(self.reader))
         chosen = np.sort(order[: self.config.records])
         self.chunks = [chosen[at : at + CHUNK] for at in range(0, len(chosen), CHUNK)]
+        self._require_counted(config.keep_best)
+
+    def _require_counted(self, keep_best: int) -> None:
+        """Raises ConfigError where no record counts for the metric: it would stay the same, and the first look the best."""
+        accuracy = self.config.metric == "label_accuracy"
+        if not accuracy and not (self.config.patience or self.config.export == "best" or keep_best):
+            return  # nothing is chosen by it
+        weights = self.objective.weights
+        read = 0
+        for samples in map(self._intact, self.chunks):
+            read += len(samples)
+            counts = self.objective.counts(collate(samples, self.reader.spec)) if samples else {}
+            counted = ["label"] if accuracy else [name for name in counts if weights[name]]
+            if any(counts.get(name) for name in counted):
+                return
+        if not read:
+            return  # all are damaged, which the first look tells
+        if accuracy:
+            raise ConfigError(
+                f"validation.metric: label_accuracy, and none of the {read} records for validation has one class of a list",
+                wanted="records with a label, of a task where one class holds", cure="give validation.metric: loss",
+            )  # fmt: skip
+        raise ConfigError(
+            f"validation.metric: loss, and nothing of the {read} records for validation counts in the loss",
+            wanted="a term with a weight other than 0, beside the contrastive one, which validation leaves out",
+            cure="give loss.answer a weight, or leave validation.patience, export: best and keep_best away",
+        )
 
     @property
     def over(self) -> bool:

@@ -97,6 +97,26 @@ def test_a_batch_too_small_for_its_pieces(mixed: Artifact):
         loader(mixed.path, PACKED, 0, 3).batches(0, 5)
 
 
+@pytest.mark.parametrize(
+    ("batch", "ranks", "pieces", "said"),
+    [
+        (1, 2, 1, "data.batch: 1; wanted 2 or more, a sequence for each of 2 ranks; give a larger data.batch or fewer ranks"),
+        (1, 2, 3, "wanted 6 or more, a sequence for each of 3 micro-batches on each of 2 ranks; "
+                  "give a larger data.batch or fewer ranks and a smaller accumulate"),
+        (2, 2, 3, "give a larger data.batch or a smaller accumulate"),
+        (3, 4, 3, "give a larger data.batch or fewer ranks"),
+        (4, 2, 3, "give a larger data.batch or a smaller accumulate or fewer ranks"),
+    ],
+)  # fmt: skip
+def test_a_batch_too_small_is_refused_with_what_would_be_enough(
+    batch: int, ranks: int, pieces: int, said: str, mixed: Artifact
+):
+    config = parse(DataConfig, {"batch": batch}, "test")
+    with pytest.raises(ConfigError) as caught:
+        Loader(mixed.path, config, 5, World(0, ranks), pieces=pieces)
+    assert said in str(caught.value) and str(caught.value).endswith(said.partition("give ")[2])
+
+
 def test_what_is_told_before_training(mixed: Artifact, capsys: pytest.CaptureFixture[str]):
     loader(mixed.path, PACKED, 1, 2)
     assert capsys.readouterr().err == ""

@@ -72,21 +72,28 @@ def kill_self(rank: int) -> None:
     time.sleep(60)
 
 
-def save_on_stop(folder: str, stop: bool = False, seconds: float = 0.0) -> None:
+def stop_before_training() -> None:
+    """Rank 0 signals the parent before any rank minds signals as training does."""
+    if os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGUSR1)
+    time.sleep(60)
+
+
+def save_on_stop(folder: str, stop: bool = False, seconds: float = 0.0, number: int = signal.SIGTERM) -> None:
     """Like training: a signal finishes the step, saves (for `seconds`) and ends resumable. With `stop` rank 0 signals
     the parent."""
     asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: asked.append(number))
+    for stops in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(stops, lambda by, frame: asked.append(by))
     Path(folder, f"up-{os.environ['RANK']}").write_text(str(os.getpid()))
     while stop and len(list(Path(folder).glob("up-*"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.02)
     if stop and os.environ["RANK"] == "0":
-        os.kill(os.getppid(), signal.SIGTERM)
+        os.kill(os.getppid(), number)
     while not asked:
         time.sleep(0.02)
     time.sleep(seconds)
-    Path(folder, f"saved-{os.environ['RANK']}").touch()
+    Path(folder, f"saved-{os.environ['RANK']}").write_text(signal.Signals(asked[0]).name)
     raise Interrupted("training was stopped and saved at step 7", cure="run the same command again")
 
 

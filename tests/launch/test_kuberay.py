@@ -76,6 +76,12 @@ def test_a_cluster_that_may_grow_says_how_far() -> None:
         assert {(name, value) for name, value in variables if name.startswith("MMLM_RAY_MOST")} == told
 
 
+def test_a_cluster_that_may_only_grow_below_its_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--cluster", "workers=3", "--cluster", "workers_max=2", "--tracking-uri", "http://m:5000"]
+    assert main(["run", "demo", "--on", "kuberay", "--print", *asked]) == 2
+    assert "`workers_max` = 2: the cluster begins with workers = 3" in capsys.readouterr().err
+
+
 def test_words_arrive_through_two_shells_and_the_quotes_of_windows() -> None:
     words = [
         "a b",

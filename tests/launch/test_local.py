@@ -65,13 +65,22 @@ def test_a_loss_that_a_rank_tells_of_is_no_stop(tmp_path: Path) -> None:
         local.ranks(2)(f"{TARGETS}:lose", {"rank": 1}, log=tmp_path)
 
 
-def test_a_stop_is_forwarded_and_all_ranks_save(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_is_forwarded_as_it_came_and_all_ranks_save(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    arguments = {"folder": str(tmp_path), "stop": True, "number": number.value}
     with pytest.raises(Interrupted, match="saved at step 7") as caught:
-        local.ranks(2)(f"{TARGETS}:save_on_stop", {"folder": str(tmp_path), "stop": True}, log=tmp_path / "log")
+        local.ranks(2)(f"{TARGETS}:save_on_stop", arguments, log=tmp_path / "log")
     assert caught.value.exit_code == 4
-    assert (tmp_path / "saved-0").exists()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
+    assert signal.getsignal(number) is before
+
+
+def test_a_stop_says_whether_there_is_a_checkpoint(tmp_path: Path) -> None:
+    for said in ("it begins anew: there was no checkpoint yet", "it continues from the last checkpoint"):
+        with pytest.raises(Interrupted, match=f"training was stopped.*; run the same command again, {said}"):
+            local.ranks(1)(f"{TARGETS}:stop_before_training", {}, log=tmp_path / "logs")
+        (tmp_path / "checkpoints" / "step-000004").mkdir(parents=True, exist_ok=True)
 
 
 def test_a_save_may_take_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,63 @@ def test_settings_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nods" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ("time=12:00:00", "#SBATCH --time=12:00:00"),
+        ("time='12:00:00'", "#SBATCH --time=12:00:00"),
+        ("time=5", "#SBATCH --time=5"),
+        ("account=1234", "#SBATCH --account=1234"),
+        ("account=0012", "#SBATCH --account=0012"),
+        ("qos=2026-13-45", "#SBATCH --qos=2026-13-45"),
+        ("memory=1", "#SBATCH --mem=1"),
+        ("environment.OMP_NUM_THREADS=8", "export OMP_NUM_THREADS=8"),
+        ("environment.A=yes", "export A=yes"),
+        ("environment.NO=2.60", "export NO=2.60"),
+        ("environment.A=null", "export A=null"),
+        ("environment.A=#fff", "export A='#fff'"),
+        ('environment.A={"a": 1}', """export A='{"a": 1}'"""),
+        ("environment={A: no, Y: 1e3}", "export A=no"),
+        ("setup=module load x", "module load x"),
+        ("setup=echo 'a: b'", "echo 'a: b'"),
+        ("setup=[module load x, module load 1.10]", "module load 1.10"),
+        ("options=--constraint=a100", "#SBATCH --constraint=a100"),
+    ],
+)
+def test_texts_are_taken_as_they_were_written(
+    asked: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, _, value = asked.partition("=")
+    outer, _, inner = key.partition(".")
+    given = ["train", "demo", "--on", "slurm", "--print", "--out", str(tmp_path / "o")]
+    assert main([*given, "--cluster", asked, "--cluster", "nodes=3", "--cluster", "partition=null"]) == 0
+    script = capsys.readouterr().out.splitlines()
+    assert line in script and "#SBATCH --nodes=3" in script and "partition" not in "".join(script)
+    if "'a: b'" in asked or value in ("null", "#fff") or value.startswith('{"'):
+        return  # YAML makes nothing, a comment or a mapping of them
+    (tmp_path / "cluster.yaml").write_text(f"{outer}:\n  {inner}: {value}\n" if inner else f"{key}: {value}\n")
+    assert main([*given, "--cluster", str(tmp_path / "cluster.yaml")]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_what_is_no_text_is_read_as_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("base: &b {A: 1}\nnodes: 0x2\nenvironment: {<<: *b, B: on}\npartition:\nsetup: [a, 3]\n")
+    asked = ["train", "demo", "--on", "slurm", "--print", "--cluster", str(cluster)]
+    assert main(asked) == 2  # a key that is none
+    assert "unknown key `base`" in capsys.readouterr().err
+    cluster.write_text(cluster.read_text().replace("base: &b {A: 1}\n", "").replace("<<: *b", "A: 1"))
+    assert main([*asked, "--cluster", "environment.LONG=" + 300 * "x"]) == 0
+    script = capsys.readouterr().out
+    assert all(line in script for line in ("--nodes=2\n", "export A=1\n", "export B=on\n", "\na\n3\n"))
+    assert "partition" not in script and f"LONG={300 * 'x'}\n" in script
+    for wrong, said in (("nodes=two", "`nodes` = 'two'"), ("nodes=true.5", "`nodes`"), ("time=[1, 2]", "")):
+        assert main([*asked, "--cluster", wrong]) == (2 if said else 0)
+        assert said in capsys.readouterr().err
+    cluster.write_text("- nodes\n")
+    assert main(asked) == 2 and "holds list" in capsys.readouterr().err
+
+
 def test_the_command_line_shows_what_it_would_submit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "cluster.yaml").write_text("nodes: 2\nranks_per_node: 8\n")
     given = ["--cluster", str(tmp_path / "cluster.yaml"), "--cluster", "nodes=5", "--set", "train.seed=3"]

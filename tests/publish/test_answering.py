@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import base64
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from fastapi.testclient import TestClient
 
+from mmlm.cli import main
 from mmlm.errors import ArtifactError
 from mmlm.publish.answering import Responder, media_bytes, missing, route
+from mmlm.publish.serve import application
 
 if TYPE_CHECKING:
     from tests.publish.conftest import World
@@ -59,6 +63,34 @@ def test_a_bad_row_gets_a_sentence_and_the_others_an_answer(responder: Responder
     for answer, words in zip(found, ["no file", "", "", "nothing", "txt", "int", "tokens", "int"], strict=False):
         assert words in answer["error"]
         assert "Traceback" not in answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"imgae": "3.png"},
+            "unknown field `imgae` (did you mean `image`?); known: text, image, audio, fields, adapter",
+        ),
+        ({"generaton": {"temperature": 0.5}}, "unknown field `generaton` (did you mean `generation`?)"),
+        ({"number": 7, "Text": "4"}, "unknown field `Text` (did you mean `text`?), `number`; known: text"),
+    ],
+)
+def test_a_misspelt_key_is_refused_and_not_left_out(
+    row: dict[str, Any], said: str, responder: Responder, world: World, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    question = {"text": "Which number is it?", **row}
+    assert said in responder.answer([question])[0]["error"]
+    (streamed,) = responder.stream(question)
+    assert isinstance(streamed, dict) and said in streamed["error"]
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps(question) + "\n" + json.dumps({"text": "Which number is it?"}) + "\n")
+    assert main(["predict", "--model", str(world.checkpoint(0).path), "--input", str(asked)]) == 2
+    refused, answered = map(json.loads, capsys.readouterr().out.splitlines())
+    assert said in refused["error"] and answered["answer"]
+    reply = TestClient(application(responder, "m")).post("/predict", json=question)
+    assert reply.status_code == 422 and said.partition(";")[0] in reply.json()["error"]
 
 
 def test_without_paths_a_path_is_no_picture(responder: Responder, world: World) -> None:

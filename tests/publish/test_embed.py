@@ -17,6 +17,7 @@ from mmlm.cli import main
 from mmlm.data.collate import collate
 from mmlm.data.modalities import alone
 from mmlm.features import spec as feature_spec
+from mmlm.model.baseline_config import CnnConfig
 from mmlm.model.config import ModelConfig
 from mmlm.publish import bundle
 from mmlm.publish.answering import Responder
@@ -90,6 +91,21 @@ def test_a_model_without_such_a_head_says_so(world: World, capsys: pytest.Captur
     assert reply.status_code == 422 and "train with model.embedding" in reply.json()["error"]
     assert main(["embed", "--model", str(model), "--text", "4"]) == 2
     assert "makes no embeddings" in capsys.readouterr().err
+
+
+def test_a_model_that_reads_no_text_says_so(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = CnnConfig(channels=(4,), width=8, embedding=6)
+    spec = feature_spec.load(world.shards.path)
+    weights.save_model(tmp_path, weights.build(config, spec).state_dict(), config, world.shards.path)
+    picture = str(world.data / "4.png")
+    rows = [{"text": "vier"}, {"image": picture, "text": "vier"}, {"image": picture}, {"imgae": picture}]
+    things = tmp_path / "things.jsonl"
+    things.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["embed", "--model", str(tmp_path), "--input", str(things)]) == 2
+    text, both, alone, misspelt = map(json.loads, capsys.readouterr().out.splitlines())
+    assert text == {"error": "there is only text, and this model reads none; wanted image or audio"}
+    assert "not read" in both["note"] and both["embedding"] == alone["embedding"] and "note" not in alone
+    assert "did you mean `image`?); known: text, image, audio, fields" in misspelt["error"]
 
 
 def test_the_registered_model_gives_the_same_vectors(world: World, folder: Path, tmp_path: Path) -> None:

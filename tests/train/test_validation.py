@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -112,6 +113,31 @@ def test_damaged_samples_are_left_out_on_every_number_of_ranks(
 def test_what_cannot_be_chosen_is_refused():
     with pytest.raises(ConfigError, match="need `every`"):
         parse(TrainConfig, {"validation": {"patience": 2}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels", "said"),
+    [
+        ({"validation": {"every": 2, "metric": "label_accuracy"}}, False, "metric: label_accuracy, and none of the"),
+        ({"validation": {"every": 2, "metric": "label_accuracy", "patience": 1}}, True, ""),
+        ({"validation": {"every": 2, "export": "best"}}, False, ""),
+        ({"validation": {"every": 2, "export": "best"}, "loss": {"answer": 0}}, False, "metric: loss, and nothing of"),
+        ({"validation": {"every": 2}, "keep_best": 1, "loss": {"answer": 0}}, False, "metric: loss, and nothing of"),
+        ({"validation": {"every": 2, "patience": 1}, "loss": {"answer": 0}}, True, ""),
+        ({"validation": {"every": 2}, "loss": {"answer": 0}}, False, ""),
+    ],
+)
+def test_a_metric_for_which_no_record_counts_is_refused(
+    changes: dict[str, Any], labels: bool, said: str, keypad_shards: Artifact, tmp_path: Path
+):
+    folder = Path(shutil.copytree(keypad_shards.path, tmp_path / "shards"))
+    spec = feature_spec.load(folder)
+    if not labels:  # what the same records are where their answers are texts
+        tasks = [task.model_copy(update={"labels": [], "has_text": True}) for task in spec.tasks]
+        feature_spec.save(spec.model_copy(update={"tasks": tasks}), folder)
+    settings = parse(TrainConfig, {**SMALL, **changes}, "test")
+    with pytest.raises(ConfigError, match=said) if said else contextlib.nullcontext():
+        Validation(folder, settings, World(), torch.device("cpu"))
 
 
 def test_losses_are_told_apart_by_what_their_record_gives():
