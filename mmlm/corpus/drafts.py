@@ -289,16 +289,18 @@ def media_uri(value: str, root: str, data: str = "") -> str:
     if os.path.isabs(value):
         value = posixpath.normpath(value)
         return value.removeprefix(data.rstrip("/") + "/") if data else value
-    if _climbs(value, "" if is_remote(root) else root):
+    value = posixpath.normpath(value)  # `..#t=1,2/` means `..#t=1,2`
+    path = split_fragment(value)[0]
+    if _climbs(path, "" if is_remote(root) else root):
         raise RefuseError("unsafe_path", f"{value[:80]!r} climbs out of the data folder")
     if is_remote(root):
-        return f"{root.rstrip('/')}/{posixpath.normpath(value)}"
-    return posixpath.normpath(posixpath.join(root, value))
+        return f"{root.rstrip('/')}/{value}"
+    return posixpath.normpath(posixpath.join(root, path)) + value[len(path) :]
 
 
-def _climbs(value: str, root: str) -> bool:
+def _climbs(path: str, root: str) -> bool:
     """Whether a relative path leads out of the data folder, or of a `root` that lies outside, read with either slash."""
-    path = split_fragment(value)[0].replace("\\", "/")
+    path = path.replace("\\", "/")
     if ".." not in path.split("/"):
         return False
     inside = posixpath.normpath(path if root.startswith(("..", "/")) else posixpath.join(root, path))

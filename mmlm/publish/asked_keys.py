@@ -11,11 +11,13 @@ ASKED = ("text", "image", "audio", "fields")
 """What is asked about, and what is embedded."""
 KEYS = (*ASKED, "adapter", "generation")
 """Of a question that is answered."""
+BESIDE = frozenset({"id", "label", "labels", "number", "answer", "split", "group", "lang"})
+"""What lines of a test set hold beside the question; it is passed over."""
 
 
 def check_keys(question: Iterable[str], known: Sequence[str] = KEYS) -> None:
     """Raises DataError with the nearest known name: a misspelt picture would be answered as if there were none."""
-    unknown = sorted(str(key) for key in question if key not in known)
+    unknown = sorted(str(key) for key in question if key not in known and key not in BESIDE)
     if unknown:
         raise DataError(f"unknown field {', '.join(_told(k, known) for k in unknown[:5])}; known: {', '.join(known)}")
 

@@ -14,6 +14,8 @@ from mmlm.corpus.drafts import RefuseError, media_uri
         ("./a/../a/b.png", ".", "a/b.png"),
         ("../images/b.png", "annotations", "images/b.png"),
         ("b.wav#t=1,2", "sounds", "sounds/b.wav#t=1,2"),
+        ("../b.wav#t=1,2", "sounds", "b.wav#t=1,2"),
+        ("..#t=1,2/", "sounds", ".#t=1,2"),
         ("file:///data/a%20b.png", ".", "a b.png"),
         ("FILE://localhost/data/%E7%8C%AB.png", ".", "猫.png"),
         ("file:///elsewhere/b.png", ".", "/elsewhere/b.png"),
@@ -30,7 +32,7 @@ def test_paths_are_found_where_they_lead(said: str, root: str, wanted: str) -> N
     [
         ("../b.png", "."), ("..", "."), ("a/../../b.png", "."), ("../../b.png", "annotations"), ("..\\b.png", "."),
         ("a\\..\\..\\b.png", "."), ("../b.png", "../shared"), ("../b.png", "s3://bucket/a"), ("file:///a%00.png", "."),
-        ("file:///a%FF.png", "."), ("../b.wav#t=1,2", "."),
+        ("file:///a%FF.png", "."), ("../b.wav#t=1,2", "."), ("..#t=1,2/", "."), ("a/../..#t=1,2", "."),
     ],
 )  # fmt: skip
 def test_paths_that_climb_out_are_refused(said: str, root: str) -> None:

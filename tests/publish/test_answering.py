@@ -73,7 +73,7 @@ def test_a_bad_row_gets_a_sentence_and_the_others_an_answer(responder: Responder
             "unknown field `imgae` (did you mean `image`?); known: text, image, audio, fields, adapter",
         ),
         ({"generaton": {"temperature": 0.5}}, "unknown field `generaton` (did you mean `generation`?)"),
-        ({"number": 7, "Text": "4"}, "unknown field `Text` (did you mean `text`?), `number`; known: text"),
+        ({"digit": 7, "Text": "4"}, "unknown field `Text` (did you mean `text`?), `digit`; known: text"),
     ],
 )
 def test_a_misspelt_key_is_refused_and_not_left_out(
