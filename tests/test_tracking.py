@@ -226,6 +226,7 @@ def test_an_outage_costs_nothing_and_is_replayed(store: str, tmp_path: Path, mon
     tracker.close()
     assert time.monotonic() - started < 8
     flaky.down = False
+    monkeypatch.undo()
     Tracker.start(store, story="outage", out=tmp_path).close()
     c = client(store)
     runs = {r.info.run_name: r for r in c.search_runs([c.get_experiment_by_name("outage").experiment_id])}

@@ -36,6 +36,7 @@ def test_a_store_on_a_full_disk_gets_everything_later(tmp_path: Path, monkeypatc
             assert time.monotonic() - started < 15
         assert len(client(uri).get_metric_history(run.run_id, "loss")) < 5000, "the disk was not full"
         make_room(disk)
+        monkeypatch.undo()  # as patient as ever: the machine may be busy
         Tracker.start(uri, story="full", out=out).close()
         c = client(uri)
         assert [m.value for m in c.get_metric_history(run.run_id, "loss")] == list(range(5000))
@@ -69,6 +70,7 @@ def test_a_database_that_refuses_gets_everything_later(tmp_path: Path, monkeypat
         assert left is not None and left.waiting and not left.dropped
     assert client(uri).get_metric_history(run.run_id, "loss") == []
     execute("DROP TRIGGER no_{table}")
+    monkeypatch.undo()
     Tracker.start(uri, story="refusing", out=tmp_path / "out").close()
     c = client(uri)
     assert [m.value for m in c.get_metric_history(run.run_id, "loss")] == list(range(50))
@@ -115,6 +117,7 @@ def test_a_database_that_refuses_ends_and_forgets_no_run(tmp_path: Path, monkeyp
         for sender in [t for t in threading.enumerate() if isinstance(t, tracking_store.Sender)]:
             sender.join(60)
         execute("DROP TRIGGER {name}")
+    monkeypatch.undo()
     Tracker.start(uri, story="closed", out=out).close()
     c = client(uri)
     assert first == again
