@@ -235,6 +235,22 @@ def test_a_damaged_checkpoint_is_passed_over(two_ranks: Artifact, tmp_path: Path
     assert "damaged" in capsys.readouterr().err
 
 
+def test_a_training_goes_on_from_the_checkpoint_before_a_damaged_one(
+    two_ranks: Artifact, keypad_shards: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "model"
+    shutil.copytree(two_ranks.path, out)
+    (out / "artifact.json").unlink()
+    (out / artifacts.WORK).write_text(json.dumps({"fingerprint": two_ranks.fingerprint}))
+    path = out / "checkpoints" / "step-00000004" / "exp_avg.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    resumed = run(keypad_shards, out, 2)
+    assert losses(out) == losses(two_ranks.path) and resumed.digest == two_ranks.digest
+    said = capfd.readouterr().err
+    assert "step-00000004" in said and "damaged" in said
+    assert "going on from step 2" in said
+
+
 def test_a_checkpoint_of_another_feature_spec_is_refused(two_ranks: Artifact, keypad_shards: Artifact):
     ours = feature_spec.load(two_ranks.path)
     feature_spec.require_same(ours, feature_spec.load(keypad_shards.path))
