@@ -16,9 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mmlm import __version__, model_commands
+from mmlm import __version__, leaving, model_commands
 from mmlm.errors import ConfigError, GateFailed, Interrupted, MmlmError, explain_os_error
-from mmlm.leaving import run
 
 VERBS = {
     "scan": "read the raw corpora into a manifest: ids, hashes, splits, what was refused and why",
@@ -47,11 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     adopt_slurm()
     Progress.quiet = getattr(arguments, "quiet", False)
     if os.environ.get("RANK") is None:
-        for number in (
-            signal.SIGTERM,
-            signal.SIGUSR1,
-        ):  # the second: a scheduler's notice, as Slurm's --signal sends it
-            signal.signal(number, _stop)
+        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGUSR1, _stop)  # a scheduler's notice, as Slurm's --signal sends it
         return _guarded(arguments)
     from mmlm.launch.leader import lead  # torchrun or Slurm made this process one rank of several
 
@@ -70,8 +66,7 @@ def _guarded(arguments: argparse.Namespace, call: Callable[[], int | None] | Non
         sys.stderr.close()
         return 0
     except OSError as error:
-        known = explain_os_error(error)
-        return _fail(known or error, arguments)
+        return _fail(explain_os_error(error) or error, arguments)
     except Exception as error:
         return _fail(error, arguments)
 
@@ -498,7 +493,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def command() -> NoReturn:
     """`mmlm` in a shell."""
-    run(main)
+    leaving.run(main)
 
 
 if __name__ == "__main__":

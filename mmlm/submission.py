@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmlm import story as stories
-from mmlm import written
+from mmlm import verbatim_yaml
 from mmlm.config import Config, apply_override, parse, read_yaml, split_override
 from mmlm.errors import ConfigError
 from mmlm.storage import is_remote
@@ -99,9 +99,9 @@ def settings(kind: type[C], given: list[str]) -> C:
     for part in given:
         if "=" in part and not os.path.isfile(part):
             key, raw = split_override(part)
-            apply_override(data, key, raw, read=partial(written.read_value, kind, key))
+            apply_override(data, key, raw, read=partial(verbatim_yaml.read_value, kind, key))
         else:
-            found = read_yaml(Path(part), partial(written.load, kind)) or {}
+            found = read_yaml(Path(part), partial(verbatim_yaml.load, kind)) or {}
             if not isinstance(found, dict):
                 raise ConfigError(f"{part} holds {type(found).__name__}", wanted="a mapping of keys to values")
             data.update(found)

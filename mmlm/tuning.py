@@ -177,12 +177,12 @@ def tune(config: TuneConfig, written: Mapping[str, Any], shards: Artifact, where
     training does not write.
     """
     from mmlm.launch import ray_tune
-    from mmlm.train import columns
+    from mmlm.train import metric_names
 
     out, base = where.out / FOLDER, parse(TrainConfig, copy.deepcopy(dict(written)), "train.yaml")
     every, refused = _trials(config, written)
     if config.metric:
-        columns.require(config.metric, every.values(), shards.path)
+        metric_names.require(config.metric, every.values(), shards.path)
     tried = sha256_json({str(number): resolved(trial) for number, trial in every.items()})
     work = artifacts.begin(
         out, "search", recipe=RECIPE, config=config, parents={"shards": shards},

@@ -24,7 +24,7 @@ from mmlm.features import spec as feature_spec
 from mmlm.launch import ray_tune
 from mmlm.launch.local import ranks
 from mmlm.tracking import NullTracker, Tracker
-from mmlm.train import columns
+from mmlm.train import metric_names
 from mmlm.train.config import AdamWConfig, LionConfig, TrainConfig
 from mmlm.train.telemetry import GIVEN
 from mmlm.train.train import train
@@ -161,7 +161,7 @@ def test_the_columns_that_are_foretold_are_those_of_a_training(keypad_shards: Ar
     made = train(config, keypad_shards, out=tmp_path / "model", launch=ranks(1), tracker=NullTracker())
     rows = [json.loads(line)["metrics"] for line in (made.path / "metrics.jsonl").read_text().splitlines()]
     written = {name for row in rows for name in row}
-    foretold = set(columns.columns(config, feature_spec.load(keypad_shards.path)))
+    foretold = set(metric_names.metric_names(config, feature_spec.load(keypad_shards.path)))
     assert written <= foretold and {"loss_label", "val/loss_label", "val/label_accuracy", "lr"} <= written
     assert foretold - written <= {"skipped", "damaged", "memory_cuda_bytes", *(f"loss_given/{g}" for g in GIVEN)}
 

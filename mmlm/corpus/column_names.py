@@ -42,25 +42,9 @@ SPOKEN = ("transcript", "transcription", "sentence")
 LABEL_LISTS = ("labels", "tags", "genres", "categories", "topics", "classes", "label", "标签", "类别")
 """Names of lists of which several classes hold."""
 TARGETS = (
-    "gold_label",
-    "survived",
-    "churn",
-    "spam",
-    "is_spam",
-    "fraud",
-    "is_fraud",
-    "toxic",
-    "toxicity",
-    "hate",
-    "stance",
-    "polarity",
-    "emotions",
-    "severity",
-    "quality",
-    "grade",
-    "rating",
-    "stars",
-)
+    "gold_label", "survived", "churn", "spam", "is_spam", "fraud", "is_fraud", "toxic", "toxicity",
+    "hate", "stance", "polarity", "emotions", "severity", "quality", "grade", "rating", "stars",
+)  # fmt: skip
 """Other names of what is usually predicted, asked where none of LABEL is there."""
 QUANTITIES = (
     "price", "saleprice", "sale_price", "selling_price", "medv", "median_house_value", "salary", "wage", "income",

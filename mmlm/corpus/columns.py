@@ -115,7 +115,7 @@ class Columns:
     def _lie_below(self, root: str, rows: list[dict[str, Any]], columns: list[str]) -> bool:
         """Whether most media paths of a table are relative to the folder `root`."""
         paths = [v for r in rows[:100] for c in columns for v in find(r, c)[:1] if isinstance(v, str) and v]
-        return 2 * sum(os.path.isfile(os.path.join(self.data, root, p)) for p in paths) > len(paths)
+        return 2 * sum(self._lies(p, root) for p in paths) > len(paths)
 
     def _find_root(self, columns: list[str]) -> None:
         paths = [v for c in columns for v in self.values[c][:100] if isinstance(v, str) and not v.startswith("data:")]

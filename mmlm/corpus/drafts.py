@@ -268,6 +268,15 @@ def media_root(root: str, table: str) -> str:
     return f"{folder}/{root.strip('/')}" if root not in ("", ".") else folder
 
 
+def storable(text: str) -> bool:
+    """Whether a text, such as a file's name, can be written as UTF-8, in which tables hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def media_uri(value: str, root: str, data: str = "") -> str:
     """The URI to store for a path in the data; `file:` URIs are decoded (RFC 8089), backslashes are left as they are.
 
@@ -275,11 +284,11 @@ def media_uri(value: str, root: str, data: str = "") -> str:
     """
     if "\0" in value:
         raise RefuseError("unsafe_path", "a NUL character in the path")
-    if any("\ud800" <= c <= "\udfff" for c in value):  # a file may be called so, but no table can say it
+    if not storable(value):  # a file may be called so, but no table can say it
         raise RefuseError("bad_name", f"{value[:80]!a} is not UTF-8")
     if value.strip().lower().startswith("file://"):
         value = unquote(value.strip()[len("file://") :].removeprefix("localhost"), errors="surrogateescape")
-        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+        if "\0" in value or not storable(value):
             raise RefuseError("unsafe_path", f"{value[:80]!a} is no path")
     if is_remote(value):
         return value

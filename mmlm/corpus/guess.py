@@ -19,9 +19,9 @@ from typing import Any
 from mmlm import remote
 from mmlm.config import blank_credentials, unsigned
 from mmlm.corpus.counts import quantile
-from mmlm.corpus.drafts import SPLIT_NAMES, Refusal, RefuseError, as_label
+from mmlm.corpus.drafts import SPLIT_NAMES, Refusal, RefuseError, as_label, storable
 from mmlm.corpus.elsewhere import address_of, laid_out, looking_at
-from mmlm.corpus.readers.folders import list_files, split_level, storable
+from mmlm.corpus.readers.folders import list_files, split_level
 from mmlm.corpus.readers.rows import ENDINGS
 from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, TEXT_ENDINGS, VIDEO_ENDINGS, Header, read_header
 from mmlm.errors import DataError

@@ -194,7 +194,7 @@ def log_mel(wave: np.ndarray, spec: AudioSpec) -> np.ndarray:
 
 
 def _whisper_power(wave: np.ndarray, spec: AudioSpec) -> np.ndarray:
-    """(n_mels, frames) float32, without the last window: to 2e-4 of itself wherever it is above the floor of the scale.
+    """(n_mels, frames) float32, without the last window: to 9e-4 of itself (1e-4 of the scale) wherever it is above the floor.
 
     A transform of n values x in single precision misses each |X| by some 2⁻²⁴ |x|, and a sum M of squares under a filter
     of area W by the share 2 · 2⁻²⁴ |x| √(W / M). Where M < FAINT · W · Σ|X|², that is too much.

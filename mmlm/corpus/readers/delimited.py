@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmlm.corpus.drafts import Refusal, other_encoding
+from mmlm.corpus.drafts import Refusal, other_encoding, storable
 from mmlm.errors import DataError
 
 MAX_LINE = 64 << 20
@@ -194,7 +194,7 @@ class _Reader:
             where = f"{self.shown}:{self.lines.number}"
             if isinstance(cells, Refusal):
                 yield cells
-            elif any(not cell.isascii() and not _encodable(cell) for cell in cells):
+            elif any(not cell.isascii() and not storable(cell) for cell in cells):
                 yield Refusal(where, "", "bad_encoding", f"not {self.lines.encoding}")
             elif cells:
                 self.note(cells)
@@ -300,11 +300,3 @@ def separator_of(lines: list[str], tabs: bool = False) -> str:
         return alike, not any(f"{mark} " in line for line in lines), counts[0]
 
     return max(_SEPARATORS, key=fit)
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

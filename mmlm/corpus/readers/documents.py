@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from mmlm.corpus.config import DocumentsSource
-from mmlm.corpus.drafts import SPLIT_NAMES, Draft, Outcomes, Refusal, RefuseError, decode_text, pick_wording
+from mmlm.corpus.drafts import SPLIT_NAMES, Draft, Outcomes, Refusal, RefuseError, decode_text, pick_wording, storable
 from mmlm.corpus.readers.cutting import cut, head_and_rest, tidied
 from mmlm.corpus.readers.document_process import DocumentProcess, require_library
-from mmlm.corpus.readers.folders import split_level, storable
+from mmlm.corpus.readers.folders import split_level
 from mmlm.corpus.records import Part, Record, Target
 from mmlm.storage import sha256_bytes
 

@@ -9,7 +9,17 @@ from pathlib import Path
 
 from mmlm import remote
 from mmlm.corpus.config import FolderSource
-from mmlm.corpus.drafts import SPLIT_NAMES, Draft, Outcomes, Refusal, RefuseError, as_label, decode_text, pick_wording
+from mmlm.corpus.drafts import (
+    SPLIT_NAMES,
+    Draft,
+    Outcomes,
+    Refusal,
+    RefuseError,
+    as_label,
+    decode_text,
+    pick_wording,
+    storable,
+)
 from mmlm.corpus.readers.links import Bad, Links, Trail, is_left_over
 from mmlm.corpus.records import Part, Record, Target
 from mmlm.corpus.sniff import AUDIO_ENDINGS, IMAGE_ENDINGS, TEXT_ENDINGS, VIDEO_ENDINGS, sniff
@@ -192,12 +202,3 @@ def _text(path: Path, shown: str) -> Part | Refusal:
     if not text.strip():
         return Refusal(shown, shown, "no_parts", "an empty text")
     return Part("text", text=text.strip())
-
-
-def storable(name: str) -> bool:
-    """Whether a file's name is UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from mmlm.corpus.config import HfSource
-from mmlm.corpus.drafts import SPLIT_NAMES, Outcomes, Refusal
-from mmlm.corpus.readers.folders import list_files, storable
+from mmlm.corpus.drafts import SPLIT_NAMES, Outcomes, Refusal, storable
+from mmlm.corpus.readers.folders import list_files
 from mmlm.corpus.readers.hf_columns import KINDS, Features, inferred
 from mmlm.corpus.readers.rows import BROKEN_TABLE, Row, parquet_rows, parse_json, rows_at_a_time, rows_of_batch
 from mmlm.corpus.readers.table import read_asked

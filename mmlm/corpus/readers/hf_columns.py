@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pydantic
 
-from mmlm.corpus.column_names import ANSWER, GROUP, ID, LABEL, LANG, QUESTION, SPLIT, TEXT
+from mmlm.corpus.column_names import ANSWER, GROUP, ID, LABEL, LANG, PAIRS, QUESTION, SPLIT, TEXT
 from mmlm.corpus.config import CAPTION, Ask, HfSource, TableMap, TableSource
 from mmlm.errors import DataError
 
@@ -16,11 +16,8 @@ TRANSCRIBE = {"en": "What is heard?", "zh": "听到了什么？"}
 KINDS = {"Image": "image", "Audio": "audio", "Video": "video"}
 _ABOUT_ROWS = ID | GROUP | LANG | SPLIT | {"guid", "license", "licence", "hash", "md5", "sha256", "timestamp", "date"}
 _PLACES = {"file", "file_name", "filename", "file_path", "filepath", "path", "url", "uri", "link", "image_url"}
-_FIRST = {"premise", "sentence1", "sentence_1", "sentence_a", "text1", "text_1", "question1", "transcription"} | TEXT
-_SECOND = {
-    "hypothesis", "sentence2", "sentence_2", "sentence_b", "text2", "text_2", "text_b", "question2", "context", "passage",
-    "input", "title", "标题",
-}  # fmt: skip
+_FIRST = {first for first, _ in PAIRS} | {"transcription"} | TEXT
+_SECOND = {second for first, second in PAIRS if first != "question"} | {"context", "passage", "input", "title", "标题"}
 """Names of texts that stand beside another one, which is then what is read first."""
 
 

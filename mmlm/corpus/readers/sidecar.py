@@ -21,8 +21,9 @@ from mmlm.corpus.drafts import (
     as_text,
     decode_text,
     pick_wording,
+    storable,
 )
-from mmlm.corpus.readers.folders import MAX_TEXT, Tree, kind_of, split_level, storable
+from mmlm.corpus.readers.folders import MAX_TEXT, Tree, kind_of, split_level
 from mmlm.corpus.readers.rows import parse_json
 from mmlm.corpus.records import Part, Record, Target
 from mmlm.storage import sha256_bytes

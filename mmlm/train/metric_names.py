@@ -1,4 +1,4 @@
-"""The columns of `metrics.jsonl`, before there is one."""
+"""The names of the metrics that a training will write to `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIGURES = (
 """Whatever is learnt; the last three only where there is something of the kind."""
 
 
-def columns(config: TrainConfig, spec: FeatureSpec) -> list[str]:
+def metric_names(config: TrainConfig, spec: FeatureSpec) -> list[str]:
     """All that a row of this training may have."""
     terms = Answering(config.loss, spec, getattr(config.model, "fusion", None), across_ranks=False).names
     names = ["loss", *(f"loss_{term}" for term in terms), *(f"loss_given/{given}" for given in GIVEN), *FIGURES]
@@ -33,7 +33,7 @@ def columns(config: TrainConfig, spec: FeatureSpec) -> list[str]:
 def require(metric: str, configs: Iterable[TrainConfig], shards: Path) -> None:
     """Raises ConfigError where none of the trainings on `shards` will have the metric."""
     spec = feature_spec.load(shards)
-    known = list(dict.fromkeys(name for config in configs for name in columns(config, spec)))
+    known = list(dict.fromkeys(name for config in configs for name in metric_names(config, spec)))
     if metric in known:
         return
     close = difflib.get_close_matches(metric, known, 1, 0.6)
