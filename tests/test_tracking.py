@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from mmlm.train.telemetry import Telemetry
 from mmlm.tuning import _Child
 from mmlm.world import World
 from tests.small import SPEC
-from tests.tracked import Settings, begin, client, elsewhere, finish
+from tests.tracked import Settings, begin, client, elsewhere, finish, let_senders_end
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +185,7 @@ def test_a_trial_starts_without_a_store_and_is_sent_later(
                 raise Interrupted("the search stopped it")
             finish(work)
         work.release()
-        for sender in [t for t in threading.enumerate() if isinstance(t, tracking_store.Sender)]:
-            sender.join(60)
+        let_senders_end()
     parent.replay()
     found = client(store).search_runs([parent._experiment])
     assert {r.info.run_name: r.info.status for r in found} == {"trial-000": "FINISHED", "trial-001": "KILLED"}
@@ -225,6 +223,7 @@ def test_an_outage_costs_nothing_and_is_replayed(store: str, tmp_path: Path, mon
         finish(other)
     tracker.close()
     assert time.monotonic() - started < 8
+    let_senders_end()
     flaky.down = False
     monkeypatch.undo()
     Tracker.start(store, story="outage", out=tmp_path).close()

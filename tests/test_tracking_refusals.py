@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-import threading
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from mmlm import spool, tracking_store
 from mmlm.errors import Interrupted
 from mmlm.tracking import Tracker
 from tests.faults.stage import fill_blocks, make_room, small_disk
-from tests.tracked import begin, client, elsewhere, finish
+from tests.tracked import begin, client, elsewhere, finish, let_senders_end
 
 
 def test_a_store_on_a_full_disk_gets_everything_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +34,7 @@ def test_a_store_on_a_full_disk_gets_everything_later(tmp_path: Path, monkeypatc
                 finish(work)
             assert time.monotonic() - started < 15
         assert len(client(uri).get_metric_history(run.run_id, "loss")) < 5000, "the disk was not full"
+        let_senders_end()
         make_room(disk)
         monkeypatch.undo()  # as patient as ever: the machine may be busy
         Tracker.start(uri, story="full", out=out).close()
@@ -66,6 +66,7 @@ def test_a_database_that_refuses_gets_everything_later(tmp_path: Path, monkeypat
                 run.metrics({"loss": step}, step)
             run.params({"later": 2})
             finish(work)
+        let_senders_end()
         left = spool.State.load(work.path)
         assert left is not None and left.waiting and not left.dropped
     assert client(uri).get_metric_history(run.run_id, "loss") == []
@@ -114,8 +115,7 @@ def test_a_database_that_refuses_ends_and_forgets_no_run(tmp_path: Path, monkeyp
             tracker.replay()
         assert (out / ".tracking-parent-x.json").exists()
         again = attempt(tracker, None)
-        for sender in [t for t in threading.enumerate() if isinstance(t, tracking_store.Sender)]:
-            sender.join(60)
+        let_senders_end()
         execute("DROP TRIGGER {name}")
     monkeypatch.undo()
     Tracker.start(uri, story="closed", out=out).close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ def begin(folder: Path, kind: str = "shards", steps: int = 3) -> artifacts.Work:
 def finish(work: artifacts.Work) -> artifacts.Artifact:
     (work.path / "data").write_text("bytes")
     return work.finish(counts={"records": 7}, digest_of=["data"])
+
+
+def let_senders_end(seconds: float = 60) -> None:
+    """Wait until no thread sends a spool any more: while one does, which a busy machine can keep past the end of its
+    stage, another tracker leaves that spool alone."""
+    for thread in threading.enumerate():
+        if isinstance(thread, tracking_store.Sender):
+            thread.join(seconds)
+            assert not thread.is_alive()
 
 
 def client(store: str) -> Any:
