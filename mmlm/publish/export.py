@@ -2,7 +2,7 @@
 
 Adapters are merged into the maps, the active one or that which is asked for.
 `llama`: the trunk alone as LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM of transformers, with its tokenizer;
-`hf`: the whole model with its own modelling code, for `AutoModel.from_pretrained(DIR, trust_remote_code=True)`;
+`hf`: the whole model, of any kind, with its own modelling code, for `AutoModel.from_pretrained(DIR, trust_remote_code=True)`;
 `safetensors`: weights, settings, feature spec and tokenizer as they lie in a checkpoint.
 """
 
@@ -19,7 +19,7 @@ import torch
 from mmlm.data.collate import field_rows
 from mmlm.errors import ArtifactError, ConfigError
 from mmlm.features import spec as feature_spec
-from mmlm.features.spec import BOS, EOS, PAD, FeatureSpec
+from mmlm.features.spec import BOS, EOS, PAD, SPECIAL_TOKENS, FeatureSpec
 from mmlm.features.text import Tokenizer
 from mmlm.model import adapters
 from mmlm.model.huggingface.settings import to_settings
@@ -78,10 +78,10 @@ def export(
     if adapter is not None:
         adapters.switch(net, None if adapter == NO_ADAPTER else adapter)
     adapters.merge(net)
-    if form != "safetensors" and type(net) is not FusedTransformer:
+    if form == "llama" and type(net) is not FusedTransformer:
         raise ConfigError(
             f"--format {form} of a {type(net).__name__}", wanted="a model of kind transformer and layout decoder",
-            cure="export it with --format safetensors",
+            cure="export it with --format hf or safetensors",
         )  # fmt: skip
     source = Source(folder, spec, Tokenizer.load(folder), net)
     temporary = to.with_name(f".{to.name}.tmp")
@@ -116,17 +116,22 @@ def _llama(source: Source, folder: Path, dtype: torch.dtype, max_file: int) -> E
 
 def _hf(source: Source, folder: Path, dtype: torch.dtype, max_file: int) -> Exported:
     remote_code.write(folder)
-    rows, architecture = len(field_rows(source.spec)), "MmlmForConditionalGeneration"
+    rows = len(field_rows(source.spec))
+    if source.model.generates:
+        architecture, task = "MmlmForConditionalGeneration", "AutoModelForCausalLM"
+    else:
+        architecture, task = "MmlmForSequenceClassification", "AutoModelForSequenceClassification"
     settings = {
         "model_type": "mmlm",
         "architectures": [architecture],
         "auto_map": {
             "AutoConfig": f"{remote_code.NAME}.MmlmConfig",
-            **dict.fromkeys(("AutoModel", "AutoModelForCausalLM"), f"{remote_code.NAME}.{architecture}"),
+            **dict.fromkeys(("AutoModel", task), f"{remote_code.NAME}.{architecture}"),
         },
         "model": source.model.config.model_dump(mode="json"),
         "spec": source.spec.model_dump(mode="json"),
         "field_rows": rows,
+        "id2label": dict(enumerate(_columns(source.spec))),
         "vocab_size": source.spec.vocab_size,
         "tie_word_embeddings": False,
         "use_cache": False,
@@ -137,11 +142,20 @@ def _hf(source: Source, folder: Path, dtype: torch.dtype, max_file: int) -> Expo
     }
     write_json(folder / "config.json", settings)
     ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-    write_json(folder / "generation_config.json", {**ids, "do_sample": False, "use_cache": False})
+    marks = [i for i in range(len(SPECIAL_TOKENS)) if i != EOS]  # which an answer never holds here either
+    told = {**ids, "do_sample": False, "use_cache": False, "suppress_tokens": marks}
+    write_json(folder / "generation_config.json", told)
     tensors = {f"net.{name}": t.to(dtype) for name, t in source.model.state_dict().items()}
     _write_weights(tensors, folder, max_file)
     exported_tokenizer.write(source.tokenizer, source.spec, folder, marks_last=False)
     return Exported(folder, architecture, sum(p.numel() for p in source.model.parameters()))
+
+
+def _columns(spec: FeatureSpec) -> list[str]:
+    """What the class head says, column by column: all classes, then all numbers; of several tasks with the task's name."""
+    several = len(spec.tasks) > 1
+    classes = [f"{task.name}: {label}" if several else label for task in spec.tasks for label in task.labels]
+    return [*classes, *(task.name for task in spec.tasks if task.number)]
 
 
 def _safetensors(source: Source, folder: Path, dtype: torch.dtype, max_file: int) -> Exported:

@@ -45,6 +45,7 @@ def write(tokenizer: Tokenizer, spec: FeatureSpec, folder: Path, *, marks_last: 
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_max_length": spec.max_len,
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     if spec.chat_template == "plain":
         settings["chat_template"] = PLAIN.replace("BOS", names[BOS]).replace("ANSWER", names[ANSWER])

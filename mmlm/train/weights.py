@@ -17,11 +17,11 @@ from mmlm.data.collate import field_rows
 from mmlm.errors import ArtifactError
 from mmlm.features import spec as feature_spec
 from mmlm.features.spec import FeatureSpec
+from mmlm.model import kinds
 from mmlm.model.baseline_config import CONFIGS, AnyModelConfig, CnnConfig
 from mmlm.model.config import ModelConfig
-from mmlm.model.convolutional import CnnModel, refuse
-from mmlm.model.layouts import build_model, require_classes
-from mmlm.model.recurrent import RecurrentModel
+from mmlm.model.convolutional import refuse
+from mmlm.model.layouts import require_classes
 from mmlm.model.transformer import FusedTransformer
 from mmlm.storage import atomic_write, write_json
 
@@ -36,15 +36,7 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", to
 
 def build(config: AnyModelConfig, spec: FeatureSpec) -> FusedTransformer:
     """The model that `config` asks for, with new weights. Raises ConfigError when it cannot do what the spec wants."""
-    if isinstance(config, ModelConfig):
-        if config.pretrained and config.pretrained.encoder:
-            from mmlm.model.huggingface.encoder import EncoderModel
-
-            return EncoderModel(config, spec)
-        return build_model(config, spec, len(field_rows(spec)))
-    if isinstance(config, CnnConfig):
-        return CnnModel(config, spec, len(field_rows(spec)))
-    return RecurrentModel(config, spec, len(field_rows(spec)))
+    return kinds.build(config, spec, len(field_rows(spec)))
 
 
 def check(config: AnyModelConfig, spec: FeatureSpec) -> None:

@@ -95,8 +95,8 @@ def test_an_encoder_reads_the_question_as_transformers_does(tmp_path: Path):
     again = weights.load_model(out_folder, spec).eval()
     assert torch.equal(again(batch).label_RC, net.eval()(batch).label_RC)
     assert str(folder) not in (out_folder / "config.json").read_text()
-    with pytest.raises(ConfigError, match=r"EncoderModel.*--format safetensors"):
-        export(str(out_folder), tmp_path / "out", "hf")
+    with pytest.raises(ConfigError, match=r"EncoderModel.*--format hf or safetensors"):
+        export(str(out_folder), tmp_path / "out", "llama")
 
 
 def test_an_adapter_leaves_the_encoder_as_it_is(tmp_path: Path):
