@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from mmlm.errors import WorkLost
+from mmlm.launch.local import again
 from mmlm.progress import tell
 from mmlm.storage import write_json
 from mmlm.world import World
@@ -95,8 +96,7 @@ class Watchdog:
             f"{self.name} hangs: nothing came forward for {self._limit:g} s in {self.what}"
             + (f", and rank {silent[0]} does not even answer" if silent else ""),
             wanted=f"a step within {self._limit:g} s (--hang)",
-            cure=f"the stacks of all ranks are in {self.logs}/rank-*.stacks; run the same command again to go on from "
-            "the last checkpoint",
+            cure=f"the stacks of all ranks are in {self.logs}/rank-*.stacks; {again(self.logs)}",
         )
         tell(f"mmlm: {error}" if self.world.is_main else f"rank {self.world.rank}: {error}")
         kind = f"{WorkLost.__module__}:{WorkLost.__qualname__}"

@@ -23,10 +23,14 @@ from tests.train.runs import SMALL
 
 @pytest.mark.parametrize("locked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_hang_leaves_the_stacks_of_all_ranks(tmp_path: Path, locked: bool):
+    """And it tells of a checkpoint only where there is one: where the interpreter's lock is held, nothing was saved yet."""
     arguments = {"out": str(tmp_path), "seconds": 2.0, "locked": locked}
+    if not locked:
+        (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
     with pytest.raises(WorkLost, match=r"hangs: nothing came forward for 2 s in step 3") as caught:
         ranks(2)("tests.train.targets:hang", arguments, log=tmp_path / "logs")
-    assert "run the same command again" in caught.value.cure
+    goes_on = "it begins anew: there was no checkpoint yet" if locked else "it continues from the last checkpoint"
+    assert caught.value.cure.endswith(f"rank-*.stacks; run the same command again, {goes_on}")
     assert caught.value.exit_code == 4
     for rank in range(2):
         assert "_stuck" in (tmp_path / "logs" / f"rank-{rank}.stacks").read_text(), rank
