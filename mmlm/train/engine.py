@@ -54,12 +54,25 @@ def start(world: World) -> torch.device:
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=world.rank, world_size=world.size)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, store=_store_of_attempt(world))
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     # ZeRO 3 calls them a few times a step, and each call says so: a line in the rank's log every time
     old = "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated"
     warnings.filterwarnings("ignore", message=old, category=FutureWarning)
     return device
+
+
+def _store_of_attempt(world: World) -> dist.Store | None:
+    """Where the ranks of a torchrun that starts lost ones again (`--max-restarts`) find each other; None: where they would.
+
+    Its store outlives them, and where the killed ranks listened still stands in it.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world.size, is_master=False)
+    return dist.PrefixStore(f"mmlm/attempt-{attempt}", store)
 
 
 def _deepspeed() -> Any:
