@@ -202,6 +202,17 @@ def test_a_damaged_shard_stops_with_its_name(tmp_path: Path, mixed: Artifact):
         loader(folder, config)
 
 
+def test_shards_that_lie_here_are_mapped_until_they_are_let_go(tmp_path: Path, mixed: Artifact):
+    shards = Path(shutil.copytree(mixed.path, tmp_path / "shards"))
+    reader = ShardReader(shards)
+    tar, maps = str(shards / reader.shard_of(0)), Path("/proc/self/maps")
+    assert tar not in maps.read_text()
+    assert reader[0].id == ShardReader(mixed.path)[0].id
+    assert tar in maps.read_text()
+    reader.close()
+    assert tar not in maps.read_text()
+
+
 def test_shards_without_a_sound_sample(tmp_path: Path, keypad_shards: Artifact):
     folder = Path(shutil.copytree(keypad_shards.path, tmp_path / "shards"))
     for row in pq.read_table(folder / "manifest.parquet").to_pylist():

@@ -27,6 +27,7 @@ from mmlm.shards.mirror import mirror
 from mmlm.storage import sha256_file, sha256_json
 from tests.clouds import Cloud, s3
 from tests.data.test_loader import PACKED, loader, rows
+from tests.web import serving
 
 
 @pytest.fixture(scope="module")
@@ -128,18 +129,39 @@ def test_what_is_read_is_not_evicted(published: str, mixed: Artifact, cache: Pat
         assert size_of(cache) <= 2 * max(bytes_of(mixed.path))
 
 
-def test_several_processes_fetch_a_shard_once(published: str, cloud: Cloud, cache: Path):
+def test_several_processes_fetch_a_shard_once(mixed: Artifact, cache: Path):
     code = (
         "import sys; from mmlm.data.published import view; from mmlm.data.reader import ShardReader;"
         "print(len([s.id for s in ShardReader(view(sys.argv[1]))]))"
     )
-    readers = [
-        subprocess.Popen([sys.executable, "-c", code, published], stdout=subprocess.PIPE, text=True, env={**os.environ})
-        for _ in range(3)
-    ]
-    counts = {reader.communicate(timeout=120)[0] for reader in readers}
+    files = {f"/set/{path.name}": path.read_bytes() for path in mixed.path.iterdir() if path.is_file()}
+    with serving() as site:
+        site.files, site.slow = files, 0.02
+        readers = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, f"{site.url}/set"], stdout=subprocess.PIPE, text=True, env={**os.environ}
+            )
+            for _ in range(3)
+        ]
+        counts = {reader.communicate(timeout=120)[0] for reader in readers}
     assert len(counts) == 1 and int(counts.pop()) > 100
     assert not list(cache.glob("??/*.part")) and not list(cache.glob("sets/.making-*"))
+    train = [r for r in pq.read_table(mixed.path / "manifest.parquet").to_pylist() if r["split"] == "train"]
+    assert train and all(site.sent[f"/set/{row['path']}"] == row["bytes"] for row in train)
+
+
+def test_shards_are_fetched_before_they_are_wanted(
+    cloud: Cloud, published: str, mixed: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What the next step reads is here when the store is gone."""
+    there, here = loader(Path(view(published)), PACKED), loader(mixed.path, PACKED)
+    there.batch(0)
+    fetching = there.reader._fetching
+    assert fetching is not None
+    fetching.shutdown()  # waits for what was begun
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    there.reader._fetching = None
+    assert rows(there.batch(1)) == rows(here.batch(1))
 
 
 def test_a_download_is_taken_up_and_a_damaged_rest_is_not_believed(published: str, mixed: Artifact, cache: Path):

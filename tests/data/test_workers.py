@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -67,6 +68,23 @@ def test_a_step_ahead_of_its_pinning_is_the_same(mixed: Artifact, alone: Loader,
     )  # without a GPU all but the pinning
     for step in (0, 1, 2, 30, 31, 49, 3):
         assert [rows(b) for b in one.batches(step, 2)] == [rows(b) for b in alone.batches(step, 2)]
+    one.close()
+
+
+def test_batches_are_made_before_they_are_wanted(mixed: Artifact, alone: Loader):
+    """A worker that is frozen meanwhile has the next one ready."""
+    one = loader(mixed.path, 1)
+    assert rows(one.batch(0)) == rows(alone.batch(0))
+    assert one._pool is not None
+    (worker,) = one._pool._workers
+    assert select.select([worker.channel], [], [], 60)[0], "nothing came ahead"
+    time.sleep(0.5)  # its first byte is there, and the rest of it
+    worker.process.send_signal(signal.SIGSTOP)
+    try:
+        assert rows(one.batch(1)) == rows(alone.batch(1))
+    finally:
+        worker.process.send_signal(signal.SIGCONT)
+    assert rows(one.batch(2)) == rows(alone.batch(2))
     one.close()
 
 

@@ -78,6 +78,10 @@ class StandIns:
         """The time limit comes near."""
         self.process.send_signal(signal.SIGUSR1)
 
+    def preempt(self) -> None:
+        """Another job takes the place of this one."""
+        self.process.send_signal(signal.SIGTERM)
+
     def finish(self, seconds: float) -> tuple[int, int]:
         """Wait for the end; the exit code, and how often the job was queued again."""
         restarts = 0

@@ -61,6 +61,15 @@ def test_a_stopped_job_goes_back_into_the_queue_and_a_failed_one_does_not(tmp_pa
         assert queue.finish(30) == expected
 
 
+def test_a_preempted_job_goes_back_into_the_queue(tmp_path: Path) -> None:
+    queue = StandIns(tmp_path)
+    words = ["bash", "-c", STOPPED_ONCE.replace("USR1", "TERM").format(f"{tmp_path}/up-$SLURM_PROCID")]
+    queue.submit(slurm.render(SlurmConfig(), words, "name"))
+    wait_for(lambda: len(list(tmp_path.glob("up-*"))) == 2, 30)
+    queue.preempt()
+    assert queue.finish(30) == (0, 1)
+
+
 def test_the_number_of_restarts_has_an_end(tmp_path: Path) -> None:
     queue = StandIns(tmp_path)
     queue.submit(slurm.render(SlurmConfig(restarts=2), ["bash", "-c", "exit 4"], "name"))

@@ -16,7 +16,7 @@ from mmlm.data.collate import collate, field_rows, pack
 from mmlm.errors import ConfigError
 from mmlm.features.borders import kept_patches
 from mmlm.features.sample import Sample
-from mmlm.features.spec import IMAGE, AudioSpec, FeatureSpec, ImageSpec
+from mmlm.features.spec import AUDIO, IMAGE, AudioSpec, FeatureSpec, ImageSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.embeddings import Grid
 from mmlm.model.flops import Shape, forward_flops, training_flops
@@ -49,6 +49,24 @@ def test_convolutions_of_pictures_are_torchs():
         x = F.gelu(F.conv2d(x, weight, convolution.map.bias, stride=2, padding=1))  # type: ignore[union-attr, arg-type]
     wanted = stem.out(x.permute(0, 2, 3, 1).flatten(0, 2))
     assert torch.allclose(made, wanted, atol=1e-5)
+
+
+def test_the_linear_stem_is_that_of_vit():
+    """A convolution as wide as its stride over the picture (Dosovitskiy et al. 2021), and a vector for the place."""
+    model = net(image_stem="linear", image_places="table")
+    image, D = model.image, 32
+    assert image is not None
+    made = image(*rows_of(picture := torch.randn(16, 16, 1)))
+    kernel = image.project.weight.view(D, 8, 8, 1).permute(0, 3, 1, 2)  # type: ignore[union-attr, operator]
+    whole = F.conv2d(picture.permute(2, 0, 1)[None], kernel, image.project.bias, stride=8)  # type: ignore[arg-type]
+    wanted = whole[0].flatten(1).T + image.place.weight[:TOKENS]  # type: ignore[index]
+    assert torch.allclose(made, wanted, atol=1e-5)
+
+
+def rows_of(picture_HWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its patches of 8 by 8, row by row, and their places."""
+    patches = [picture_HWC[y : y + 8, x : x + 8].flatten() for y in (0, 8) for x in (0, 8)]
+    return torch.stack(patches), torch.arange(4)
 
 
 def test_convolutions_of_sounds_are_whispers():
@@ -101,6 +119,28 @@ def test_several_pictures_anywhere_are_told_apart(stem: dict[str, Any]):
     ab, ba = (model(collate([two_pictures(*order)], SPEC)).label_RC for order in ((1, 2), (2, 1)))
     assert not torch.allclose(ab, ba, atol=1e-3)
     beside = model(pack([[two_pictures(1, 2), sample(4), two_pictures(2, 1)]], SPEC)).label_RC
+    assert torch.allclose(beside[[0, 2]], torch.cat([ab, ba]), atol=1e-5)
+
+
+@pytest.mark.parametrize("stem", ["conv", "linear"])
+def test_several_sounds_in_one_record_are_told_apart(stem: str):
+    """Each from its own first moment; which came first counts."""
+
+    def two_sounds(a: int, b: int) -> Sample:
+        one = sample(3, ("audio", "context"))
+        tokens = one.tokens.tolist()
+        middle = one.context_spans[0][1]  # the second sound stands after the context
+        tokens = [*tokens[:middle], AUDIO, *tokens[middle:]]
+        sounds = [sample(n, ("audio",)).sounds[0] for n in (a, b)]
+        return dataclasses.replace(one, tokens=np.array(tokens, np.int32), answer_at=one.answer_at + 1, sounds=sounds)
+
+    model = net(audio_stem=stem)
+    batch = collate([two_sounds(1, 2)], SPEC)
+    starts = (batch.mel_at_M == 0).nonzero()[:, 0].tolist()
+    assert len(starts) == 2 and batch.mel_at_M.tolist() == [*range(starts[1]), *range(len(batch.mel_at_M) - starts[1])]
+    ab, ba = (model(collate([two_sounds(*order)], SPEC)).label_RC for order in ((1, 2), (2, 1)))
+    assert not torch.allclose(ab, ba, atol=1e-3)
+    beside = model(pack([[two_sounds(1, 2), sample(4), two_sounds(2, 1)]], SPEC)).label_RC
     assert torch.allclose(beside[[0, 2]], torch.cat([ab, ba]), atol=1e-5)
 
 

@@ -59,8 +59,17 @@ def net(**changes: Any) -> FusedTransformer:
     return FusedTransformer(config, SPEC, len(field_rows(SPEC)))
 
 
-def samples() -> list[Sample]:
-    made = [sample(i, given, task="free" if i == 2 else "kind") for i, given in enumerate(GIVEN)]
+FIELDS_TOO = [
+    ("image", "fields", "audio"), ("image", "fields"), ("audio", "fields"), ("image",), ("fields",), ("audio", "context"),
+    ("image", "fields", "audio"), ("context", "fields"),
+]  # fmt: skip
+OF_FIELDS = ContrastiveConfig(
+    between=(("image", "fields"), ("fields", "audio"), ("fields", "context")), weight=0.5, temperature=0.2
+)
+
+
+def samples(given: list[tuple[str, ...]] = GIVEN) -> list[Sample]:
+    made = [sample(i, has, task="free" if i == 2 else "kind") for i, has in enumerate(given)]
     made[6].group = made[0].group  # the same thing twice
     return made
 
@@ -86,32 +95,36 @@ def test_views_are_the_samples_with_one_modality_alone(modality: str):
     assert torch.allclose(whole.label_RC[: len(rows)], model(batch).label_RC, atol=1e-5)
 
 
-def info_nce(model: FusedTransformer, rows: list[Sample]) -> torch.Tensor:
+def info_nce(model: FusedTransformer, rows: list[Sample], config: ContrastiveConfig) -> torch.Tensor:
     """The sum over pairs of modalities, records and directions, written out."""
-    assert LOSS.contrastive
     total = torch.zeros(())
-    for pair in LOSS.contrastive.between:
+    for pair in config.between:
         for a, b in (pair, pair[::-1]):
-            candidates = [n for n, given in enumerate(GIVEN) if b in given]
-            for n, given in enumerate(GIVEN):
+            candidates = [n for n, row in enumerate(rows) if b in row.modalities]
+            for n, given in enumerate(row.modalities for row in rows):
                 if a in given and b in given:
                     others = [m for m in candidates if m == n or rows[m].group != rows[n].group]
                     z = embedded(model, rows[n], a)
-                    score = (
-                        torch.stack([z @ embedded(model, rows[m], b) for m in others]) / LOSS.contrastive.temperature
-                    )
+                    score = torch.stack([z @ embedded(model, rows[m], b) for m in others]) / config.temperature
                     total = total - score.log_softmax(0)[others.index(n)] / 2
     return total
 
 
-def test_the_loss_is_its_formula_and_does_not_depend_on_micro_batches():
-    model, rows = net(), samples()
-    wanted = info_nce(model, rows)
+@pytest.mark.parametrize(
+    ("config", "given", "pairs"),
+    [(LOSS.contrastive, GIVEN, 3 + 3 + 3), (OF_FIELDS, FIELDS_TOO, 3 + 3 + 1)],
+    ids=["media and texts", "with fields"],
+)
+def test_the_loss_is_its_formula_and_does_not_depend_on_micro_batches(
+    config: ContrastiveConfig, given: list[tuple[str, ...]], pairs: int
+):
+    model, rows = net(), samples(given)
+    wanted = info_nce(model, rows, config)
     wanted_gradient = torch.autograd.grad(wanted, list(model.parameters()), allow_unused=True)
     for sizes in ([8], [3, 5], [2, 1, 1, 4]):
         batches = [collate([rows[i] for i in part], SPEC) for part in torch.arange(8).split(sizes)]
-        objective = Answering(LOSS, SPEC)
-        assert sum(objective.counts(b)["contrastive"] for b in batches) == 3 + 3 + 3
+        objective = Answering(LossConfig(contrastive=config), SPEC)
+        assert sum(objective.counts(b)["contrastive"] for b in batches) == pairs
         objective.prepare(model, batches, torch.device("cpu"))
         model.zero_grad()
         total = torch.zeros(())
@@ -142,10 +155,10 @@ BASE = {"precision": "fp32", "model": {"width": 32, "layers": 1, "heads": 2, "em
 
 
 def one_step(out: str, combinations: list[dict[str, Any]]) -> None:
-    """On every rank: the contrastive loss and the gradient norm of a step, for each combination."""
+    """On every rank: the contrastive loss, the gradient norm and the gradients of a step, for each combination."""
     world = worlds.from_environment()
     device = engine.start(world)
-    found = []
+    found, moments = [], []
     for changes in combinations:
         config = parse(TrainConfig, {**BASE, **changes}, "test")
         trainer = engine.DeepSpeedEngine(net(attention="causal").to(device), config, world)
@@ -162,25 +175,36 @@ def one_step(out: str, combinations: list[dict[str, Any]]) -> None:
             trainer.backward(loss_of(terms, counts))
             loss += float(terms["contrastive"].sum.detach())
         found.append([engine.total([loss], device)[0] / counts["contrastive"], trainer.update(1e-3)])
+        moments.append(
+            trainer.state().get("exp_avg")
+        )  # rank 0 has them: a tenth of the gradient, parameter by parameter, after one step
         trainer.model.destroy()
     if world.is_main:
+        torch.save(moments, Path(out) / "moments.pt")
         (Path(out) / "found.json").write_text(json.dumps(found))
     engine.stop()
 
 
 def test_ranks_micro_batches_and_zero_stages_change_no_loss_and_no_gradient(tmp_path: Path):
     combinations = [{"zero": {"stage": stage}, "accumulate": n} for stage, n in ((0, 1), (2, 1), (2, 2), (3, 2))]
-    found = {}
+    found, gradients = {}, []
     for count in (1, 2):
         (tmp_path / str(count)).mkdir()
         out = tmp_path / str(count)
         arguments = {"out": str(out), "combinations": combinations}
         ranks(count)("tests.train.test_contrast:one_step", arguments, log=out / "logs")
         found[count] = json.loads((out / "found.json").read_text())
+        gradients += torch.load(out / "moments.pt")
     rows = [*found[1], *found[2]]
     for loss, norm in rows:
         assert loss == pytest.approx(rows[0][0], rel=1e-5)
         assert norm == pytest.approx(rows[0][1], rel=1e-4)
+    largest = max(float(g.abs().max()) for g in gradients[0].values())
+    assert largest > 0 and len(gradients) == 8
+    for others in gradients[1:]:
+        assert others.keys() == gradients[0].keys()
+        for name, gradient in gradients[0].items():
+            assert torch.allclose(others[name], gradient, rtol=1e-3, atol=1e-5 * largest), name
 
 
 def test_two_ranks_plan_and_train_with_it(keypad_shards: Artifact, tmp_path: Path):

@@ -80,6 +80,12 @@ def test_a_time_limit_leaves_room_for_the_looks_that_are_due():
         assert stop.wanted(step_seconds=2, save_seconds=4, look_seconds=13)
 
 
+def test_compiling_at_stage_3_is_refused():
+    with pytest.raises(ConfigError, match=r"compile does not work at zero\.stage 3"):
+        parse(TrainConfig, {"compile": True, "zero": {"stage": 3}}, "test")
+    assert parse(TrainConfig, {"compile": True, "zero": {"stage": 2}}, "test").compile
+
+
 def test_before_a_save_was_measured_its_size_tells():
     config = parse(TrainConfig, {}, "test")
     assert first_save(saved_bytes(config, 1e6, 0)) == 20

@@ -16,7 +16,7 @@ from mmlm.features.sample import Sample
 from mmlm.features.spec import TaskSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.transformer import FusedTransformer, Output
-from mmlm.train.config import LossConfig
+from mmlm.train.config import ContrastiveConfig, LossConfig
 from mmlm.train.objectives import Answering, Distilling, loss_of
 from tests.small import SPEC, sample
 
@@ -70,6 +70,21 @@ def test_the_terms_are_their_formulas():
     squared = Answering(LossConfig(number_error="squared"), HEADED).parts[-1].term(output, batch)
     truth = torch.tensor([0.4, 5.0], dtype=torch.float64)
     assert squared.sum.item() == pytest.approx(float((head[[3, 5], 7] - truth).square().sum() / 2), rel=1e-5)
+
+
+def test_every_term_has_the_weight_that_was_given_to_it():
+    """Of one run with all of them, against numbers written here."""
+    weights = {"answer": 0.7, "label": 0.3, "labels": 0.5, "number": 2.0, "contrastive": 0.25, "z": 0.01}
+    contrastive = ContrastiveConfig(weight=0.25, between=[("image", "audio")])
+    config = LossConfig(answer=0.7, label=0.3, labels=0.5, number=2.0, z=0.01, contrastive=contrastive)
+    torch.manual_seed(0)
+    model = FusedTransformer(ModelConfig(width=32, layers=1, heads=2, embedding=8), HEADED, len(field_rows(HEADED)))
+    batch, objective = collate(samples(), HEADED), Answering(config, HEADED)
+    objective.prepare(model, [batch], torch.device("cpu"))
+    counts, terms = objective.counts(batch), objective(model, batch)
+    assert set(terms) == set(weights) and all(terms[name].sum > 0 and counts[name] > 0 for name in weights)
+    wanted = sum(weight * terms[name].sum.item() / counts[name] for name, weight in weights.items())
+    assert loss_of(terms, counts).item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_loss_does_not_depend_on_how_the_batch_is_cut():

@@ -26,7 +26,7 @@ from mmlm.train import checkpoint
 from mmlm.train.config import LoopConfig, TrainConfig, ZeroConfig
 from mmlm.train.train import train
 from tests.data.test_loader import damage
-from tests.faults.stage import fill_blocks, make_room, small_disk
+from tests.faults.stage import Hold, fill_blocks, make_room, small_disk
 from tests.train.runs import SMALL, Training, losses, saved, stopped
 
 BASE: dict[str, Any] = {**SMALL, "steps": 4, "save_every": 2, "keep": 3, "precision": "fp32"}
@@ -255,6 +255,20 @@ def test_a_save_that_fails_ends_every_rank_and_leaves_the_checkpoint_before_it(
         make_room(disk)
         assert run(keypad_shards, out, 2, save_every=1).digest == first.digest
         assert losses(out) == losses(first.path)
+
+
+@pytest.mark.slow
+def test_steps_go_on_while_a_checkpoint_is_written(keypad_shards: Artifact, tmp_path: Path):
+    """Up to the next save, which waits; nothing is there under a good name until it is whole."""
+    hold = Hold(tmp_path / "hold", checkpoint.POINT, 2)  # its first file is written
+    config = {**SMALL, "steps": 12, "save_every": 6}
+    run = Training(keypad_shards, tmp_path / "model", 2, config, "", **hold.environment)
+    run.until("a save that is held", hold.pid)
+    run.until("the step before the next save", lambda: run.step() >= 11)
+    assert run.process.poll() is None and saved(run.out) == 0 and not hold.passed()
+    hold.go()
+    assert run.end() == 0, run.words()
+    assert checkpoint.steps(run.out / "checkpoints") == {6, 12} and sorted(losses(run.out)) == list(range(1, 13))
 
 
 def end_of(run: Training) -> str:

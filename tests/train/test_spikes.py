@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,20 @@ def run(
     ranks(count)("tests.train.targets:train_poisoned", arguments, log=out / "logs")
 
 
-def test_a_poisoned_step_changes_nothing_and_is_kept(keypad_shards: Artifact, tmp_path: Path):
-    config = {**SMALL, "steps": 10, "save_every": 5}
+LEAP = r"the loss leapt to [\d.]+ from about [\d.]+ ± [\d.]+"
+
+
+@pytest.mark.parametrize(("loss", "reason"), [(math.nan, "the loss is nan"), (50.0, LEAP)], ids=["nan", "leap"])
+def test_a_poisoned_step_changes_nothing_and_is_kept(keypad_shards: Artifact, tmp_path: Path, loss: float, reason: str):
+    config = {**SMALL, "steps": 10, "save_every": 5, "spikes": {"warmup": 4}}
     wanted = planned(keypad_shards, config)
     poisoned = wanted[6][7]  # on the second of two ranks
-    run(keypad_shards, tmp_path / "model", 2, config, [poisoned])
+    run(keypad_shards, tmp_path / "model", 2, config, [poisoned], loss)
     evidence = json.loads((tmp_path / "model" / "evidence" / "step-00000007.json").read_text())
-    assert evidence["reason"] == "the loss is nan" and evidence["ids"] == wanted[6]
+    assert re.fullmatch(reason, evidence["reason"]) and evidence["ids"] == wanted[6]
     assert ledger.effective(tmp_path / "model") == {**wanted, 6: []}
-    assert sorted(losses(tmp_path / "model")) == [1, 2, 3, 4, 5, 6, 8, 9, 10]
+    told = losses(tmp_path / "model")
+    assert told.keys() == set(range(1, 11)) - ({7} if math.isnan(loss) else set()) and told.get(7, 100) >= 100
     saved = checkpoint.newest(tmp_path / "model" / "checkpoints")
     assert saved is not None and saved.state["scalars"]["updates"] == 9
     assert all(t.isfinite().all() for named in saved.tensors().values() for t in named.values())

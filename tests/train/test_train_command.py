@@ -110,6 +110,9 @@ def test_a_training_under_torchrun_comes_to_its_end(whole: Artifact):
     assert sorted(losses(whole.path)) == list(range(1, STEPS + 1)) and whole.counts["ranks"] == 2
     assert checkpoint.steps(whole.path / "checkpoints") == set(range(4, STEPS + 1, 4))
     assert not list((whole.path / "logs").glob("*.error.json"))
+    [said] = [file.read_text() for file in whole.path.parent.parent.glob("said-*.txt")]
+    found = re.search(r"train: done: .* plan ([\d.]+) ms a step \(planned ([\d.]+)\)", said)
+    assert found and all(0 < float(milliseconds) < 10_000 for milliseconds in found.groups())
 
 
 @pytest.mark.slow
