@@ -19,7 +19,7 @@ from mmlm.data.modalities import alone
 from mmlm.features import spec as feature_spec
 from mmlm.features.config import TokenizerConfig
 from mmlm.features.sample import Sample
-from mmlm.features.spec import ANSWER, BOS, EOS, PAD, FeatureSpec, TaskSpec
+from mmlm.features.spec import ANSWER, BOS, EOS, IMAGE, PAD, FeatureSpec, TaskSpec
 from mmlm.features.text import Tokenizer, train_tokenizer
 from mmlm.model.baseline_config import CONFIGS
 from mmlm.model.generation import generate
@@ -138,10 +138,11 @@ def shards(folder: Path, silent: bool) -> FeatureSpec:
 
 
 def ends_somewhere(net: Any, prompts: Batch) -> None:
-    """Let what one answer says late end it, so that answers are of several lengths."""
+    """Let what one answer says late end it, so that answers are of several lengths, and a mark be more probable still."""
     with torch.no_grad():
         net.answer.weight[EOS] = 0
-        net.answer.weight[EOS] = 1.1 * net.answer.weight[generate(net, prompts, limit=LIMIT).ids[1][3]]
+        late = generate(net, prompts, limit=LIMIT).ids[1][3]
+        net.answer.weight[EOS], net.answer.weight[IMAGE] = 1.1 * net.answer.weight[late], 1.2 * net.answer.weight[late]
 
 
 def exported(root: Path, names: Iterable[str]) -> Known:
