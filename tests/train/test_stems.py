@@ -229,7 +229,9 @@ def test_rest_rates_and_recomputation(tmp_path: Path) -> None:
         config_of(image_stem="conv", image_encoder={"folder": "x"})
     freeze = [{"modules": ["image.project.encoder"]}]
     rests = let_rest(net, TrainConfig.model_validate({"freeze": freeze}))
-    position = "audio.project.encoder.embed_positions.weight"  # which nothing trains, and a checkpoint holds all the same
+    position = (
+        "audio.project.encoder.embed_positions.weight"  # which nothing trains, and a checkpoint holds all the same
+    )
     assert position in rests and len(rests) > 1
     assert all(name.startswith("image.project.encoder.") for name in rests if name != position)
     share = frozen_share(net)
