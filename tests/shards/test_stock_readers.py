@@ -68,7 +68,7 @@ def test_a_complete_shard_that_the_manifest_does_not_name_is_read_by_nobody(shar
         named = [str(folder / name) for name in pq.read_table(folder / "manifest.parquet")["path"].to_pylist() if name]
         loader = Loader(folder, config, 0, World(0, 1), steps=20)
         theirs = [sample["__key__"] for sample in webdataset.WebDataset(named, shardshuffle=False)]
-        return [s.id for s in ShardReader(folder)], [loader.batch(step).ids for step in range(20)], theirs
+        return [s.id for s in ShardReader(folder)], [list(loader.batch(step).ids) for step in range(20)], theirs
 
     before = read()
     records = [replace(r, id=f"stray/{r.id}", split="train") for r in make_records(tmp_path / "data", 6)]
