@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import os
 import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from mmlm.stores import (
     ranged,
     require_range,
     split_uri,
+    untrusted,
     words,
 )
 
@@ -38,6 +40,11 @@ class S3(Store):
     def __init__(self) -> None:
         import s3fs
 
+        if (file := os.environ.get("AWS_CA_BUNDLE")) and not os.path.isfile(file):
+            raise DataError(
+                f"there is no file {file}, which AWS_CA_BUNDLE names", wanted="the certificates of whom to trust (PEM)",
+                cure="set it to that file, or unset it",
+            )  # fmt: skip
         self.files = s3fs.S3FileSystem(
             skip_instance_cache=True,
             use_listings_cache=False,
@@ -131,6 +138,12 @@ class S3(Store):
             raise DataError(f"no credentials for {blank(uri)} ({error})", cure=CURES["s3"]) from None
         except (boto.ParamValidationError, boto.InvalidRegionError) as error:
             raise DataError(f"{blank(uri)}: {blank(str(error))[:200]}", wanted="s3://BUCKET/NAME") from None
+        except boto.SSLError as error:
+            told = str(error)
+            if "CERTIFICATE_VERIFY_FAILED" not in told:
+                raise Transient(f"{blank(uri)}: {words(error)}") from None
+            why = re.search(r"certificate verify failed: ([^(\]]+)", told)
+            raise untrusted(uri, why[1].strip() if why else words(error), "AWS_CA_BUNDLE") from None
         except (boto.BotoCoreError, aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Transient(f"{blank(uri)}: {words(error)}") from None
 
