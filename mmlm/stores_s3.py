@@ -69,7 +69,8 @@ class S3(Store):
         wanted = ranged(start, stop)
         async with self._asking(uri), asyncio.timeout(patience((stat.size if stop is None else stop) - start)):
             client = await self._client(bucket)
-            answer = await client.get_object(Bucket=bucket, Key=key, IfMatch=f'"{stat.version}"', **wanted)
+            same = {"IfMatch": f'"{stat.version}"'} if stat.version else {}  # some that speak like S3 tell none
+            answer = await client.get_object(Bucket=bucket, Key=key, **same, **wanted)
             require_range(answer.get("ContentRange"), start, uri)
             async with answer["Body"] as body:
                 while data := await body.read(CHUNK):
@@ -84,7 +85,7 @@ class S3(Store):
             async for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
                 for entry in page.get("Contents", ()):
                     # whether the ETag is an MD5 depends on the encryption, which a listing does not tell
-                    stat = Stat(entry["Size"], entry["ETag"].strip('"'))
+                    stat = Stat(entry["Size"], entry.get("ETag", "").strip('"'))
                     found.append((f"s3://{bucket}/{entry['Key']}", stat))
         return found
 
@@ -155,7 +156,7 @@ def _status(error: Exception) -> int:
 
 def _s3_stat(answer: Any) -> Stat:
     whole = answer.get("ContentRange", "").rpartition("/")[2]
-    etag = answer["ETag"].strip('"')
+    etag = answer.get("ETag", "").strip('"')
     plain = answer.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in answer
     return Stat(
         int(whole) if whole.isdigit() else answer["ContentLength"],
