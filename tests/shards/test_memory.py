@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from mmlm.config import parse
 from mmlm.corpus.config import ScanConfig
 from mmlm.corpus.records import Part, Record, Target
 from mmlm.corpus.scan import scan
-from tests.shards.conftest import write_manifest, write_wav
+from tests.shards.conftest import write_manifest
 
 TRAIN = """
 import sys
+import wave
 from pathlib import Path
 from mmlm import artifacts
 from mmlm.features.config import FeaturesConfig, TokenizerConfig
@@ -74,6 +76,7 @@ def test_a_tokenizer_is_trained_in_the_same_memory_whatever_the_size_of_the_corp
 
 SHARD = """
 import sys
+import wave
 from pathlib import Path
 from mmlm import artifacts
 from mmlm.config import parse
@@ -121,8 +124,11 @@ def test_a_sound_of_twenty_minutes_takes_its_file_and_what_is_kept_of_it(
 ) -> None:
     """106 MB at 44.1 kHz. Half a minute of it is kept, or all: 270 and 627 MiB were measured."""
     (tmp_path / "raw").mkdir()
-    minute = np.random.default_rng(0).uniform(-0.3, 0.3, 60 * 44_100)
-    write_wav(tmp_path / "raw/long.wav", np.tile(minute, 20), 44_100)
+    minute = np.random.default_rng(0).integers(-9000, 9000, 60 * 44_100, np.int16).tobytes()
+    with wave.open(str(tmp_path / "raw/long.wav"), "wb") as file:
+        file.setparams((1, 2, 44_100, 0, "NONE", ""))
+        for _ in range(20):
+            file.writeframes(minute)
     assert sharded(tmp_path, [Part("audio", uri="long.wav")], 60 * minutes) < most
 
 
