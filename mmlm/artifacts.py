@@ -26,7 +26,7 @@ from typing import Any, TextIO
 from mmlm import __version__
 from mmlm.config import Config, identity, resolved
 from mmlm.errors import ArtifactError
-from mmlm.storage import sha256_file, sha256_json, write_json
+from mmlm.storage import sha256_file, sha256_json, temporaries, write_json
 
 FORMAT = 1
 """Version of the layout of `artifact.json`. A newer one is refused."""
@@ -58,16 +58,16 @@ class Artifact:
 class ArtifactConflict(ArtifactError):
     """The folder holds a noun, or unfinished work, of another fingerprint. `mmlm run` sets it aside and goes on."""
 
-    def __init__(self, path: Path, present: str, wanted: str) -> None:
-        self.path, self.present, self.wanted_fingerprint = path, present, wanted
+    def __init__(self, path: Path, present: str, wanted: str, differs: str = "") -> None:
+        self.path, self.present, self.wanted_fingerprint, self.differs = path, present, wanted, differs
         super().__init__(
-            f"{path} holds {present[:12]}, made from another config or other inputs",
+            f"{path} holds {present[:12]}, made from another config or other inputs{differs and f' ({differs})'}",
             wanted=wanted[:12],
             cure="choose another --out, or set it aside: `mmlm run` does, and every verb with --replace",
         )
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (ArtifactConflict, (self.path, self.present, self.wanted_fingerprint))
+        return (ArtifactConflict, (self.path, self.present, self.wanted_fingerprint, self.differs))
 
 
 def read(path: Path | str, kind: str | None = None) -> Artifact:
@@ -117,7 +117,8 @@ def begin(
     if (out / NAME).exists():
         found = read(out)
         if found.fingerprint != wanted or found.kind != kind:
-            raise ArtifactConflict(out, found.fingerprint, wanted)
+            raise ArtifactConflict(out, found.fingerprint, wanted, _differs(found, work))
+        _tidy_finished(out)
         work.artifact = found
         return work
     if (out / WORK).exists():
@@ -137,8 +138,41 @@ def begin(
     if (out / NAME).exists():  # another process finished it between our look and our lock
         work.release()
         return begin(out, kind, recipe=recipe, config=config, parents=parents, extra=extra)
+    for path in temporaries(out):  # of a run that was killed while it wrote them; the lock keeps every other one away
+        path.unlink(missing_ok=True)
     work.note()
     return work
+
+
+def _differs(found: Artifact, wanted: Work) -> str:
+    """In what `found` was made of something else than `wanted`, the config aside; "" where nothing else differs."""
+    told = [f"recipe {found.recipe} → {wanted.recipe}"] if found.recipe != wanted.recipe else []
+    told += [
+        f"{name} {found.parents.get(name, 'none')[:12]} → {digest[:12]}"
+        for name, digest in wanted.parents.items()
+        if found.parents.get(name) != digest
+    ]
+    for name, value in wanted.extra.items():
+        before = found.extra.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            pairs = {key: (before.get(key, "none"), value.get(key, "none")) for key in sorted({*value, *before})}
+            told += [f"{key} {str(a)[:40]} → {str(b)[:40]}" for key, (a, b) in pairs.items() if a != b]
+        elif before != value:
+            told.append(f"another {name}")
+    return ", ".join([*told[:5], *(["…"] if told[5:] else [])])
+
+
+def _tidy_finished(out: Path) -> None:
+    """Remove what a run left that was killed after its last file, unless a process works there."""
+    if not (out / WORK).exists():
+        return
+    try:
+        lock = hold(out)
+    except ArtifactError:
+        return
+    with lock:
+        if (out / NAME).exists():  # nobody has reopened it since we looked
+            (out / WORK).unlink(missing_ok=True)
 
 
 def hold(folder: Path) -> TextIO:

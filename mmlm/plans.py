@@ -70,7 +70,7 @@ def subject(name: str, overrides: list[str], out: Path | None) -> Subject:
         shard, train, title, distill = story.shard, story.train, story.name, story.distill
     shards = (out or Path("runs") / title) / stories.NOUNS["shard"]
     if (shards / artifacts.NAME).is_file():
-        return Subject(title, train, feature_spec.load(shards), shards, after=distill)
+        return _settled(Subject(title, train, feature_spec.load(shards), shards, after=distill))
     features = shard.features
     size = features.tokenizer.vocab_size
     if features.tokenizer.file:
@@ -81,7 +81,15 @@ def subject(name: str, overrides: list[str], out: Path | None) -> Subject:
         vocab_size=size, tokenizer_digest="planned", max_len=features.max_len, image=features.image,
         audio=features.audio, tasks=[],
     )  # fmt: skip
-    return Subject(title, train, spec, None, after=distill)
+    return _settled(Subject(title, train, spec, None, after=distill))
+
+
+def _settled(what: Subject) -> Subject:
+    """With the shapes of what was trained elsewhere, of which the settings tell the folder alone."""
+    from mmlm.train import pretrained
+
+    after = what.after and pretrained.settled(what.after, what.shards, what.spec)
+    return replace(what, config=pretrained.settled(what.config, what.shards, what.spec), after=after)
 
 
 def work_of(what: Subject) -> Workload:

@@ -21,6 +21,7 @@ MAX_FILE_BYTES = 512 << 20
 """A single media file larger than this is refused before it is read."""
 
 _SECONDS = r"[0-9]{1,9}(?:\.[0-9]{0,9})?"
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp\Z")
 _FRAGMENT = re.compile(rf"(?:#bytes=([0-9]{{1,18}})\+([0-9]{{1,18}}))?(?:#t=({_SECONDS}),({_SECONDS}))?\Z")
 
 
@@ -73,6 +74,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporaries(folder: Path) -> list[Path]:
+    """The files of `atomic_write` in `folder` that did not get their names: it is at work, or was killed."""
+    return [path for path in folder.glob(".*.tmp") if _TEMPORARY.search(path.name)]
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -8,6 +8,7 @@ download needs the headers of each.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,6 +150,17 @@ def answered(status: int, uri: str, scheme: str, said: str = "", wait: str | Non
     if status in (304, 412, 416):
         return Changed(f"{shown} changed while it was read")
     return DataError(f"{shown} answers {status} {said}".strip(), cure="check the address")
+
+
+def untrusted(uri: str, why: str, variable: str = "SSL_CERT_FILE") -> DataError:
+    """A server whose certificate did not pass; `variable` of the environment names whom to trust."""
+    file = os.environ.get(variable, "")
+    lost = f"; there is no file {file}, which {variable} names" if file and not os.path.isfile(file) else ""
+    return DataError(
+        f"the certificate of the server of {blank(uri)} is not to be trusted ({why}){lost}",
+        wanted="one for this address, by an authority that is known here",
+        cure=f"set {variable} to the certificate of your own authority (a PEM file), or check the address",
+    )
 
 
 def _seconds(wait: str | None) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import os
 import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from mmlm.stores import (
     ranged,
     require_range,
     split_uri,
+    untrusted,
     words,
 )
 
@@ -38,6 +40,11 @@ class S3(Store):
     def __init__(self) -> None:
         import s3fs
 
+        if (file := os.environ.get("AWS_CA_BUNDLE")) and not os.path.isfile(file):
+            raise DataError(
+                f"there is no file {file}, which AWS_CA_BUNDLE names", wanted="the certificates of whom to trust (PEM)",
+                cure="set it to that file, or unset it",
+            )  # fmt: skip
         self.files = s3fs.S3FileSystem(
             skip_instance_cache=True,
             use_listings_cache=False,
@@ -62,7 +69,8 @@ class S3(Store):
         wanted = ranged(start, stop)
         async with self._asking(uri), asyncio.timeout(patience((stat.size if stop is None else stop) - start)):
             client = await self._client(bucket)
-            answer = await client.get_object(Bucket=bucket, Key=key, IfMatch=f'"{stat.version}"', **wanted)
+            same = {"IfMatch": f'"{stat.version}"'} if stat.version else {}  # some that speak like S3 tell none
+            answer = await client.get_object(Bucket=bucket, Key=key, **same, **wanted)
             require_range(answer.get("ContentRange"), start, uri)
             async with answer["Body"] as body:
                 while data := await body.read(CHUNK):
@@ -77,7 +85,7 @@ class S3(Store):
             async for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
                 for entry in page.get("Contents", ()):
                     # whether the ETag is an MD5 depends on the encryption, which a listing does not tell
-                    stat = Stat(entry["Size"], entry["ETag"].strip('"'))
+                    stat = Stat(entry["Size"], entry.get("ETag", "").strip('"'))
                     found.append((f"s3://{bucket}/{entry['Key']}", stat))
         return found
 
@@ -131,6 +139,12 @@ class S3(Store):
             raise DataError(f"no credentials for {blank(uri)} ({error})", cure=CURES["s3"]) from None
         except (boto.ParamValidationError, boto.InvalidRegionError) as error:
             raise DataError(f"{blank(uri)}: {blank(str(error))[:200]}", wanted="s3://BUCKET/NAME") from None
+        except boto.SSLError as error:
+            told = str(error)
+            if "CERTIFICATE_VERIFY_FAILED" not in told:
+                raise Transient(f"{blank(uri)}: {words(error)}") from None
+            why = re.search(r"certificate verify failed: ([^(\]]+)", told)
+            raise untrusted(uri, why[1].strip() if why else words(error), "AWS_CA_BUNDLE") from None
         except (boto.BotoCoreError, aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Transient(f"{blank(uri)}: {words(error)}") from None
 
@@ -142,7 +156,7 @@ def _status(error: Exception) -> int:
 
 def _s3_stat(answer: Any) -> Stat:
     whole = answer.get("ContentRange", "").rpartition("/")[2]
-    etag = answer["ETag"].strip('"')
+    etag = answer.get("ETag", "").strip('"')
     plain = answer.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in answer
     return Stat(
         int(whole) if whole.isdigit() else answer["ContentLength"],

@@ -31,6 +31,7 @@ from mmlm.stores import (
     ranged,
     require_range,
     split_uri,
+    untrusted,
     words,
 )
 
@@ -58,7 +59,9 @@ class _Web(Store):
                     told = answer.headers.get("Retry-After")
                     raise answered(answer.status, uri, self.scheme, answer.reason or "", told)
                 yield answer
-        except (aiohttp.InvalidURL, aiohttp.ClientConnectorCertificateError, aiohttp.TooManyRedirects) as error:
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise untrusted(uri, getattr(error.certificate_error, "verify_message", words(error))) from None
+        except (aiohttp.InvalidURL, aiohttp.TooManyRedirects) as error:
             raise DataError(f"cannot read {blank(uri)}: {words(error)}", cure="check the address") from None
         except (aiohttp.ClientError, OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             raise Transient(f"{blank(uri)}: {words(error)}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import ClassVar
 
@@ -110,6 +111,37 @@ def test_another_config_is_refused_and_both_are_named(tmp_path: Path):
     with pytest.raises(ArtifactConflict) as caught:
         make(tmp_path / "n", 4)
     assert first.fingerprint[:12] in str(caught.value) and caught.value.wanted_fingerprint[:12] in str(caught.value)
+
+
+def test_what_it_was_made_of_instead_is_told(tmp_path: Path):
+    first, other = make(tmp_path / "a", 1), make(tmp_path / "b", 2)
+    out, before = tmp_path / "n", {"codecs": {"png": "1.6", "jpg": "9e"}, "listing": "x"}
+    begun = artifacts.begin(out, "numbers", recipe=1, config=Numbers(), parents={"a": first}, extra=before)
+    begun.finish(counts={}, digest_of=[])
+    now = {"codecs": {"png": "1.7", "jpg": "9e", "webp": "1"}, "listing": "y"}
+    with pytest.raises(ArtifactConflict) as caught:
+        artifacts.begin(out, "numbers", recipe=2, config=Numbers(), parents={"a": other}, extra=now)
+    told = f"recipe 1 → 2, a {first.digest[:12]} → {other.digest[:12]}, png 1.6 → 1.7, webp none → 1, another listing"
+    assert f"made from another config or other inputs ({told}); wanted" in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_what_a_killed_run_left_lying_is_removed_by_the_next(tmp_path: Path):
+    out = tmp_path / "n"
+    artifacts.begin(out, "numbers", recipe=1, config=Numbers()).release()
+    half = [out / f".numbers.txt.{'0a' * 16}.tmp", out / f"..work.json.{'0b' * 16}.tmp"]
+    kept = [out / ".tracking.json.tmp", out / "half.tmp"]  # not of `atomic_write`
+    for path in (*half, *kept):
+        path.write_text("half")
+    work = artifacts.begin(out, "numbers", recipe=1, config=Numbers())
+    assert [path.exists() for path in (*half, *kept)] == [False, False, True, True]
+    made = work.finish(counts={}, digest_of=[])
+    (out / ".work.json").write_text("{}")  # killed before it was removed
+    with artifacts.hold(out):  # another one reopens it
+        assert artifacts.begin(out, "numbers", recipe=1, config=Numbers()).artifact == made
+        assert (out / ".work.json").exists()
+    assert artifacts.begin(out, "numbers", recipe=1, config=Numbers()).artifact == made
+    assert not (out / ".work.json").exists()
 
 
 def test_a_noun_set_aside_is_taken_back_when_it_is_wanted_again(tmp_path: Path):

@@ -52,6 +52,16 @@ def kept(cache: Path) -> list[Path]:
 # ---------------------------------------------------------------- a web server that misbehaves
 
 
+def test_a_store_like_s3_that_tells_no_version_is_read_all_the_same(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("ENDPOINT_URL", site.url), ("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    site.files["/b/x.bin"], site.etags = BYTES, False
+    assert remote.read("s3://b/x.bin") == BYTES
+    assert site.gets("/b/x.bin")
+
+
 def test_an_object_is_fetched_once_whoever_asks(site: Site, cache: Path) -> None:
     uri = f"{site.url}/a.bin"
     with ThreadPoolExecutor(4) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ssl
 import threading
 import time
 from collections import Counter
@@ -22,6 +23,8 @@ class Site:
     (N bytes and a clean end), `flip` (a bit is wrong); "" is a good answer."""
     ranges: bool = True
     etags: bool = True
+    salt: bytes = b"salt"
+    """What tells an ETag from a checksum; with none it is the MD5, as on S3."""
     head: bool = True
     md5: bool = False
     lie: int = 0
@@ -84,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
             piece = bytes([piece[0] ^ 1]) + piece[1:]
         self.send_header("Content-Length", str(len(piece) + (site.lie if not ranged else 0)))
         if site.etags:
-            self.send_header("ETag", f'"{hashlib.md5(data + b"salt").hexdigest()}"')
+            self.send_header("ETag", f'"{hashlib.md5(data + site.salt).hexdigest()}"')
         if site.md5:
             import base64
 
@@ -105,12 +108,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving() -> Iterator[Site]:
-    """A Site, served on loopback; `site.url` has no slash at its end."""
+def serving(tls: ssl.SSLContext | None = None) -> Iterator[Site]:
+    """A Site, served on loopback, by https with `tls`; `site.url` has no slash at its end."""
     site = Site()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"site": site}))
     server.daemon_threads = True
-    site.url = f"http://127.0.0.1:{server.server_address[1]}"
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    site.url = f"http{'s' if tls else ''}://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

@@ -36,7 +36,7 @@ def distill(
     if teacher:
         feature_spec.require_same(feature_spec.load(teacher.path), feature_spec.load(shards.path))
     known = config
-    if getattr(config.model, "pretrained", None):
+    if getattr(config.model, "brings_weights", False):
         from mmlm.train import pretrained
 
         config = pretrained.settled(config, shards.path)

@@ -17,6 +17,8 @@ from mmlm.corpus.sniff import Header
 
 MOST_QUESTIONS = 20_000
 """Distinct questions counted per task; those that come later in order of id are not, beyond this."""
+QUESTION_CHARACTERS = 32 << 20
+"""Characters of the distinct questions of a task, likewise: whole documents are asked about, too."""
 LISTED_QUESTIONS = 200
 MOST_VALUES = 1_000
 """Distinct values of one category that are kept."""
@@ -45,6 +47,8 @@ class Tally:
         self.targets: dict[str, Moments] = {}
         self.task_langs: dict[str, set[str]] = defaultdict(set)
         self.questions: dict[str, Counter[str]] = defaultdict(Counter)
+        self.asked: Counter[str] = Counter()
+        """task → characters of its questions"""
         self.numbers: dict[str, Moments] = {}
         self.values: dict[str, Counter[str]] = defaultdict(Counter)
         self.trained, self.held = array("Q"), array("Q")
@@ -76,12 +80,20 @@ class Tally:
         if target.number is not None and math.isfinite(target.number):
             self.targets.setdefault(record.task, Moments()).add(target.number)
         question = "\n".join(p.text or "" for p in record.parts if p.kind == "text" and p.role == "user" and not p.turn)
-        asked = self.questions[record.task]
-        if question and (question in asked or len(asked) < MOST_QUESTIONS):
-            asked[question] += 1
+        self._asked(record.task, question)
         for part in record.parts:
             for name, value in (part.fields or {}).items():
                 self._field(name, value)
+
+    def _asked(self, task: str, question: str) -> None:
+        known = self.questions[task]
+        if not question:
+            return
+        if question not in known:
+            if len(known) >= MOST_QUESTIONS or self.asked[task] + len(question) > QUESTION_CHARACTERS:
+                return
+            self.asked[task] += len(question)
+        known[question] += 1
 
     def _field(self, name: str, value: float | str | None) -> None:
         if isinstance(value, str):

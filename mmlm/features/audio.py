@@ -103,7 +103,11 @@ def _read(data: bytes, spec: AudioSpec, span: Span | None) -> tuple[np.ndarray, 
             wanted = math.ceil((spec.max_seconds + (0 if spec.trim_db is None else LONGEST_SILENCE)) * rate)
             wanted = min(wanted, last - first)
             if wanted * sound.channels > MAX_SAMPLES:
-                raise SampleError("bomb", f"a sound with {sound.channels} channels at {rate} Hz")
+                raise SampleError(
+                    "bomb", f"{wanted / rate:,.0f} s of a sound with {sound.channels} channels at {rate} Hz",
+                    wanted=f"at most {MAX_SAMPLES:,} samples, {MAX_SAMPLES / sound.channels / rate:,.0f} s",
+                    cure="lower max_seconds, or cut it in the scan (`pieces`)",
+                )  # fmt: skip
             if first:
                 sound.seek(first)
             # libsndfile makes floats of 16 bits nine times slower than numpy; the values are the same

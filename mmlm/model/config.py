@@ -10,6 +10,7 @@ from mmlm.config import Config
 from mmlm.model.fusion_config import ConcatConfig, FusionConfig
 from mmlm.model.initialisation_config import DepthConfig, InitialisationConfig
 from mmlm.model.presets import PRESETS, sizes
+from mmlm.model.stem_config import AudioEncoderConfig, ImageEncoderConfig
 
 
 class LinearScaling(Config):
@@ -145,6 +146,10 @@ class ModelConfig(Config):
     picture in its record, the time of a video's frame."""
     audio_stem: Literal["linear", "conv"] = "linear"
     """How mel frames become a token: by one linear map, or by the two convolutions of Whisper (Radford et al. 2022)."""
+    image_encoder: ImageEncoderConfig | None = None
+    """A pretrained encoder in place of `image_stem`."""
+    audio_encoder: AudioEncoderConfig | None = None
+    """A pretrained encoder in place of `audio_stem`."""
     embedding: int | None = Field(None, ge=2)
     """Size of the vector that a record becomes, for finding what means the same (`train.loss.contrastive`); none: no such
     head."""
@@ -204,9 +209,19 @@ class ModelConfig(Config):
             )
         if self.tied and self.initialisation.kind == "mup":
             raise ValueError("tied has one matrix for two ends that learn at different rates under initialisation mup")
+        for kind, stem, encoder in (
+            ("image", self.image_stem, self.image_encoder), ("audio", self.audio_stem, self.audio_encoder),
+        ):  # fmt: skip
+            if encoder and stem != "linear":
+                raise ValueError(f"{kind}_stem {stem} and {kind}_encoder: give one of them")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
         return self
+
+    @property
+    def brings_weights(self) -> bool:
+        """Whether a part of it was trained elsewhere."""
+        return bool(self.pretrained or self.image_encoder or self.audio_encoder)
 
     @property
     def head_width(self) -> int:

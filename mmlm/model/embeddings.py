@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from mmlm.features.spec import AudioSpec, EncoderSpec, FeatureSpec, ImageSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.hog import HogStem
+from mmlm.model.huggingface.stems import PictureEncoder, SoundEncoder
 from mmlm.model.kernels import rounded
 from mmlm.model.stems import PictureConvolutions, SoundConvolutions
 
@@ -23,17 +23,20 @@ from mmlm.model.stems import PictureConvolutions, SoundConvolutions
 def fill(
     x_XD: torch.Tensor, here_X: torch.Tensor, module: nn.Module, rows: torch.Tensor, at: torch.Tensor
 ) -> torch.Tensor:
-    """Put the embedded rows into their slots. One row of zeros goes along, worth nothing: a rank whose batch lacks
-    the modality still touches the module's parameters, without which ZeRO aborts (1, 2) or waits for ever (3)."""
-    rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).to(x_XD.dtype)
-    embedded = module(rows, F.pad(at, (0, 1)))
-    if len(rows) == 1:
-        return x_XD + 0 * embedded[-1].sum()
-    return x_XD.index_copy(0, here_X.nonzero()[:, 0], embedded[:-1]) + 0 * embedded[-1].sum()
+    """Put the embedded rows into their slots. Where there are none, one row of zeros, worth nothing: a rank whose batch
+    lacks the modality still touches the module's parameters, without which ZeRO aborts (1, 2) or waits for ever (3)."""
+    if len(rows):
+        return x_XD.index_copy(0, here_X.nonzero()[:, 0], module(rows.to(x_XD.dtype), at))
+    if not torch.is_grad_enabled() and all(
+        p.numel() for p in module.parameters()
+    ):  # those that lie elsewhere are empty
+        return x_XD
+    return x_XD + 0 * module(x_XD.new_zeros(1, rows.shape[1]), at.new_zeros(1)).sum()
 
 
 def image_embedding(config: ModelConfig, spec: FeatureSpec) -> MediaEmbedding | None:
-    """None where there are no pictures. What a pretrained encoder made of them goes through a linear projector."""
+    """None where there are no pictures. What a pretrained encoder made of them for the shards goes through a linear
+    projector."""
     return _encoded(spec.encoder("image"), config.width, wraps=True) or _pictures(config, spec.image)
 
 
@@ -51,8 +54,10 @@ def _pictures(config: ModelConfig, spec: ImageSpec | None) -> MediaEmbedding | N
         return None
     D = config.width
     match config.image_stem:
+        case _ if config.image_encoder:
+            stem: nn.Module = PictureEncoder(config.image_encoder, spec, D)
         case "linear":
-            stem: nn.Module = Linear(spec.patch_dim, D)
+            stem = Linear(spec.patch_dim, D)
         case "conv":
             stem = PictureConvolutions(spec, D)
         case "hog":
@@ -65,7 +70,10 @@ def _sounds(config: ModelConfig, spec: AudioSpec | None) -> MediaEmbedding | Non
     if spec is None:
         return None
     D = config.width
-    stem = Linear(spec.token_dim, D) if config.audio_stem == "linear" else SoundConvolutions(spec, D)
+    if config.audio_encoder:
+        stem: nn.Module = SoundEncoder(config.audio_encoder, spec, D)
+    else:
+        stem = Linear(spec.token_dim, D) if config.audio_stem == "linear" else SoundConvolutions(spec, D)
     return MediaEmbedding(stem, Table(-(-spec.max_frames // spec.frames_per_token) + 1, D, wraps=False))
 
 

@@ -19,10 +19,23 @@ from mmlm.model.baseline_flops import cnn_forward, recurrent_blocks
 from mmlm.model.config import ModelConfig
 from mmlm.model.fusion_config import AddConfig, AdversarialConfig, CrossAttentionConfig, LateConfig
 from mmlm.model.hog import features_of
+from mmlm.model.huggingface.stems import picture_flops, sound_flops, width_of
 from mmlm.model.packed import numbered
 from mmlm.model.stems import convolution_flops
 from mmlm.model.streams import SLOTS, slots_of, without_slots
 from mmlm.model.transformer import IGNORE, Inputs
+
+
+class Frozen(NamedTuple):
+    """What has no gradient."""
+
+    maps: float = 0.0
+    """Share of the weights of linear maps, without those of pretrained encoders; 1 where only adapters are trained."""
+    encoders: tuple[float, float] = (0.0, 0.0)
+    """Share of the weights of the pretrained encoder of pictures, and of that of sounds."""
+
+
+NOTHING = Frozen()
 
 
 @dataclass(frozen=True)
@@ -95,16 +108,16 @@ def forward_flops(config: AnyModelConfig, spec: FeatureSpec, shape: Shape) -> in
     """FLOPs of one forward pass."""
     if isinstance(config, CnnConfig):
         return cnn_forward(config, spec, shape)[0]
-    return _blocks(config, spec, shape) + _heads(config, spec, shape) + sum(_media(config, spec, shape))
+    encoders = sum(map(sum, encoder_flops(config, spec, shape)))
+    return _blocks(config, spec, shape) + _heads(config, spec, shape) + sum(_media(config, spec, shape)) + encoders
 
 
 def training_flops(
-    config: AnyModelConfig, spec: FeatureSpec, shape: Shape, *, recomputed: bool = False, frozen: float = 0.0
+    config: AnyModelConfig, spec: FeatureSpec, shape: Shape, *, recomputed: bool = False, frozen: Frozen = NOTHING
 ) -> int:
     """FLOPs of one forward and backward pass: a product's two gradients cost as much as itself each; media features
     need no gradient of their own. `recomputed` adds the second forward pass of checkpointed blocks: give it for the
-    time a step takes, leave it out for MFU. `frozen`: how much of the weights of blocks and heads has no
-    gradient, 1 where only adapters are trained; what adapters cost themselves, and the second gradient of the scores of
+    time a step takes, leave it out for MFU. What adapters cost themselves, and the second gradient of the scores of
     attention, are left out.
     """
     if isinstance(config, CnnConfig):
@@ -112,8 +125,34 @@ def training_flops(
         return 3 * whole - first
     blocks = _blocks(config, spec, shape)
     first, rest = _media(config, spec, shape)
-    whole = round((3 - frozen) * (blocks + _heads(config, spec, shape))) + 3 * rest + 2 * first
+    whole = round((3 - frozen.maps) * (blocks + _heads(config, spec, shape))) + 3 * rest + 2 * first
+    whole += sum(
+        round((3 - 2 * share) * behind + (2 - share) * reading)  # nothing flows back through one that rests whole
+        for (reading, behind), share in zip(encoder_flops(config, spec, shape), frozen.encoders, strict=True)
+    )
     return whole + (blocks if recomputed else 0)
+
+
+def encoder_flops(config: AnyModelConfig, spec: FeatureSpec, shape: Shape) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of the pretrained encoders of pictures and of sounds, one forward pass: of the map that reads what comes in, and of all
+    behind it. Each picture and each sound is encoded as a whole."""
+    image, audio = (getattr(config, f"{kind}_encoder", None) for kind in ("image", "audio"))
+    pictures, sounds = media_of(spec, shape)
+    return _times(pictures, picture_flops(image)) if image else (0, 0), (
+        _times(sounds, sound_flops(audio)) if audio else (0, 0)
+    )
+
+
+def media_of(spec: FeatureSpec, shape: Shape) -> tuple[int, int]:
+    """How many pictures and how many sounds a batch has; of patches and mel tokens that are left out, too few."""
+    pictures = -(-shape.patches // spec.image.tokens) if spec.image else 0
+    longest = -(-spec.audio.max_frames // spec.audio.frames_per_token) if spec.audio else 1
+    records = sum(n > 0 for n in shape.media.get("audio", ()))
+    return pictures, max(records, -(-shape.mels // longest)) if spec.audio else 0
+
+
+def _times(many: int, flops: tuple[int, int]) -> tuple[int, int]:
+    return many * flops[0], many * flops[1]
 
 
 class Stack(NamedTuple):
@@ -205,6 +244,8 @@ def _media(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Shap
     stems = (config.image_stem, config.audio_stem) if isinstance(config, ModelConfig) else ("linear", "linear")
     if encoder := spec.encoder("image"):
         first += 2 * shape.patches * encoder.dim * D
+    elif image := getattr(config, "image_encoder", None):
+        rest += 2 * shape.patches * width_of(image.settings) * D
     elif spec.image and stems[0] == "linear":
         first += 2 * shape.patches * spec.image.patch_dim * D
     elif spec.image and stems[0] == "hog":  # histograms are no products of matrices: `hog.moved_bytes`
@@ -215,6 +256,8 @@ def _media(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Shap
         first, rest = first + pictures * reading, rest + pictures * behind
     if encoder := spec.encoder("audio"):
         first += 2 * shape.mels * encoder.dim * D
+    elif audio := getattr(config, "audio_encoder", None):
+        rest += 2 * shape.mels * width_of(audio.settings) * D
     elif spec.audio and stems[1] == "linear":
         first += 2 * shape.mels * spec.audio.token_dim * D
     elif spec.audio:

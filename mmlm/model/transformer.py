@@ -34,6 +34,7 @@ from mmlm.model.cross_entropy import AnswerHead, AnswerLoss, Lead
 from mmlm.model.embeddings import FieldEmbedding, audio_embedding, fill, image_embedding
 from mmlm.model.fusion import build_fusion
 from mmlm.model.heads import EmbeddingHead, unit
+from mmlm.model.huggingface.stems import Encoder
 from mmlm.model.initialise import initialise
 from mmlm.model.kernels import rounded, rows_of
 from mmlm.model.packed import Grouped, hide_from_compiler
@@ -116,6 +117,9 @@ class FusedTransformer(nn.Module):
     def set_up(self, *, recompute: int = 0, compiled: bool = False) -> None:
         """How training is to be carried out; changes no number."""
         self.recompute = recompute
+        for module in self.modules():
+            if recompute and isinstance(module, Encoder):
+                module.recompute()
         if compiled:
             for kind in (Grouped, CrossGrouped):
                 hide_from_compiler(kind)

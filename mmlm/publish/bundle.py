@@ -130,7 +130,11 @@ def log(mlflow: Any, checkpoint: Path, code: Path, *, example: Any, metadata: Ma
     extra = adapted.files(checkpoint)
     config = load_config(checkpoint)
     pretrained = getattr(config, "pretrained", None)
-    packages = {"peft", "transformers"} if extra else {"transformers"} if pretrained and pretrained.encoder else set()
+    held = (
+        pretrained and pretrained.encoder,
+        *(getattr(config, f"{kind}_encoder", None) for kind in ("image", "audio")),
+    )
+    packages = {"peft", "transformers"} if extra else {"transformers"} if any(held) else set()
     for name in (*FILES, *extra):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint / name, folder / name)

@@ -248,6 +248,19 @@ class _Queue:
             features[at] = value
 
 
+def settings_of(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> tuple[dict[str, Any], Pictures | Sounds]:
+    """What a checkpoint says of its encoder, and how that reads what is stored. Raises ConfigError when it cannot."""
+    reader = _reader(config, stored)
+    if isinstance(reader, Pictures) and reader.timm:
+        return reader.timm, reader
+    return _settings(config).to_dict(), reader
+
+
+def weights_of(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> Any:
+    """The encoder of a checkpoint of transformers with its weights, float32. Raises ConfigError when some lack."""
+    return _from_transformers(config, _reader(config, stored))
+
+
 def _describe(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> EncoderSpec:
     found = digest(config)
     reader = _reader(config, stored)

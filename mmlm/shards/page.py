@@ -160,7 +160,7 @@ def _media(scanned: Artifact, spec: FeatureSpec, shards: Path, rows: Sequence[Ma
     if media.get("formats"):
         yield f"<div><h3>Files by format</h3>{_bars(Counter(media['formats']))}</div>"
     if media.get("image_sides"):  # upper bound → number of pictures
-        bounds = {int(k): int(v) for k, v in media["image_sides"].items()}
+        bounds = dict(sorted((int(k), int(v)) for k, v in media["image_sides"].items()))  # as words, 128 is before 16
         yield f"<div><h3>Longest side of the pictures, pixels</h3>{_columns(list(bounds), list(bounds.values()))}</div>"
     elif found := media.get("image_side"):
         yield (

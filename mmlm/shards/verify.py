@@ -95,7 +95,8 @@ def rebuild(
     there = artifact.extra.get("codecs", {})
     here = codec_versions(video="av" in there)
     if here != there:
-        other = ", ".join(f"{k} {there.get(k)} → {v}" for k, v in here.items() if there.get(k) != v)
+        both = sorted({*here, *there})
+        other = ", ".join(f"{k} {there.get(k)} → {here.get(k)}" for k in both if there.get(k) != here.get(k))
         raise ArtifactError(
             f"other libraries made {path} ({other})",
             wanted="the same versions",

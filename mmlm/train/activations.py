@@ -7,7 +7,8 @@ from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.model.baseline_flops import kept_values
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import LOGITS
-from mmlm.model.flops import Shape, Stack, stacks_of
+from mmlm.model.flops import Shape, Stack, media_of, stacks_of
+from mmlm.model.huggingface.stems import dimensions
 from mmlm.model.kernels import rung_of
 from mmlm.model.packed import KEPT
 from mmlm.train.config import LoopConfig
@@ -46,7 +47,20 @@ def activation_bytes(
     read, words = stacks[-1].read, 0 if model.layout == "encoder" else spec.vocab_size
     tokens = sum(sum(stack.lengths) for stack in stacks)
     ends = ((0 if every else tokens) + 4 * read) * D * b + words * D * (4 + b)
-    return kept + largest + ends + min(LOGITS, shape.targets * words) * (b + 8)
+    return (
+        kept + largest + ends + _encoders(model, spec, shape, b, every) + min(LOGITS, shape.targets * words) * (b + 8)
+    )
+
+
+def _encoders(model: ModelConfig, spec: FeatureSpec, shape: Shape, b: int, every: int) -> float:
+    """Of pretrained encoders of pictures and sounds, whose attention keeps no probabilities."""
+    total = 0.0
+    for config, items in zip((model.image_encoder, model.audio_encoder), media_of(spec, shape), strict=True):
+        if config:
+            layers, tokens, width, hidden = dimensions(config)
+            block, inputs = items * tokens * (8 * width + 2 * hidden) * b, items * tokens * width * b
+            total += layers * inputs + block if every else layers * block
+    return total
 
 
 def _rounded(stack: Stack, width: int) -> Stack:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from mmlm.errors import ConfigError
+from mmlm.model.flops import Frozen
 from mmlm.train.config import FreezeConfig, LoopConfig, MuonConfig
 
 Span = tuple[int, int | None]
@@ -62,21 +63,29 @@ def parameter_groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any
 
 
 def let_rest(model: nn.Module, config: LoopConfig) -> dict[str, nn.Parameter]:
-    """What no step trains (`freeze` from step 0 without an end) asks for no gradient from now on: nothing is computed for
-    it, and no optimizer keeps anything. Returns these parameters by name."""
-    resting = {name: p for name, p in model.named_parameters() if p.requires_grad and _rests(name, config)}
+    """What no step trains (`freeze` from step 0 without an end, and what its model calls `fixed`) asks for no gradient from now
+    on: nothing is computed for it, and no optimizer keeps anything. Returns these parameters by name."""
+    resting = {
+        name: p for name, p in model.named_parameters()
+        if getattr(p, "fixed", False) or (p.requires_grad and _rests(name, config))
+    }  # fmt: skip
     for parameter in resting.values():
         parameter.requires_grad_(False)
     return resting
 
 
-def frozen_share(model: nn.Module) -> float:
-    """How much of the matrices of linear maps has no gradient."""
-    sizes = [
-        (m.weight.requires_grad, getattr(m.weight, "ds_numel", None) or m.weight.numel())  # ZeRO 3 empties them
-        for m in model.modules() if isinstance(m, nn.Linear)
-    ]  # fmt: skip
-    return sum(n for learns, n in sizes if not learns) / max(1, sum(n for _, n in sizes))
+def frozen_share(model: nn.Module) -> Frozen:
+    """How much of the matrices of linear maps has no gradient; those of pretrained encoders apart."""
+    sizes: dict[str, list[tuple[bool, int]]] = {"maps": [], "image": [], "audio": []}
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Linear):
+            inside, _, rest = name.partition(".project.encoder.")
+            size = getattr(m.weight, "ds_numel", None) or m.weight.numel()  # ZeRO 3 empties them
+            sizes[inside if rest else "maps"].append((m.weight.requires_grad, size))
+    maps, image, audio = (
+        sum(n for learns, n in some if not learns) / max(1, sum(n for _, n in some)) for some in sizes.values()
+    )
+    return Frozen(maps, (image, audio))
 
 
 def frozen(spans: tuple[Span, ...], step: int) -> bool:

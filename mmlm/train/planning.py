@@ -33,7 +33,7 @@ from mmlm.model import adapters
 from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import LOGITS
-from mmlm.model.flops import Shape, forward_flops, training_flops
+from mmlm.model.flops import Frozen, Shape, forward_flops, training_flops
 from mmlm.model.hog import moved_bytes
 from mmlm.train import weights
 from mmlm.train.activations import activation_bytes, low_bytes
@@ -156,7 +156,7 @@ class Count(NamedTuple):
     """Those with a gradient."""
     tensors: int
     """How many tensors have one."""
-    frozen: float
+    frozen: Frozen
     """The share of the weights of linear maps that has none."""
 
 

@@ -35,7 +35,7 @@ from mmlm.model.huggingface.tensors import from_llama
 from mmlm.model.transformer import FusedTransformer
 from mmlm.shards.encoder_files import json_of
 from mmlm.storage import sha256_file, sha256_json
-from mmlm.train import encoders, weights
+from mmlm.train import encoders, stems, weights
 from mmlm.train.config import LoopConfig
 
 C = TypeVar("C", bound=LoopConfig)
@@ -46,7 +46,7 @@ MARK = "<|mmlm_{}|>"
 """Name of one of our marks in a vocabulary that is not ours."""
 
 
-def settle(config: ModelConfig, spec: FeatureSpec, shards: Path) -> ModelConfig:
+def settle(config: ModelConfig, spec: FeatureSpec, shards: Path | None) -> ModelConfig:
     """The config with the shape of its pretrained trunk and the digest of that; as it is where there is none.
 
     Raises ConfigError when the folder is not what it should be, has another tokenizer than the shards in `shards`, or
@@ -74,7 +74,8 @@ def settle(config: ModelConfig, spec: FeatureSpec, shards: Path) -> ModelConfig:
                 f"train.model.{name} = {getattr(config, name)!r}, and train.model.pretrained",
                 wanted=f"{found[name]!r}, as {folder} has it", cure=f"leave {name} away",
             )  # fmt: skip
-    require_same_tokenizer(Tokenizer.load(shards), folder)
+    if shards:
+        require_same_tokenizer(Tokenizer.load(shards), folder)
     digest = digest_of(folder)
     if config.pretrained.digest not in ("", digest):
         raise ConfigError(
@@ -86,12 +87,16 @@ def settle(config: ModelConfig, spec: FeatureSpec, shards: Path) -> ModelConfig:
     )
 
 
-def settled(config: C, shards: Path) -> C:
-    """A stage's config with its `model` settled for the shard set in the folder `shards`."""
+def settled(config: C, shards: Path | None, spec: FeatureSpec | None = None) -> C:
+    """A stage's config with its `model` settled for the shard set in the folder `shards`; without one, for shards of `spec`
+    that are still to be made."""
     model: AnyModelConfig = config.model  # type: ignore[attr-defined]
-    if not isinstance(model, ModelConfig) or model.pretrained is None:
+    if not isinstance(model, ModelConfig) or not model.brings_weights:
         return config
-    return config.model_copy(update={"model": settle(model, feature_spec.load(shards), shards)})
+    if spec is None:
+        assert shards is not None
+        spec = feature_spec.load(shards)
+    return config.model_copy(update={"model": stems.settle(settle(model, spec, shards), spec)})
 
 
 def nameless(config: C) -> C:
@@ -100,7 +105,10 @@ def nameless(config: C) -> C:
 
 
 def _nameless(config: AnyModelConfig) -> AnyModelConfig:
-    if not isinstance(config, ModelConfig) or config.pretrained is None:
+    if not isinstance(config, ModelConfig):
+        return config
+    config = stems.nameless(config)
+    if config.pretrained is None:
         return config
     return config.model_copy(update={"pretrained": config.pretrained.model_copy(update={"folder": ""})})
 
@@ -110,6 +118,7 @@ def build(config: AnyModelConfig, spec: FeatureSpec, shards: Path) -> FusedTrans
     model = weights.build(_nameless(config), spec)
     if isinstance(config, ModelConfig):
         take_over(model, config, shards)
+        stems.take_over(model, config, spec)
     return model
 
 

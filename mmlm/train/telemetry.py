@@ -22,7 +22,7 @@ import torch
 from mmlm.data.collate import IGNORE, Batch
 from mmlm.features.spec import AUDIO, IMAGE, FeatureSpec
 from mmlm.model.baseline_config import AnyModelConfig
-from mmlm.model.flops import Shape, training_flops
+from mmlm.model.flops import NOTHING, Shape, training_flops
 from mmlm.train import engine
 from mmlm.train.memory import Trimmer, resident_bytes
 from mmlm.train.peak import peak_flops
@@ -59,7 +59,7 @@ class Clock:
 class Telemetry:
     """Figures of a training. Every rank counts and calls `row`; rank 0 writes."""
 
-    frozen = 0.0
+    frozen = NOTHING
     """How much of the weights has no gradient."""
 
     def __init__(

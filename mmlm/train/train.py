@@ -33,7 +33,7 @@ def train(config: TrainConfig, shards: Artifact, *, out: Path, launch: Launch, t
     Raises Interrupted when a signal stopped it (saved, run it again), LaunchError when a rank died.
     """
     known = config
-    if getattr(config.model, "pretrained", None):
+    if getattr(config.model, "brings_weights", False):
         from mmlm.train import pretrained  # with torch, which this process needs for nothing else
 
         config = pretrained.settled(config, shards.path)

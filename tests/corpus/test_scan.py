@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from mmlm.artifacts import ArtifactConflict
 from mmlm.config import parse, read_yaml
 from mmlm.corpus import sorting
 from mmlm.corpus.config import ScanConfig
-from mmlm.corpus.records import REFUSED, SCHEMA
+from mmlm.corpus.counts import Tally
+from mmlm.corpus.records import REFUSED, SCHEMA, Part, Record, Target
 from mmlm.corpus.scan import counts_table, scan
 from mmlm.corpus.sorting import Sorter
 from mmlm.errors import DataError
@@ -122,6 +124,20 @@ def test_a_killed_scan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         scan(config(), data=data, out=out)
     monkeypatch.undo()
     assert scan(config(), data=data, out=out).digest == wanted.digest
+
+
+def test_the_questions_that_are_counted_take_little_memory_however_long_they_are() -> None:
+    tally = Tally()
+    tracemalloc.start()
+    for i in range(400):
+        text = f"{i} " + "x" * (1 << 20)
+        tally.add(Record(f"r{i}", (Part("text", text=text),), "t", Target(label="a"), "train", f"{i}"))
+    tally.add(Record("z", (Part("text", text="Which?"),), "t", Target(label="a"), "train", "z"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 48 << 20  # of 400 MB
+    [task] = tally.tasks()
+    assert len(task["questions"]) == 32 and "Which?" in task["questions"]
 
 
 @pytest.mark.parametrize("merged", [3, 128])

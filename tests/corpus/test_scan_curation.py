@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +103,86 @@ def test_the_order_of_the_lines_does_not_matter(tmp_path: Path) -> None:
     rows = lines()
     shuffled = random.Random(3).sample(rows, len(rows))
     assert made(tmp_path / "a", rows, **STEPS).digest == made(tmp_path / "b", shuffled, **STEPS).digest
+
+
+POINTS = {
+    "comparing texts": ("open", ".curating/text-0/signature"),
+    "what was compared is removed": ("shutil.rmtree", ".curating"),
+    "records written": ("os.rename", ".records-00000.parquet."),
+    "refused written": ("os.rename", ".refused.parquet."),
+    "curation written": ("os.rename", ".curation.parquet."),
+    "all but the last file is there": ("os.rename", ".artifact.json."),
+    "the last file is there": ("os.remove", ".work.json"),
+}
+"""Where a scan is killed: the Python audit event, and what its path has in it."""
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from tests.corpus.test_scan_curation import POINTS, STEPS, config
+from mmlm.corpus.scan import scan
+
+def die(event, arguments):
+    if event == wanted and f"/manifest/{path}" in str(arguments[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+root = Path(sys.argv[1])
+ended = {}
+for name, (wanted, path) in POINTS.items():
+    if not (child := os.fork()):
+        sys.addaudithook(die)
+        scan(config(**STEPS), data=root / "data", out=root / name / "manifest")
+        os._exit(0)
+    ended[name] = os.waitpid(child, 0)[1]
+print(json.dumps(ended))
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes | dict[str, Any]]:
+    """Relative name → bytes of every file in `folder`, hidden ones too; of `artifact.json` without its times."""
+    found: dict[str, bytes | dict[str, Any]] = {
+        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if not path.is_dir()
+    }
+    told = json.loads((folder / "artifact.json").read_text())
+    return found | {"artifact.json": {k: v for k, v in told.items() if k not in ("seconds", "created")}}
+
+
+def test_killed_anywhere_the_rerun_gives_the_same_manifest_and_leaves_nothing(tmp_path: Path) -> None:
+    wanted = contents(made(tmp_path, lines(), **STEPS).path)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    ended = json.loads(done.stdout)
+    assert {name: os.WTERMSIG(status) for name, status in ended.items()} == dict.fromkeys(POINTS, signal.SIGKILL)
+    for name in POINTS:
+        out = tmp_path / name / "manifest"
+        assert (out / "artifact.json").exists() == (name == "the last file is there"), name
+        assert {str(path.relative_to(out)) for path in out.rglob("*")} - wanted.keys(), f"nothing lay about: {name}"
+        scan(config(**STEPS), data=tmp_path / "data", out=out)
+        assert contents(out) == wanted, name
+
+
+@pytest.mark.slow
+def test_killed_with_sorted_runs_on_disk_the_rerun_gives_the_same_manifest(tmp_path: Path) -> None:
+    """60,000 records are more than a sorter holds, and enough for several processes to sign texts."""
+    rng, first = random.Random(1), lines()
+    more = [{**first[0], "id": f"m{i:05d}", "text": " ".join(rng.choices(WORDS, k=12))} for i in range(60_000)]
+    wanted = contents(made(tmp_path, [*first, *more], **STEPS).path)
+    run = KILLED[: KILLED.index("root = ")] + (
+        "scan(config(**STEPS), data=Path(sys.argv[1]) / 'data', out=Path(sys.argv[1]) / 'again/manifest')"
+    )
+    out = tmp_path / "again/manifest"
+    for seen in (".spool/run-00000.parquet", ".curating/text-0/row", ".curating/text-0/count", ".records-00000.*.tmp"):
+        with subprocess.Popen([sys.executable, "-c", run, str(tmp_path)], start_new_session=True) as scanning:
+            while not list(out.glob(seen)):
+                assert scanning.poll() is None, f"it ended with {scanning.returncode} before there was a {seen}"
+                time.sleep(0.002)
+            scanning.kill()
+        assert scanning.returncode == -signal.SIGKILL
+        deadline = time.monotonic() + 30  # the processes that it started see that it is gone
+        while subprocess.run(["pgrep", "-s", str(scanning.pid)], capture_output=True).stdout:
+            assert time.monotonic() < deadline, "processes of a killed scan live on"
+            time.sleep(0.05)
+    scan(config(**STEPS), data=tmp_path / "data", out=out)
+    assert contents(out) == wanted
 
 
 def test_off_by_default(tmp_path: Path) -> None:

@@ -141,6 +141,20 @@ def test_a_header_that_announces_too_much_costs_nothing() -> None:
     assert len(mel) <= SPEC.max_frames
 
 
+def test_a_sound_of_too_many_samples_says_how_long_it_may_be() -> None:
+    out, second = io.BytesIO(), np.zeros((96_000, 8), np.int16)
+    with soundfile.SoundFile(out, "w", 96_000, 8, format="FLAC", subtype="PCM_16") as file:
+        for _ in range(90):
+            file.write(second)
+    long = AudioSpec(n_mels=80, max_seconds=600)
+    with pytest.raises(
+        SampleError, match=r"90 s of a sound with 8 channels at 96000 Hz; wanted .* 83 s; lower"
+    ) as caught:
+        decode_audio(out.getvalue(), long)
+    assert caught.value.reason == "bomb"
+    assert len(decode_audio(out.getvalue(), SPEC)) <= SPEC.max_frames
+
+
 WHISPER = AudioSpec(scale="whisper", dtype="float32", max_seconds=2.0)
 
 

@@ -11,7 +11,7 @@ from mmlm.data.collate import IGNORE, collate, field_rows
 from mmlm.errors import ConfigError
 from mmlm.model import adapters
 from mmlm.model.config import LoraConfig, ModelConfig
-from mmlm.model.flops import Shape, training_flops
+from mmlm.model.flops import Frozen, Shape, training_flops
 from mmlm.model.transformer import FusedTransformer
 from tests.small import SPEC, sample
 
@@ -112,7 +112,7 @@ def test_the_flops_of_a_frozen_base_are_about_those_that_pytorch_counts():
         (out.answer_AV.sum() + out.label_RC.sum()).backward()
     counted = counter.get_total_flops()
     shape = Shape.of(collate(samples, SPEC))
-    assert training_flops(net.config, SPEC, shape, frozen=True) == pytest.approx(counted, rel=0.15)
+    assert training_flops(net.config, SPEC, shape, frozen=Frozen(1.0)) == pytest.approx(counted, rel=0.15)
     assert training_flops(net.config, SPEC, shape) > 1.25 * counted
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from mmlm.config import parse
 from mmlm.corpus.config import ScanConfig
@@ -19,7 +20,7 @@ from mmlm.corpus.scan import scan
 from mmlm.errors import ArtifactError
 from mmlm.shards.page import text, write_page
 from mmlm.shards.shard import shard
-from tests.shards.conftest import CONFIG, make_records, write_manifest
+from tests.shards.conftest import CONFIG, make_records, write_manifest, write_wav
 
 NASTY = '<img src=x onerror="alert(1)">@body@&\u202etxt.exe\x00'
 
@@ -37,6 +38,46 @@ class Tags(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
+
+
+class Sections(HTMLParser):
+    """Of every heading of third rank: the rows of its table, the titles of its columns, and its other words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, list[list[str]]] = {}
+        self.columns: dict[str, list[str]] = {}
+        self.words: dict[str, list[str]] = {}
+        self.tiles: dict[str, list[str]] = {}
+        self.heading = self.within = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "div" and dict(attrs).get("class", "") in ("tile", "tile bad"):
+            self.heading, self.within = "tile", ""
+            self.tiles[str(len(self.tiles))] = []
+        elif tag in ("h2", "h3"):
+            self.heading = ""
+        elif tag == "tr":
+            self.rows.setdefault(self.heading, []).append([])
+        self.within = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self.within = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.within == "h3":
+            self.heading = data
+        elif self.heading == "tile":
+            self.tiles[str(len(self.tiles) - 1)].append(data)
+        elif self.within in ("td", "i"):
+            self.rows[self.heading][-1].append(data)
+        elif self.within == "title":
+            self.columns.setdefault(self.heading, []).append(data)
+        elif data.strip():
+            self.words.setdefault(self.heading, []).append(data)
+
+    def bars(self, heading: str) -> dict[str, int]:
+        return {name: int(number.replace(",", "")) for name, number in self.rows[heading]}
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +143,56 @@ def test_pictures_and_sounds_are_shown(page: str) -> None:
 def test_stored_sounds_are_as_long_as_they_are(page: str) -> None:
     told = page[page.index("Stored sounds, seconds") :]
     assert "0.48 to 0.48, median 0.48, n 30" in told[: told.index("</div>")]  # 48 whole windows in 0.5 s
+
+
+def test_languages_and_sizes_are_those_of_the_corpus(tmp_path: Path) -> None:
+    sides = {"a.png": (10, 16), "b.png": (40, 20), "c.png": (33, 64), "d.jpg": (100, 120), "e.jpg": (300, 2)}
+    langs = ["en", "zh", "en", "fr", "en", "zh", "", ""]
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for number, (name, (width, height)) in enumerate(sides.items()):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width), np.uint8)
+        Image.fromarray(pixels).save(raw / name)
+    for name, rate in (("f.wav", 8000), ("g.wav", 16_000), ("h.wav", 8000)):
+        write_wav(raw / name, np.full(rate // 2, len(name) / 10), rate)
+    files = [*sides, "f.wav", "g.wav", "h.wav"]
+    rows = [
+        {"id": name, "image": name if name in sides else None, "sound": None if name in sides else name, "lang": lang,
+         "label": "ab"[len(lang) // 2], "split": "train"}
+        for name, lang in zip(files, langs, strict=True)
+    ]  # fmt: skip
+    (raw / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {
+        "kind": "table", "files": "t.jsonl",
+        "map": {"id": "id", "image": "image", "audio": "sound", "lang": "lang", "split": "split"},
+        "ask": [{"task": "which", "question": "Which is it?", "label": "label"}],
+    }  # fmt: skip
+    config = parse(ScanConfig, {"sources": [source], "split": {"fill": False}}, "scan.yaml")
+    manifest = scan(config, data=raw, out=tmp_path / "manifest")
+    assert manifest.counts["kept"] == len(files)
+    made = shard(CONFIG.model_copy(update={"shard_records": 3}), manifest, data=raw, out=tmp_path / "shards")
+    found = Sections()
+    found.feed((made.path / "corpus.html").read_text(encoding="utf-8"))
+    assert found.bars("Language") == {"en": 3, "none": 2, "zh": 2, "fr": 1}
+    assert found.bars("Files by format") == {"png": 3, "wav": 3, "jpeg": 2}
+    assert found.bars("Sample rate of the sounds") == {"8000 Hz": 2, "16000 Hz": 1}
+    longest = found.columns["Longest side of the pictures, pixels"]
+    assert longest == ["up to 16: 1", "up to 64: 2", "up to 128: 1", "up to 512: 1"]
+    assert found.words["Longest side of the pictures, pixels"] == ["16", "512"]  # below the first and last column
+    tars = [path.stat().st_size for path in made.path.glob("*.tar")]
+    stored = [
+        size
+        for path in made.path.glob("*.index.parquet")
+        for ext, size in zip(*pq.read_table(path, columns=["ext", "size"]).to_pydict().values(), strict=True)
+        if ext.startswith("image")
+    ]
+    assert len(tars) == 3 and len(stored) == 5
+    for heading, unit, sizes in (("Shards, MB", 1e6, tars), ("Stored pictures, kB", 1e3, stored)):
+        low, high, median = (f"{f(sizes) / unit:.3g}" for f in (min, max, np.median))
+        assert found.words[heading][-1] == f"{low} to {high}, median {median}, n {len(sizes)}"
+    told = {name: (number, note) for number, name, note, *_ in found.tiles.values()}
+    assert told["shards"] == ("3", f"{sum(tars) / 1e3:,.1f} kB")
+    assert told["images"][0] == "5" and told["sounds"][0] == "3" and told["samples"][0] == "8"
 
 
 def test_nothing_from_the_data_acts(page: str) -> None:

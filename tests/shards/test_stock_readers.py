@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlm.artifacts import Artifact
+from mmlm.config import parse
+from mmlm.data.config import DataConfig
+from mmlm.data.loader import Loader
+from mmlm.data.reader import ShardReader
 from mmlm.shards.shard import shard
+from mmlm.shards.verify import verify
+from mmlm.world import World
 from tests.shards.conftest import CONFIG, make_records, write_manifest
 
 Read = dict[str, dict[str, bytes]]
@@ -48,6 +56,30 @@ def test_webdataset_reads_the_same(shards: Artifact) -> None:
     for sample in webdataset.WebDataset(tars(shards), shardshuffle=False):
         theirs[sample["__key__"]] = {k: v for k, v in sample.items() if not k.startswith("__")}
     assert theirs == ours(shards.path)
+
+
+def test_a_complete_shard_that_the_manifest_does_not_name_is_read_by_nobody(shards: Artifact, tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    folder = Path(shutil.copytree(shards.path, tmp_path / "shards"))
+    config = parse(DataConfig, {"batch": 4}, "test")
+
+    def read() -> tuple[list[str], list[list[str]], list[str]]:
+        """Ids by our reader and by our loader, and keys by the stock reader, given the names in the manifest."""
+        named = [str(folder / name) for name in pq.read_table(folder / "manifest.parquet")["path"].to_pylist() if name]
+        loader = Loader(folder, config, 0, World(0, 1), steps=20)
+        theirs = [sample["__key__"] for sample in webdataset.WebDataset(named, shardshuffle=False)]
+        return [s.id for s in ShardReader(folder)], [list(loader.batch(step).ids) for step in range(20)], theirs
+
+    before = read()
+    records = [replace(r, id=f"stray/{r.id}", split="train") for r in make_records(tmp_path / "data", 6)]
+    other = shard(CONFIG, write_manifest(tmp_path / "m", records), data=tmp_path / "data", out=tmp_path / "other")
+    (made,) = other.path.glob("*.tar")
+    for name in ("train-00000-0badcafe", "train-00099-0badcafe"):
+        for ending in (".tar", ".index.parquet"):
+            shutil.copy(made.with_suffix(ending), folder / f"{name}{ending}")
+    assert len(before[0]) == 30 and len(before[2]) == 45
+    assert read() == before
+    assert verify(folder) == [f"train-{n}-0badcafe.tar: not in the manifest" for n in ("00000", "00099")]
 
 
 def test_hf_datasets_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

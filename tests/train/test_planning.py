@@ -21,7 +21,7 @@ from mmlm.data.collate import Batch, collate
 from mmlm.errors import ConfigError
 from mmlm.features.spec import FeatureSpec
 from mmlm.launch.local import ranks
-from mmlm.model.flops import Shape
+from mmlm.model.flops import NOTHING, Shape
 from mmlm.train import devices, weights
 from mmlm.train.activations import activation_bytes
 from mmlm.train.config import FreezeConfig, TrainConfig
@@ -183,7 +183,7 @@ def test_ranks_on_one_machine_cost_one_machine() -> None:
     assert plans.best(gpus) == gpus[0] and gpus[1].row(3.0)["cost"] == pytest.approx(6 * gpus[1].hours)
 
 
-LARGE = Count(10**9, 10**9, 100, 0.0)
+LARGE = Count(10**9, 10**9, 100, NOTHING)
 
 
 def test_what_is_sent_between_ranks() -> None:
