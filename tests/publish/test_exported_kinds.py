@@ -28,7 +28,9 @@ from mmlm.publish.export import export
 from mmlm.train import pretrained, weights
 from mmlm.train.config import TrainConfig
 from tests.publish.conftest import QUESTIONS
+from tests.shards.test_encoders import save_whisper
 from tests.small import SPEC, sample
+from tests.train import test_stems as stems
 from tests.train.test_text_encoders import folder_of as bert_folder
 from tests.train.test_text_encoders import shards_of as bert_shards
 
@@ -277,6 +279,31 @@ def test_a_bert_style_encoder_is_exported_too(tmp_path: Path):
     with torch.no_grad():
         assert torch.allclose(found["logits"], net(prompts).label_RC, atol=1e-5)
     assert found["names"] == {0: "no", 1: "yes"}
+
+
+@pytest.mark.slow
+def test_pretrained_stems_are_exported_with_the_model(tmp_path: Path):
+    """Also what they compute once and keep beside their weights, such as the numbers of their positions."""
+    where = tmp_path / "shards"
+    whole = shards(where, False)
+    known = {"vocab_size": whole.vocab_size, "tokenizer_digest": whole.tokenizer_digest}
+    feature_spec.save(spec := stems.spec_of(**known), where)
+    batch = collate([stems.sample(n) for n in range(3)], spec, pad_left=True, with_answer=False)
+    sounds = {"folder": str(save_whisper(tmp_path / "whisper"))}
+    asked, here = {}, {}
+    for kind in ("ViT", "CLIPVision", "SiglipVision", "DINOv3ViT"):
+        pictures = {"folder": str(stems.vision_folder(tmp_path / f"vision-{kind}", kind))}
+        here[kind] = stems.built(where, image_encoder=pictures, audio_encoder=sounds).eval()
+        folder = tmp_path / f"checkpoint-{kind}"
+        folder.mkdir()
+        weights.save_model(folder, here[kind].state_dict(), here[kind].config, where)
+        export(str(folder), tmp_path / kind, "hf")
+        asked[kind] = {"inputs": inputs(batch)}
+    found = in_another_process(tmp_path, asked)
+    for kind, net in here.items():
+        with torch.no_grad():
+            assert torch.allclose(found[kind]["label_logits"], net(batch).label_RC, atol=1e-5), kind
+            assert torch.allclose(found[kind]["logits"][batch.valid_BT], net.answer(net.trunk(batch)), atol=1e-5), kind
 
 
 def test_what_has_no_vectors_or_no_answer_says_so(tmp_path: Path):
