@@ -155,6 +155,18 @@ def test_steps_come_with_the_rule_that_decided_them(train: int, machine: Machine
     assert ("10 to 40 epochs" in told.source) == (9.5 <= times <= 40.5), "a reason that its own figure contradicts"
 
 
+def test_packed_sequences_count_as_the_records_in_them():
+    """Sequences of 1,024 that hold 16 records of about 60 positions, and those that hold one of 1,000."""
+    for length, each in ((60, 16.0), (1000, 1.0)):
+        given = facts(2000, 2000 * length, CLASSES)
+        given = dataclasses.replace(given, spec=given.spec.model_copy(update={"max_len": 1024}))
+        advice = advise(given, HERE, 8.0, cost)
+        assert advice.settings["data"]["pack"] == {"kind": "best_fit"}
+        steps, batch = advice.settings["steps"], advice.settings["data"]["batch"]
+        assert 20 <= steps * batch * each / 2000 <= 45, "not the epochs that it speaks of"
+        assert 16 <= batch * each <= 64
+
+
 def test_what_an_encoder_made_is_not_augmented():
     def augmented(**spec: Any) -> dict[str, Any]:
         settings = advise(facts(500, 2000, CLASSES, **spec), HERE, 8.0, cost).settings

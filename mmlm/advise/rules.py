@@ -21,6 +21,8 @@ points above a learnt stem in both parts that were held out; three times as many
 PATCH_OF_HOG = 8
 """Pixels a side, as one cell of its histograms; with less there are hardly edges to count."""
 LEAST_STEPS = 200
+MARKS = 4
+"""Tokens of a record that are neither text nor media: its beginning, end, `<answer>`, and what separates."""
 TOKENS_A_PARAMETER = 20
 EPOCHS_OF_USE = 4
 
@@ -177,8 +179,11 @@ def _few_pictures(facts: Facts) -> bool:
 def _settings(facts: Facts, here: Machine, kind: str, reasons: list[Reason]) -> dict[str, Any]:
     batch = 128 if facts.train >= 5000 else 64 if facts.train >= 500 else 32
     long = facts.spec.max_len > 512
+    packs = long and kind != "cnn"
+    each = _records_of_a_sequence(facts) if packs else 1.0
     batch = max(8, batch // 4) if long and kind == "transformer" else batch
-    steps = _steps(facts, here, batch, reasons)
+    batch = max(1, round(batch / each))
+    steps = _steps(facts, here, batch, each, reasons)
     data: dict[str, Any] = {"batch": batch}
     if len(facts.spec.modalities) > 1 or (facts.media and facts.tokens > 40 * facts.train):
         data["modality_dropout"] = 0.25
@@ -195,7 +200,7 @@ def _settings(facts: Facts, here: Machine, kind: str, reasons: list[Reason]) -> 
         reasons.append(
             Reason(f"augment: {augment}", "each record is seen many times", "Park et al. 2019 (sound); our stories")
         )
-    if long and kind != "cnn":
+    if packs:
         data["pack"] = {"kind": "best_fit"}
         reasons.append(
             Reason("pack: best_fit", "long records of many lengths: padding falls below 2 %", "docs/benchmarks.md")
@@ -216,13 +221,21 @@ def _settings(facts: Facts, here: Machine, kind: str, reasons: list[Reason]) -> 
     return settings
 
 
-def _steps(facts: Facts, here: Machine, batch: int, reasons: list[Reason]) -> int:
-    """As many as make a number of epochs, between the fewest that teach anything and the most that this machine is asked for."""
+def _records_of_a_sequence(facts: Facts) -> float:
+    """How many records packing puts into one sequence, about; at least one."""
+    fields = len(facts.spec.fields.names) if facts.spec.fields else 0
+    length = (facts.tokens + facts.media_tokens) / max(facts.train, 1) + fields + MARKS
+    return max(1.0, facts.spec.max_len / length)
+
+
+def _steps(facts: Facts, here: Machine, batch: int, each: float, reasons: list[Reason]) -> int:
+    """As many as make a number of epochs, between the fewest that teach anything and the most that this machine is asked for.
+    `each`: records of one of the `batch` sequences of a step."""
     epochs = 4 if facts.texts and facts.tokens > 5e6 else 40 if facts.train < 20_000 else 10
     most = 20_000 if here.gpus else 2000
-    wanted, once = math.ceil(epochs * facts.train / batch), math.ceil(facts.train / batch)
+    wanted, once = (math.ceil(times * facts.train / (batch * each)) for times in (epochs, 1))
     steps = min(max(wanted, LEAST_STEPS), max(most, once))
-    times = steps * batch / max(facts.train, 1)
+    times = steps * batch * each / max(facts.train, 1)
     why, source = f"{times:,.1f} times through the data", MUENNIGHOFF if epochs == 4 else EPOCHS
     if steps > wanted:
         why += f", where {epochs} would be {wanted} steps: fewer than {LEAST_STEPS} hardly move the weights, however few records"
