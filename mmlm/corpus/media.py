@@ -297,9 +297,11 @@ def _cut_out(data: bytes, start: float, end: float) -> bytes:
     """Seconds `start` to `end` of a sound held in memory, as a WAV of the same rate (16 bits unless it had more)."""
     import soundfile
 
+    from mmlm.sound_file import open_sound
+
     held = io.BytesIO()
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as sound:
+        with open_sound(io.BytesIO(data)) as sound:
             kind = sound.subtype if sound.subtype in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE") else "PCM_16"
             sound.seek(round(start * sound.samplerate))
             read = {"PCM_16": "int16", "PCM_24": "int32", "PCM_32": "int32"}.get(kind, "float64")

@@ -11,7 +11,7 @@ from typing import BinaryIO
 from mmlm.corpus.drafts import RefuseError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg")
-AUDIO_ENDINGS = (".wav", ".ogg", ".oga", ".opus", ".flac", ".mp3")
+AUDIO_ENDINGS = (".wav", ".ogg", ".oga", ".opus", ".flac", ".mp3", ".aif", ".aiff", ".aifc")
 VIDEO_ENDINGS = (".mp4", ".m4v", ".webm", ".mkv", ".mov", ".avi")
 TEXT_ENDINGS = (".txt", ".md")
 _PILLOW = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
@@ -20,7 +20,7 @@ _NO_VIDEO = (b"avi", b"hei", b"hev", b"mif", b"msf", b"M4A", b"M4B")
 _SVG = re.compile(rb"<svg[\s>]|<!DOCTYPE\s+svg|<[A-Za-z]+:svg[\s>]")
 
 
-_READ = {"image": "png jpeg webp gif bmp tiff svg", "audio": "wav ogg flac mp3", "video": "mp4 mov webm mkv avi"}
+_READ = {"image": "png jpeg webp gif bmp tiff svg", "audio": "wav ogg flac mp3 aiff", "video": "mp4 mov webm mkv avi"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,8 @@ def sniff(head: bytes) -> tuple[str, str]:
         return "image", "bmp"
     if head.startswith((b"RIFF", b"RF64")) and head[8:12] == b"WAVE":
         return "audio", "wav"
+    if head.startswith(b"FORM") and head[8:12] in (b"AIFF", b"AIFC"):
+        return "audio", "aiff"
     if head.startswith(b"OggS"):
         return "audio", "ogg"
     if head.startswith(b"fLaC"):
@@ -116,10 +118,10 @@ def _image(opened: BinaryIO, form: str) -> Header:
 
 
 def _audio(opened: BinaryIO, form: str) -> Header:
-    import soundfile
+    from mmlm.sound_file import open_sound
 
     try:
-        with soundfile.SoundFile(opened) as sound:
+        with open_sound(opened) as sound:
             frames, rate, channels = sound.frames, sound.samplerate, sound.channels
     except Exception as error:  # libsndfile's message is of use, its type is not
         raise RefuseError("unreadable_audio", f"{form}: {str(error).rsplit(': ', 1)[-1][:100]}") from None

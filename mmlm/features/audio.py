@@ -1,4 +1,4 @@
-"""Sound → log-mel: WAV, FLAC, OGG and MP3 become (frames, mels).
+"""Sound → log-mel: WAV, FLAC, OGG, MP3 and AIFF become (frames, mels).
 
 One channel, resampled; power spectrum of Hann windows; triangular filters of unit area, evenly spaced on Slaney's
 mel scale (M. Slaney, Auditory Toolbox, Interval Research TR 1998-010: linear below 1 kHz, logarithmic above); then one of
@@ -28,8 +28,9 @@ import soxr
 
 from mmlm.features.failures import SampleError
 from mmlm.features.spec import AudioSpec
+from mmlm.sound_file import open_sound
 
-FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")
+FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "AIFF")
 MAX_SAMPLES = 64_000_000
 """Values decoded from one file at most (frames × channels)."""
 LOUDEST = 1e10
@@ -90,7 +91,7 @@ def wave_to_mel(wave: np.ndarray, rate: int, more: bool, spec: AudioSpec) -> tup
 def _read(data: bytes, spec: AudioSpec, span: Span | None) -> tuple[np.ndarray, int, bool]:
     """(samples,) float32 mono at the file's own rate, no more of it than is needed; the rate; whether there is more."""
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as sound:
+        with open_sound(io.BytesIO(data)) as sound:
             _check_header(sound)
             rate, first, last = sound.samplerate, 0, sound.frames
             if span:
@@ -116,7 +117,7 @@ def _read(data: bytes, spec: AudioSpec, span: Span | None) -> tuple[np.ndarray, 
         detail = str(getattr(error, "error_string", error)).strip(". ")
         what = "the file is empty" if not data else f"the sound cannot be decoded ({detail})"
         raise SampleError(
-            "unreadable_audio", what, wanted="WAV, FLAC, OGG or MP3", cure="is the file complete?"
+            "unreadable_audio", what, wanted="WAV, FLAC, OGG, MP3 or AIFF", cure="is the file complete?"
         ) from None
     if not len(values):
         raise SampleError("empty_sound", "a sound of no length", wanted="at least one sample")
@@ -142,7 +143,7 @@ def _mono(values: np.ndarray) -> np.ndarray:
 
 def _check_header(sound: soundfile.SoundFile) -> None:
     if sound.format not in FORMATS:
-        raise SampleError("unsupported", f"a sound file of format {sound.format}", wanted="WAV, FLAC, OGG or MP3")
+        raise SampleError("unsupported", f"a sound file of format {sound.format}", wanted="WAV, FLAC, OGG, MP3 or AIFF")
     if not MIN_RATE <= sound.samplerate <= MAX_RATE:
         raise SampleError("bomb", f"a sample rate of {sound.samplerate:,} Hz", wanted=f"{MIN_RATE:,} to {MAX_RATE:,}")
     if sound.frames <= 0:

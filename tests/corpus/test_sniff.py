@@ -25,13 +25,24 @@ def test_pictures(form: str, mode: str) -> None:
     assert (header.kind, header.format, header.width, header.height) == ("image", form.lower(), 12, 7)
 
 
-@pytest.mark.parametrize(("form", "name"), [("WAV", "wav"), ("OGG", "ogg"), ("FLAC", "flac"), ("MP3", "mp3")])
+@pytest.mark.parametrize(
+    ("form", "name"), [("WAV", "wav"), ("OGG", "ogg"), ("FLAC", "flac"), ("MP3", "mp3"), ("AIFF", "aiff")]
+)
 def test_sounds(form: str, name: str) -> None:
     held = io.BytesIO()
     soundfile.write(held, np.sin(np.arange(8000) / 9), 16000, format=form)
     header = read_header(held.getvalue(), "audio")
     assert (header.format, header.rate) == (name, 16000)
     assert header.seconds == pytest.approx(0.5, abs=0.15)
+
+
+def test_a_sound_cut_off_in_its_header_is_refused_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    """libsndfile goes before the beginning of the file then, and cffi would print what Python says to that."""
+    held = io.BytesIO()
+    soundfile.write(held, np.zeros(800), 16000, format="AIFF")
+    with pytest.raises(RefuseError, match="unreadable_audio"):
+        read_header(held.getvalue()[:40], "audio")
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

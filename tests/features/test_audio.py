@@ -82,7 +82,8 @@ def test_a_tone_is_found_at_its_pitch_whatever_the_sample_rate(rate: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("form", "subtype"), [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", None)]
+    ("form", "subtype"),
+    [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", None), ("AIFF", "PCM_24")],
 )
 def test_all_formats_are_read(form: str, subtype: str | None) -> None:
     settings = {"subtype": subtype} if subtype else {}
@@ -126,7 +127,7 @@ def test_failures_are_typed() -> None:
     assert reason(b"RIFF rubbish") == "unreadable_audio"
     assert reason(good[:20]) == "unreadable_audio"
     assert reason(wav(np.array([0.1, np.nan, 0.2] * 500), subtype="FLOAT")) == "unreadable_audio"
-    assert reason(wav(tone(0.3, 16000), format="AIFF")) == "unsupported"
+    assert reason(wav(tone(0.3, 16000), format="AU")) == "unsupported"
     fast = bytearray(good)
     fast[24:28] = struct.pack("<I", 2_000_000_000)
     assert reason(bytes(fast)) == "bomb"

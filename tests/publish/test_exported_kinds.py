@@ -30,7 +30,7 @@ from mmlm.train.config import TrainConfig
 from tests.publish.conftest import QUESTIONS
 from tests.shards.test_encoders import save_whisper
 from tests.small import SPEC, sample
-from tests.train import test_stems as stems
+from tests.train import test_pretrained_stems as stems
 from tests.train.test_text_encoders import folder_of as bert_folder
 from tests.train.test_text_encoders import shards_of as bert_shards
 
