@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmlm.data.collate import Batch, collate
@@ -275,7 +278,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "relative": ({"image": ImageSpec(size=SIDE, patch=8, channels=3)}, {}, "scale relative"),
     "another grid": ({"image": ImageSpec(size=SIDE, patch=12, channels=3, scale="fixed")}, {}, "2 × 2 patches.*: 1, 3"),
     "another digest": ({}, {"image_encoder": {"digest": "0" * 64}}, "has the digest"),
-    "no folder": ({}, {"image_encoder": {"folder": "/nowhere"}}, "is no folder"),
+    "no folder": ({}, {"image_encoder": {"folder": "/nowhere"}}, r"^train\.model\.image_encoder: /nowhere is no folder"),
     "none named": ({}, {"image_encoder": {"folder": ""}}, "has no folder"),
     "long sounds": (
         {"audio": AudioSpec(n_mels=40, max_seconds=2, scale="whisper")}, {"audio_encoder": {}}, r"max_seconds = 2"
@@ -285,6 +288,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "frames_per_token = 5",
     ),
     "too few seconds": ({}, {"audio_encoder": {"seconds": 0.2}}, r"seconds = 0\.2.*from 0\.5.*to 1,"),
+    "seconds between two stacks": ({}, {"audio_encoder": {"seconds": 0.47}}, r"seconds = 0\.47;.*from 0\.5.*to 1,"),
     "another scale": (
         {"audio": AudioSpec(n_mels=40, max_seconds=0.5)}, {"audio_encoder": {}}, "scale relative.*scale whisper"
     ),
@@ -304,3 +308,41 @@ def test_what_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         pretrained.settled(config_of(**model), shards)
     assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def spoil(path: Path, name: str) -> None:
+    tensors = load_file(path)
+    tensors[name][0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "pictures of another size": (
+        lambda folder: rewrite(folder / "preprocessor_config.json", size={"height": 48, "width": 48}),
+        r"cannot be used \(ValueError: Input image size \(48\*48\) doesn't match model \(24\*24\)",
+    ),
+    "another shape": (
+        lambda folder: rewrite(folder / "config.json", intermediate_size=96),
+        r"has the shape \[64.*wanted \[96.*as its config\.json says",
+    ),
+    "no numbers": (
+        lambda folder: spoil(folder / "model.safetensors", "layernorm.weight"),
+        r"layernorm\.weight in .* has values that are not numbers",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_told_with_its_key(name: str, tmp_path: Path) -> None:
+    """What would otherwise end in an error of transformers on a rank, or in losses that are no numbers."""
+    breaks, message = BROKEN[name]
+    folder = save_vit(tmp_path / "v")
+    breaks(folder)
+    with pytest.raises(ConfigError) as caught:
+        built(shards_of(tmp_path / "shards"), image_encoder={"folder": str(folder)})
+    said = str(caught.value)
+    assert said.startswith("train.model.image_encoder: ") and re.search(message, said, re.DOTALL), said
