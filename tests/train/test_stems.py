@@ -214,6 +214,26 @@ def test_a_model_holds_its_encoders_and_forgets_their_folders(tmp_path: Path) ->
     assert pretrained.nameless(pretrained.settled(config_of(**elsewhere), shards)) == known
 
 
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "DINOv3ViT", "CLIPVision", "SiglipVision"])
+def test_a_model_made_in_bfloat16_is_so_throughout(kind: str, tmp_path: Path) -> None:
+    """As `from_pretrained` makes one of a folder of bfloat16 weights."""
+    folders = {"image": vision_folder(tmp_path / "v", kind), "audio": save_whisper(tmp_path / "w")}
+    shards = shards_of(tmp_path / "shards")
+    net = built(shards, **{f"{kind}_encoder": {"folder": str(folder)} for kind, folder in folders.items()}).eval()
+    spec = feature_spec.load(shards)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        half = weights.build(net.config, spec).eval()
+    finally:
+        torch.set_default_dtype(before)
+    half.load_state_dict(net.state_dict())
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    batch = batch_of(spec)
+    with torch.no_grad():
+        assert torch.allclose(half(batch).label_RC.float(), net(batch).label_RC, atol=0.1)
+
+
 def test_rest_rates_and_recomputation(tmp_path: Path) -> None:
     folders = {"image": vision_folder(tmp_path / "v", "Dinov2"), "audio": save_whisper(tmp_path / "w")}
     shards = shards_of(tmp_path / "shards")
