@@ -25,6 +25,7 @@ from mmlm.corpus.records import REFUSED, SCHEMA
 from mmlm.features.failures import REASONS
 from mmlm.publish.serve import MAX_BODY
 from mmlm.shards.commit import SHARDS
+from mmlm.shards.config import ShardConfig
 from mmlm.shards.write import INDEX, QUARANTINE
 from mmlm.story import VERBS
 from mmlm.train.config import TrainConfig
@@ -160,7 +161,8 @@ def test_yaml_in_the_guide_is_valid_config() -> None:
     assert found
     for text in found:
         given = yaml.safe_load(text)
-        parse(ScanConfig if "sources" in given else TrainConfig, given, "guide.md")
+        kind = ScanConfig if "sources" in given else ShardConfig if "features" in given else TrainConfig
+        parse(kind, given, "guide.md")
 
 
 def test_both_readmes_show_the_same() -> None:
