@@ -346,7 +346,9 @@ def shape_of(config: EncoderConfig, reader: Pictures | Sounds) -> tuple[int, int
             if timm:
                 model = timm_checkpoint.build(timm).eval()
             else:
-                model = _part(_transformers().AutoModel.from_config(settings, attn_implementation="sdpa"))
+                library = _transformers()
+                # float32 as the weights will be read: else whatever type the checkpoint was saved in
+                model = _part(library.AutoModel.from_config(settings, dtype=torch.float32, attn_implementation="sdpa"))
             given = model(**{reader.argument: torch.zeros(reader.empty())})
         chosen = given.last_hidden_state
         if config.layer == "pooled" and isinstance(reader, Pictures):

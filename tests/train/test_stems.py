@@ -18,11 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmlm.data.collate import Batch, collate
 from mmlm.errors import ConfigError
 from mmlm.features import spec as feature_spec
+from mmlm.features.config import FeaturesConfig
 from mmlm.features.sample import Sample
 from mmlm.features.spec import ANSWER, AUDIO, BOS, EOS, IMAGE, AudioSpec, FeatureSpec, ImageSpec, TaskSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.flops import Shape, forward_flops, training_flops
 from mmlm.model.transformer import FusedTransformer
+from mmlm.shards import encoders
 from mmlm.train import planning, pretrained, weights
 from mmlm.train.config import TrainConfig
 from mmlm.train.groups import frozen_share, let_rest
@@ -328,6 +330,24 @@ def test_what_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         pretrained.settled(config_of(**model), shards)
     assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_checkpoints_of_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Their config.json names the type, in which transformers would make the encoder."""
+    folders = {"image": save_vit(tmp_path / "v"), "audio": save_whisper(tmp_path / "w")}
+    for folder in folders.values():
+        transformers.AutoModel.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+        assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype).split(".")[1]
+    shards = shards_of(tmp_path / "shards")
+    net = built(shards, **{f"{kind}_encoder": {"folder": str(folder)} for kind, folder in folders.items()})
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert net(batch_of(feature_spec.load(shards))).label_RC.isfinite().all()
+    features = FeaturesConfig.model_validate(
+        {"audio": {}, "encoders": {kind: {"folder": str(folder)} for kind, folder in folders.items()},
+         "image": {"size": SIDE, "patch": 8, "channels": 3}}
+    )  # fmt: skip
+    assert {kind: one.dim for kind, one in encoders.describe(features, spec_of()).items()} == {"image": 32, "audio": 32}
 
 
 def rewrite(path: Path, **changes: Any) -> None:
