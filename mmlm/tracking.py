@@ -40,6 +40,7 @@ class Workplace(Protocol):
     path: Path
     fingerprint: str
     recipe: int
+    config: dict[str, Any]
     parents: dict[str, str]
     run_id: str | None
 
@@ -373,8 +374,12 @@ class Tracker:
         state.save()
         work.track(state.run_id)
         run, sender = Run(work.path, state), store.Sender(self._connected, state)
-        # a parameter cannot be changed, and how it runs may be another than when the run began
-        params = config if not isinstance(config, Config) else identity(config) if before else resolved(config)
+        params = flatten(resolved(config) if isinstance(config, Config) else config)
+        if before and isinstance(config, Config):
+            # A parameter cannot be changed. How it runs, and where pretrained weights lie, which is no part of what the
+            # noun is, may be another than when the run began.
+            same = flatten(work.config)
+            params = {key: value for key, value in flatten(identity(config)).items() if same.get(key) == value}
         run.params(params)
         sender.start()
         try:

@@ -43,6 +43,7 @@ TRACKING = "MLFLOW_TRACKING_URI"
 """How a trial is told the tracking store, whose address may hold a password: never by a file."""
 FOLDER = "search"
 """The noun's folder below `--out`."""
+SPACES = "log(low,high), uniform(low,high), int(low,high) or [a, b, c]"
 _RANGE = re.compile(r"(log|uniform|int)\(\s*([^,]+),\s*([^,)]+)\)")
 
 
@@ -62,6 +63,14 @@ class TuneConfig(Config):
     """Share of the steps before which no trial is stopped."""
     reduction: int = Field(3, ge=2)
     """Of how many trials that reach a rung one goes on (ASHA; Li et al. 2020); rungs are this many times apart."""
+
+    @field_validator("search", mode="before")
+    @classmethod
+    def _written(cls, search: Any) -> Any:
+        for key, space in search.items() if isinstance(search, dict) else ():
+            if not isinstance(space, str | list):
+                raise ValueError(f"{key} = {space}: wanted {SPACES}")
+        return search
 
     @field_validator("search")
     @classmethod
@@ -85,7 +94,7 @@ def draw(space: str | list[Any], rng: random.Random, key: str = "") -> Any:
     except ValueError:
         found = None
     if not found or not -math.inf < low < high < math.inf or (found[1] == "log" and low <= 0):
-        raise ValueError(f"{key} = {space}: wanted log(low,high), uniform(low,high), int(low,high) or [a, b, c]")
+        raise ValueError(f"{key} = {space}: wanted {SPACES}")
     if found[1] == "int" and (first := math.ceil(low)) > (last := math.floor(high)):
         raise ValueError(f"{key} = {space}: no whole number lies there; wanted int(1,8), or uniform({low:g},{high:g})")
     if found[1] == "int":

@@ -336,6 +336,26 @@ def test_a_stage_that_goes_on_in_another_way_has_the_parameters_that_it_began_wi
     assert params["zero.stage"] == "2" and params["steps"] == "1500"
 
 
+def test_where_pretrained_weights_lie_may_change(store: str, tmp_path: Path) -> None:
+    """The folder is told to MLflow as the run begins; the noun's own config, of which its identity is made, has none."""
+    ids = []
+    for folder in ("/models/siglip", "/moved/siglip"):
+        encoder = {"digest": "0" * 64, "settings": {"model_type": "siglip_vision_model"}}
+        known = TrainConfig.model_validate({"model": {"image_encoder": encoder}})
+        config = TrainConfig.model_validate({"model": {"image_encoder": {**encoder, "folder": folder}}})
+        work = artifacts.begin(tmp_path / "model", "checkpoint", recipe=1, config=known)
+        tracker = Tracker.start(store, story="where", out=tmp_path)
+        with tracker, contextlib.suppress(Interrupted), tracker.run("train", config, work) as run:
+            ids.append(run.run_id)
+            raise Interrupted("enough")
+        work.release()
+        state = spool.State.load(tmp_path / "model")
+        assert state and state.dropped == 0
+    assert ids[0] == ids[1]
+    params = client(store).get_run(ids[0]).data.params
+    assert params["model.image_encoder.folder"] == "/models/siglip" and params["steps"] == "1500"
+
+
 def test_one_rejected_value_costs_only_itself(store: str, tmp_path: Path) -> None:
     tracker = Tracker.start(store, story="reject", out=tmp_path)
     with tracker, tracker.run("train", {"same": 1, "other": 2}, begin(tmp_path / "model")) as run:

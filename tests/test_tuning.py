@@ -60,6 +60,13 @@ def test_a_space_that_is_none_is_refused(space: Any) -> None:
         tuning.draw(space, random.Random(0))
 
 
+@pytest.mark.parametrize("space", [{"kind": "log", "low": 0.1}, 0.5, None])
+def test_a_space_of_another_form_is_told_by_its_key(space: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(TuneConfig, {"search": {"train.optimizer.lr": space}}, "tune")
+    assert f"train.optimizer.lr = {space}: wanted log(low,high)" in str(caught.value)
+
+
 def test_a_range_without_a_whole_number_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"int\(0.2,0.8\): no whole number lies there; wanted int\(1,8\), or uniform"):
         parse(TuneConfig, {"search": {"train.seed": "int(0.2,0.8)"}}, "tune")

@@ -32,7 +32,7 @@ def files_of(config: EncoderConfig) -> list[Path]:
         what = "has no config.json" if folder.is_dir() else "is no folder"
         raise ConfigError(
             f"{config.folder} {what}", wanted="a checkpoint folder of transformers on local disk (config.json, *.safetensors)",
-            cure="check features.encoders; `save_pretrained` of transformers writes such a folder",
+            cure="check where it lies; `save_pretrained` of transformers writes such a folder",
         )  # fmt: skip
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:

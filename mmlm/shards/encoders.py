@@ -264,7 +264,7 @@ def weights_of(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> Any:
 def _describe(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> EncoderSpec:
     found = digest(config)
     reader = _reader(config, stored)
-    dim, tokens = _shape(config, reader)
+    dim, tokens = shape_of(config, reader)
     if isinstance(stored, AudioSpec):
         tokens = max(1, math.ceil(stored.max_frames / 2))
     return EncoderSpec(digest=found, dim=dim, tokens=1 if config.layer == "pooled" else tokens, read=config.read)
@@ -277,7 +277,8 @@ def _reader(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> Pictures | 
     if model not in models and not (kind == "image" and timm_checkpoint.is_timm(settings)):
         raise ConfigError(
             f"{config.folder} holds a model of type {model!r}",
-            wanted=f"one of {', '.join(models)} for {kind}s" + (", or a checkpoint of timm" if kind == "image" else ""),
+            wanted=f"one of {', '.join(models)} for "
+            + ("pictures, or a checkpoint of timm" if kind == "image" else "sounds"),
         )
     if "quantization_config" in settings or (Path(config.folder) / "adapter_config.json").exists():
         raise ConfigError(f"{config.folder} is quantised or an adapter", wanted="plain weights in one folder")
@@ -334,8 +335,9 @@ def _settings(config: EncoderConfig) -> Any:
     return getattr(found, "vision_config", found)
 
 
-def _shape(config: EncoderConfig, reader: Pictures | Sounds) -> tuple[int, int]:
-    """(dim, tokens) of the chosen layer, without reading weights: by a pass in which nothing is computed."""
+def shape_of(config: EncoderConfig, reader: Pictures | Sounds) -> tuple[int, int]:
+    """(dim, tokens) of the chosen layer, without reading weights: by a pass in which nothing is computed. Raises ConfigError
+    when the checkpoint does not take what `reader` gives it."""
     torch = _torch()
     timm = reader.timm if isinstance(reader, Pictures) else None
     settings = None if timm else _settings(config)
@@ -344,7 +346,9 @@ def _shape(config: EncoderConfig, reader: Pictures | Sounds) -> tuple[int, int]:
             if timm:
                 model = timm_checkpoint.build(timm).eval()
             else:
-                model = _part(_transformers().AutoModel.from_config(settings, attn_implementation="sdpa"))
+                library = _transformers()
+                # float32 as the weights will be read: else whatever type the checkpoint was saved in
+                model = _part(library.AutoModel.from_config(settings, dtype=torch.float32, attn_implementation="sdpa"))
             given = model(**{reader.argument: torch.zeros(reader.empty())})
         chosen = given.last_hidden_state
         if config.layer == "pooled" and isinstance(reader, Pictures):
@@ -377,16 +381,21 @@ def _from_transformers(config: EncoderConfig, reader: Pictures | Sounds) -> Any:
     try:
         model, report = _transformers().AutoModel.from_pretrained(
             folder_of(config), config=settings, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True,
+            dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except Exception as error:
         raise _unusable(config, error) from None
     unused = "decoder." if isinstance(reader, Sounds) else "pooler." if config.layer == "last" else "-"
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith(unused))
-    if missing or report["mismatched_keys"]:
+    if report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
         raise ConfigError(
-            f"the weights in {config.folder} lack {len(missing) or 'the shape of some'} of the model's tensors"
-            + (f", such as {missing[0]}" if missing else ""),
+            f"{name} in {config.folder} has the shape {list(found)}", wanted=f"{list(wanted)}, as its config.json says",
+            cure="take config.json and the weights from one checkpoint",
+        )  # fmt: skip
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(unused))
+    if missing:
+        raise ConfigError(
+            f"the weights in {config.folder} lack {len(missing)} of the model's tensors, such as {missing[0]}",
             wanted="all of them: those that lack would be random",
             cure="choose `layer: last`" if all("pooler" in name for name in missing) else "use another checkpoint",
         )

@@ -142,6 +142,11 @@ def take_over(model: FusedTransformer, config: ModelConfig, shards: Path) -> Non
             f"the weights in {folder} lack {error}", wanted="every tensor that its config.json calls for",
             cure="use a whole checkpoint",
         ) from None  # fmt: skip
+    if wrong := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
+        raise ConfigError(
+            f"the weights in {folder} have values that are not numbers, in our {wrong}",
+            wanted="numbers in all tensors: every loss would be none", cure="use another checkpoint",
+        )  # fmt: skip
     known = _known_marks(folder, settings)
     for name in ("tokens.weight", "answer.weight"):
         if name in tensors:

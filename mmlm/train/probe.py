@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -86,6 +87,13 @@ def _mean(shapes: Sequence[Shape]) -> Shape:
     return Shape(lengths, prompts=prompts, tags=tags, media=dict(zip(SLOTS, media, strict=True)), **figures)
 
 
+def threads(ranks: int) -> int:
+    """Of one of `ranks` ranks on this machine: those that OMP_NUM_THREADS names, which ranks obey as well (torchrun sets 1),
+    else its share of the cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else max(1, cores() // ranks)
+
+
 def measure(
     config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, shards: Path, ranks: int, repeat: int = REPEATS,
     teacher: Teaching | None = None,
@@ -98,7 +106,7 @@ def measure(
     if max(whole.parameters, size_of(teacher.model, spec) if teacher else 0) > LARGEST:
         return None
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, cores() // ranks))
+    torch.set_num_threads(threads(ranks))
     state = torch.random.get_rng_state()
     try:
         return _measure(config, model, spec, shards, ranks, whole.trained, repeat, teacher)

@@ -5,6 +5,8 @@ Read as `features.encoders` reads them: only safetensors are opened, and no code
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -39,31 +41,47 @@ def named(config: ModelConfig) -> dict[str, ImageEncoderConfig | AudioEncoderCon
 def settle(config: ModelConfig, spec: FeatureSpec) -> ModelConfig:
     """The config with what its encoders' folders say filled in. Raises ConfigError when a folder is not what it should be, or
     the shards do not hold what the encoder reads."""
-    made: dict[str, Any] = {}
-    for kind, one in named(config).items():
-        key = f"train.model.{kind}_encoder"
-        if not one.folder:
-            raise ConfigError(f"{key} has no folder", wanted="where the encoder lies", cure=f"set {key}.folder")
-        stored = _stored(spec, kind, key)
-        asked = EncoderConfig(folder=one.folder)
-        found = digest(asked)
-        if one.digest not in ("", found):
-            raise ConfigError(
-                f"the encoder in {one.folder} has the digest {found[:12]}", wanted=one.digest[:12],
-                cure=f"give the folder with that content, or leave {key}.digest away",
-            )  # fmt: skip
-        settings, reader = encoders.settings_of(asked, stored)
-        kept = {k: v for k, v in settings.items() if k not in LEFT_OUT}
-        kept |= {name: 0.0 for name in DROPPED if name in kept} | {name: None for name in MOVED if name in kept}
-        update: dict[str, Any] = {"folder": folder_of(asked), "digest": found, "settings": kept}
-        if isinstance(one, AudioEncoderConfig):
-            assert isinstance(stored, AudioSpec)
-            kept["max_source_positions"] = _positions(one, stored, int(kept["max_source_positions"]), key)
-        else:
-            assert isinstance(stored, ImageSpec) and isinstance(reader, Pictures)
-            update |= _pictures(reader, stored, kept, one.folder)
-        made[f"{kind}_encoder"] = one.model_copy(update=update)
+    made = {f"{kind}_encoder": _settled(kind, one, spec) for kind, one in named(config).items()}
     return config.model_copy(update=made)
+
+
+def _settled(
+    kind: str, one: ImageEncoderConfig | AudioEncoderConfig, spec: FeatureSpec
+) -> ImageEncoderConfig | AudioEncoderConfig:
+    key = f"train.model.{kind}_encoder"
+    if not one.folder:
+        raise ConfigError(f"{key} has no folder", wanted="where the encoder lies", cure=f"set {key}.folder")
+    stored = _stored(spec, kind, key)
+    asked = EncoderConfig(folder=one.folder)
+    with _named(key):
+        found = digest(asked)
+        settings, reader = encoders.settings_of(asked, stored)
+    if one.digest not in ("", found):
+        raise ConfigError(
+            f"the encoder in {one.folder} has the digest {found[:12]}", wanted=one.digest[:12],
+            cure=f"give the folder with that content, or leave {key}.digest away",
+        )  # fmt: skip
+    kept = {k: v for k, v in settings.items() if k not in LEFT_OUT}
+    kept |= {name: 0.0 for name in DROPPED if name in kept} | {name: None for name in MOVED if name in kept}
+    update: dict[str, Any] = {"folder": folder_of(asked), "digest": found, "settings": kept}
+    if isinstance(one, AudioEncoderConfig):
+        assert isinstance(stored, AudioSpec)
+        kept["max_source_positions"] = _positions(one, stored, int(kept["max_source_positions"]), key)
+    else:
+        assert isinstance(stored, ImageSpec) and isinstance(reader, Pictures)
+        update |= _pictures(reader, stored, kept, one.folder)
+    with _named(key):
+        encoders.shape_of(asked, reader)  # a picture of the preprocessor's size may be none of the encoder's
+    return one.model_copy(update=update)
+
+
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """What is wrong with a checkpoint is told with the key that asks for it: features.encoders reads checkpoints, too."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error.found}", wanted=error.wanted, cure=error.cure) from None
 
 
 def nameless(config: ModelConfig) -> ModelConfig:
@@ -74,15 +92,20 @@ def nameless(config: ModelConfig) -> ModelConfig:
 
 
 def take_over(model: FusedTransformer, config: ModelConfig, spec: FeatureSpec) -> None:
-    """Give `model` the weights of its encoders, on every rank by itself. Raises ConfigError when one lacks."""
+    """Give `model` the weights of its encoders, on every rank by itself. Raises ConfigError when one lacks, or is no number."""
     for kind, one in named(config).items():
-        asked = EncoderConfig(folder=one.folder)
-        given = encoders.weights_of(asked, getattr(spec, kind)).state_dict()
+        with _named(f"train.model.{kind}_encoder"):
+            given = encoders.weights_of(EncoderConfig(folder=one.folder), getattr(spec, kind)).state_dict()
         encoder = getattr(model, kind).project.encoder
         own = encoder.state_dict()
         for name, tensor in own.items():
             if name.endswith("embed_positions.weight"):  # of Whisper, of which a shorter one knows the first
                 given[name] = given[name][: len(tensor)]
+        if wrong := [name for name in own if not given[name].isfinite().all()]:
+            raise ConfigError(
+                f"train.model.{kind}_encoder: {wrong[0]} in {one.folder} has values that are not numbers",
+                wanted="numbers in all tensors: every loss would be none", cure="use another checkpoint",
+            )  # fmt: skip
         encoder.load_state_dict({name: given[name] for name in own})
 
 
@@ -147,7 +170,7 @@ def _positions(config: AudioEncoderConfig, stored: AudioSpec, most: int, key: st
     if frames % each or frames > 2 * most or frames < stored.max_frames:
         unit = stored.hop / stored.sample_rate
         raise ConfigError(
-            f"{key}.seconds = {frames * unit:g}",
+            f"{key}.seconds = {config.seconds or frames * unit:g}",
             wanted=f"from {stored.max_frames * unit:g}, the longest sound of the shards, to {2 * most * unit:g}, in "
             f"whole stacks of {each} frames",
             cure=f"set {key}.seconds so, or change features.audio.frames_per_token and make the shards again",

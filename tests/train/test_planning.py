@@ -22,13 +22,14 @@ from mmlm.errors import ConfigError
 from mmlm.features.spec import FeatureSpec
 from mmlm.launch.local import ranks
 from mmlm.model.flops import NOTHING, Shape
-from mmlm.train import devices, weights
+from mmlm.train import devices, probe, weights
 from mmlm.train.activations import activation_bytes
 from mmlm.train.config import FreezeConfig, TrainConfig
 from mmlm.train.devices import DEVICES, Device
 from mmlm.train.objectives import Answering, loss_of
 from mmlm.train.planning import Count, between_ranks, count, counted, forecast, over_pcie
 from mmlm.train.workload import Corpus, Workload
+from mmlm.world import cores
 from tests.small import SPEC, sample
 
 CPU = Device("cpu", 1e11, 16e9, 1e10, 1e9, per_node=2)
@@ -414,3 +415,11 @@ def _spec(shards: Artifact) -> Any:
     from mmlm.features import spec as feature_spec
 
     return feature_spec.load(shards.path)
+
+
+def test_a_rank_is_tried_out_with_the_threads_that_it_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # as torchrun sets 1; ranks that we start keep it, too
+    assert probe.threads(1) == probe.threads(2) == 3
+    for none in ("", "0", "dynamic"):
+        monkeypatch.setenv("OMP_NUM_THREADS", none)
+        assert probe.threads(1) == cores() and probe.threads(10**6) == 1

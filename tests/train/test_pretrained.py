@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save_file
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -182,6 +183,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
     kept = weights_file.read_bytes()
     weights_file.write_bytes(kept[:100])
     assert "cannot be read" in said(given(folder))
+    tensors = load(kept)
+    tensors["model.layers.0.mlp.up_proj.weight"][0] = float("inf")
+    save_file(tensors, weights_file, {"format": "pt"})
+    assert "values that are not numbers" in said(given(folder))
     weights_file.rename(folder / "pytorch_model.bin")
     assert "only pytorch_model.bin" in said(given(folder)) and "never opened" in said(given(folder))
     weights_file.write_bytes(kept)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmlm.data.collate import Batch, collate
 from mmlm.errors import ConfigError
 from mmlm.features import spec as feature_spec
+from mmlm.features.config import FeaturesConfig
 from mmlm.features.sample import Sample
 from mmlm.features.spec import ANSWER, AUDIO, BOS, EOS, IMAGE, AudioSpec, FeatureSpec, ImageSpec, TaskSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.flops import Shape, forward_flops, training_flops
 from mmlm.model.transformer import FusedTransformer
+from mmlm.shards import encoders
 from mmlm.train import planning, pretrained, weights
 from mmlm.train.config import TrainConfig
 from mmlm.train.groups import frozen_share, let_rest
@@ -211,6 +216,26 @@ def test_a_model_holds_its_encoders_and_forgets_their_folders(tmp_path: Path) ->
     assert pretrained.nameless(pretrained.settled(config_of(**elsewhere), shards)) == known
 
 
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "DINOv3ViT", "CLIPVision", "SiglipVision"])
+def test_a_model_made_in_bfloat16_is_so_throughout(kind: str, tmp_path: Path) -> None:
+    """As `from_pretrained` makes one of a folder of bfloat16 weights."""
+    folders = {"image": vision_folder(tmp_path / "v", kind), "audio": save_whisper(tmp_path / "w")}
+    shards = shards_of(tmp_path / "shards")
+    net = built(shards, **{f"{kind}_encoder": {"folder": str(folder)} for kind, folder in folders.items()}).eval()
+    spec = feature_spec.load(shards)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        half = weights.build(net.config, spec).eval()
+    finally:
+        torch.set_default_dtype(before)
+    half.load_state_dict(net.state_dict())
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    batch = batch_of(spec)
+    with torch.no_grad():
+        assert torch.allclose(half(batch).label_RC.float(), net(batch).label_RC, atol=0.1)
+
+
 def test_rest_rates_and_recomputation(tmp_path: Path) -> None:
     folders = {"image": vision_folder(tmp_path / "v", "Dinov2"), "audio": save_whisper(tmp_path / "w")}
     shards = shards_of(tmp_path / "shards")
@@ -275,7 +300,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "relative": ({"image": ImageSpec(size=SIDE, patch=8, channels=3)}, {}, "scale relative"),
     "another grid": ({"image": ImageSpec(size=SIDE, patch=12, channels=3, scale="fixed")}, {}, "2 × 2 patches.*: 1, 3"),
     "another digest": ({}, {"image_encoder": {"digest": "0" * 64}}, "has the digest"),
-    "no folder": ({}, {"image_encoder": {"folder": "/nowhere"}}, "is no folder"),
+    "no folder": ({}, {"image_encoder": {"folder": "/nowhere"}}, r"^train\.model\.image_encoder: /nowhere is no folder"),
     "none named": ({}, {"image_encoder": {"folder": ""}}, "has no folder"),
     "long sounds": (
         {"audio": AudioSpec(n_mels=40, max_seconds=2, scale="whisper")}, {"audio_encoder": {}}, r"max_seconds = 2"
@@ -285,6 +310,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "frames_per_token = 5",
     ),
     "too few seconds": ({}, {"audio_encoder": {"seconds": 0.2}}, r"seconds = 0\.2.*from 0\.5.*to 1,"),
+    "seconds between two stacks": ({}, {"audio_encoder": {"seconds": 0.47}}, r"seconds = 0\.47;.*from 0\.5.*to 1,"),
     "another scale": (
         {"audio": AudioSpec(n_mels=40, max_seconds=0.5)}, {"audio_encoder": {}}, "scale relative.*scale whisper"
     ),
@@ -304,3 +330,59 @@ def test_what_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         pretrained.settled(config_of(**model), shards)
     assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_checkpoints_of_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Their config.json names the type, in which transformers would make the encoder."""
+    folders = {"image": save_vit(tmp_path / "v"), "audio": save_whisper(tmp_path / "w")}
+    for folder in folders.values():
+        transformers.AutoModel.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+        assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype).split(".")[1]
+    shards = shards_of(tmp_path / "shards")
+    net = built(shards, **{f"{kind}_encoder": {"folder": str(folder)} for kind, folder in folders.items()})
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert net(batch_of(feature_spec.load(shards))).label_RC.isfinite().all()
+    features = FeaturesConfig.model_validate(
+        {"audio": {}, "encoders": {kind: {"folder": str(folder)} for kind, folder in folders.items()},
+         "image": {"size": SIDE, "patch": 8, "channels": 3}}
+    )  # fmt: skip
+    assert {kind: one.dim for kind, one in encoders.describe(features, spec_of()).items()} == {"image": 32, "audio": 32}
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def spoil(path: Path, name: str) -> None:
+    tensors = load_file(path)
+    tensors[name][0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "pictures of another size": (
+        lambda folder: rewrite(folder / "preprocessor_config.json", size={"height": 48, "width": 48}),
+        r"cannot be used \(ValueError: Input image size \(48\*48\) doesn't match model \(24\*24\)",
+    ),
+    "another shape": (
+        lambda folder: rewrite(folder / "config.json", intermediate_size=96),
+        r"has the shape \[64.*wanted \[96.*as its config\.json says",
+    ),
+    "no numbers": (
+        lambda folder: spoil(folder / "model.safetensors", "layernorm.weight"),
+        r"layernorm\.weight in .* has values that are not numbers",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_told_with_its_key(name: str, tmp_path: Path) -> None:
+    """What would otherwise end in an error of transformers on a rank, or in losses that are no numbers."""
+    breaks, message = BROKEN[name]
+    folder = save_vit(tmp_path / "v")
+    breaks(folder)
+    with pytest.raises(ConfigError) as caught:
+        built(shards_of(tmp_path / "shards"), image_encoder={"folder": str(folder)})
+    said = str(caught.value)
+    assert said.startswith("train.model.image_encoder: ") and re.search(message, said, re.DOTALL), said

@@ -94,8 +94,8 @@ class SoundEncoder(Encoder):
 
 
 def empty_encoder(settings: dict[str, Any]) -> Any:
-    """The encoder of a config.json, float32, its weights at random, without parts of which its last layer's tokens know
-    nothing: those would never have a gradient. Raises ConfigError when transformers is missing."""
+    """The encoder of a config.json, in torch's default dtype, its weights at random, without parts of which its last layer's
+    tokens know nothing: those would never have a gradient. Raises ConfigError when transformers is missing."""
     try:
         from transformers import AutoConfig, AutoModel
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -112,7 +112,7 @@ def empty_encoder(settings: dict[str, Any]) -> Any:
         position: Any = encoder.embed_positions.weight
         position.fixed = True  # sinusoids, which no training changes
         return encoder
-    model = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModel.from_config(config, dtype=torch.get_default_dtype(), attn_implementation="sdpa")
     for module in list(model.modules()):
         for name in ("pooler", "head", "mask_token"):
             if getattr(module, name, None) is not None:
