@@ -198,7 +198,7 @@ def _training_environment(arguments: argparse.Namespace) -> None:
     if arguments.time_limit:
         os.environ["MMLM_DEADLINE"] = str(time.time() + seconds_of(arguments.time_limit))
     if arguments.hang:
-        os.environ["MMLM_HANG_SECONDS"] = str(seconds_of(arguments.hang))
+        os.environ["MMLM_HANG_SECONDS"] = str(seconds_of(arguments.hang, "--hang"))
     for flag in ("ledger", "resume"):
         if getattr(arguments, flag, False):
             os.environ[f"MMLM_{flag.upper()}"] = "1"

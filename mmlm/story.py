@@ -155,7 +155,11 @@ def load(name: str, overrides: list[str] | None = None) -> Story:
     for override in _spelled_out(overrides or []):
         key, value = split_override(override)
         verb = key.split(".")[0]
-        if verb not in VERBS or "." not in key:
+        if verb in VERBS and "." not in key:
+            raise ConfigError(
+                f"--set {override}: `{verb}` is a stage, not a setting", wanted="STAGE.key=value, such as train.seed=1"
+            )
+        if verb not in VERBS:
             close = difflib.get_close_matches(verb, VERBS, 1, 0.5)
             hint = f", did you mean `{close[0]}`?" if close else ""
             raise ConfigError(

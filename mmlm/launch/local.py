@@ -295,19 +295,27 @@ def _free_port() -> int:
 
 @contextmanager
 def count_signals(into: C) -> Iterator[C]:
-    """While ranks run, a stop is counted here, for who waits to pass it on; handlers can be set in the main thread only."""
+    """While ranks run, a stop is counted here, for who waits to pass it on; handlers can be set in the main thread only.
+
+    The second one means "now": Ctrl-C after any other, or SIGTERM again. SIGUSR1 is a notice, which is never the second one,
+    and which SIGTERM follows by itself on a spot machine or at the end of a job's time, while the ranks still save.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield into
         return
 
     last = 0.0
+    ordered = False
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal last
-        if time.monotonic() - last > 1.0:  # one Ctrl-C may arrive twice (terminal and shell); a second one means "now"
-            into.signals += 1
-            into.number = into.number or number
-            last = time.monotonic()
+        nonlocal last, ordered
+        now, order = time.monotonic(), number != signal.SIGUSR1
+        second = order and (ordered or number == signal.SIGINT)
+        if not into.signals or (second and now - last > 1.0):  # one Ctrl-C may arrive twice (terminal and shell)
+            into.signals, into.number, last = into.signals + 1, into.number or number, now
+        elif order and not ordered:
+            last = now
+        ordered |= order
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.signal(number, note) for number in numbers}
