@@ -123,11 +123,13 @@ def begin(
         return work
     if (out / WORK).exists():
         try:
-            started = json.loads((out / WORK).read_text())
+            started = json.loads((out / WORK).read_text(encoding="utf-8"))
         except ValueError:
             started = {"fingerprint": "unreadable"}
         if started.get("fingerprint") != wanted:
-            raise ArtifactConflict(out, started.get("fingerprint", "unreadable"), wanted, _differs(started, work, config))
+            raise ArtifactConflict(
+                out, started.get("fingerprint", "unreadable"), wanted, _differs(started, work, config)
+            )
         work.run_id = started.get("run_id")
     elif out.exists() and any(p.name != ".lock" and not p.name.endswith(".tmp") for p in out.iterdir()):
         raise ArtifactError(
@@ -292,7 +294,7 @@ def set_aside(path: Path, wanted: str) -> None:
     for name in (NAME, WORK):
         if (path / name).exists():
             try:
-                present = json.loads((path / name).read_text())["fingerprint"]
+                present = json.loads((path / name).read_text(encoding="utf-8"))["fingerprint"]
             except (ValueError, KeyError):
                 present = f"unreadable-{int(time.time())}"
             break

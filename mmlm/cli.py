@@ -411,7 +411,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     make = functools.partial(tuning.tune, config, story.written["train"], shards, where, places.tracker)
     with places.tracker:
         made = stories.settle(make) if arguments.replace else make()
-    found = json.loads((made.path / "results.json").read_text())
+    found = json.loads((made.path / "results.json").read_text(encoding="utf-8"))
     print(json.dumps(found, ensure_ascii=False, indent=1) if arguments.json else tuning.words(found, places.out))
     return 0
 

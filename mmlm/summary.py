@@ -48,7 +48,7 @@ def _family(pid: int) -> list[int]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                parent = int(Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[1])
+                parent = int(Path(f"/proc/{entry}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
             except (OSError, IndexError, ValueError):
                 continue
             children.setdefault(parent, []).append(int(entry))
@@ -61,7 +61,7 @@ def _family(pid: int) -> list[int]:
 
 def _pss(pid: int) -> int:
     try:
-        match = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+        match = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8"), re.M)
     except OSError:
         return 0
     return int(match[1]) * 1024 if match else 0
@@ -69,7 +69,7 @@ def _pss(pid: int) -> int:
 
 def write(story: Story, places: Places, stages: Sequence[Stage], seconds: float, peak: int) -> dict[str, Any]:
     """Write `summary.json` below `--out` and return it. A skipped stage keeps the seconds that it took when it was made."""
-    registered = json.loads((noun(places, "register").path / "registered.json").read_text())
+    registered = json.loads((noun(places, "register").path / "registered.json").read_text(encoding="utf-8"))
     report = noun(places, "evaluate").path
     which = "student" if story.register.model == "student" and story.distill else "teacher"
     models = {
@@ -97,7 +97,7 @@ def write(story: Story, places: Places, stages: Sequence[Stage], seconds: float,
             }
             for s in stages
         ],
-        "scores": json.loads((report / "scores.json").read_text()),
+        "scores": json.loads((report / "scores.json").read_text(encoding="utf-8")),
         "registered": registered,
     }
     write_json(places.out / "summary.json", summary)
@@ -107,7 +107,7 @@ def write(story: Story, places: Places, stages: Sequence[Stage], seconds: float,
 def _before(path: Path, seconds: float, peak: int) -> tuple[float, int]:
     """Seconds and peak memory of the summary that is there, or those given."""
     try:
-        old = json.loads(path.read_text())
+        old = json.loads(path.read_text(encoding="utf-8"))
         return max(float(old["seconds"]), seconds), max(int(old["peak_rss_bytes"]), peak)
     except (OSError, ValueError, KeyError):
         return seconds, peak

@@ -28,8 +28,10 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def seconds_of(text: str, name: str = "the time limit") -> float:
-    """Seconds of a duration: `3:59:00`, `1-12:00:00`, `59:30`, `90` (seconds), `90s`, `45m`, `4h`, `2d`. Raises ConfigError, which
-    says `name`."""
+    """Seconds of a duration: `3:59:00`, `1-12:00:00`, `59:30`, `90` (seconds), `90s`, `45m`, `4h`, `2d`.
+
+    Raises ConfigError, which says `name`.
+    """
     text = text.strip().lower()
     if text[-1:] in _UNITS and re.fullmatch(r"\d+(\.\d+)?", text[:-1]):
         return float(text[:-1]) * _UNITS[text[-1]]
