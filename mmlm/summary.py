@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from mmlm import tracking_store
 from mmlm.config import blank_credentials
 from mmlm.features import spec as feature_spec
 from mmlm.features.spec import SPECIAL_TOKENS
@@ -147,10 +149,23 @@ def table(summary: dict[str, Any], out: Path) -> str:
         f"model     {summary['model_uri']}: {summary['registered'].get('reason', '')}",
         f"report    {shown}/report/report.html",
         f"summary   {shown}/summary.json",
-        f"tracking  mlflow ui --backend-store-uri {summary['tracking_uri']}   (or `make ui`, beside the pipeline's page)",
-        f'ask it    mmlm predict --model {summary["model_uri"]} --text "…"{_flags(out)}',
+        f"tracking  {page(summary['tracking_uri'])}",
+        f'ask it    mmlm predict --model {summary["model_uri"]} --text "…"{_flags(out)}{elsewhere(summary["tracking_uri"])}',
     ]
     return "\n".join(lines)
+
+
+def page(uri: str) -> str:
+    """Where to see what is tracked at `uri`: the page of a server, or the command that shows a store without one."""
+    if uri.startswith(("http://", "https://", "databricks")):
+        return uri
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}   (or `make ui`, beside the pipeline's page)"
+
+
+def elsewhere(uri: str) -> str:
+    """The flag by which a command finds the models registered at `uri`, where it would look elsewhere."""
+    known = blank_credentials(tracking_store.absolute(tracking_store.default_uri()))
+    return "" if not uri or tracking_store.absolute(uri) == known else f" --tracking-uri {shlex.quote(uri)}"
 
 
 def _flags(out: Path) -> str:

@@ -114,7 +114,9 @@ def test_another_config_is_refused_and_both_are_named(tmp_path: Path):
 
 
 def test_the_settings_that_differ_are_told_finished_or_not(tmp_path: Path):
-    now = parse(TrainConfig, {"steps": 20, "optimizer": {"kind": "lion"}, "zero": {"stage": 1}, "save_every": 7}, "test")
+    now = parse(
+        TrainConfig, {"steps": 20, "optimizer": {"kind": "lion"}, "zero": {"stage": 1}, "save_every": 7}, "test"
+    )
     for name in ("finished", "begun"):
         out = tmp_path / name
         before = parse(TrainConfig, {"steps": 10, "ema": {"decay": 0.5}, "save_every": 5}, "test")

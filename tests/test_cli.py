@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mmlm import summary
 from mmlm.cli import VERBS, build_parser, main
 
 
@@ -119,3 +120,22 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
         "doctor",
     ):
         assert verb in said
+
+
+@pytest.mark.parametrize(
+    ("uri", "page", "flag"),
+    [
+        ("http://mlflow:5000", "http://mlflow:5000", " --tracking-uri http://mlflow:5000"),
+        ("sqlite:////our x.db", "mlflow ui --backend-store-uri 'sqlite:////our x.db'   (or", " --tracking-uri 'sqlite"),
+        ("sqlite:///runs/mlflow.db", "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   (or", ""),
+    ],
+)  # fmt: skip
+def test_a_run_says_where_its_page_is_and_what_finds_its_model(
+    uri: str, page: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert summary.page(uri).startswith(page) and ("mlflow ui" in summary.page(uri)) == uri.startswith("sqlite")
+    assert summary.elsewhere(uri).startswith(flag) and bool(summary.elsewhere(uri)) == bool(flag)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert summary.elsewhere(uri) == ""

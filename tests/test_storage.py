@@ -56,6 +56,6 @@ def test_bytes_of_what_is_no_file(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named_by_the_file_that_found_no_room(tmp_path: Path):
     with pytest.raises(OSError) as caught, atomic_write(tmp_path / "model.safetensors"):
-        Path("/dev/full").open("wb", buffering=0).write(b"x")  # as `f` says it where there is no room: without a name
+        Path("/dev/full").write_bytes(b"x")  # as `f` says it where there is no room: without a name
     assert caught.value.filename == str(tmp_path / "model.safetensors") and not list(tmp_path.iterdir())
     assert f"the disk is full at {tmp_path / 'model.safetensors'}; " in str(explain_os_error(caught.value))

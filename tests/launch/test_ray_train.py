@@ -80,7 +80,14 @@ def test_the_wait_after_a_stop_has_an_end(tmp_path: Path, times: int, seconds: f
 
 @pytest.mark.parametrize(
     ("sent", "counted"),
-    [("USR1 TERM", 1), ("USR1 USR1 USR1", 1), ("TERM USR1", 1), ("USR1 TERM TERM", 2), ("USR1 INT", 2), ("TERM INT", 2)],
+    [
+        ("USR1 TERM", 1),
+        ("USR1 USR1 USR1", 1),
+        ("TERM USR1", 1),
+        ("USR1 TERM TERM", 2),
+        ("USR1 INT", 2),
+        ("TERM INT", 2),
+    ],
 )
 def test_an_order_after_a_notice_is_not_the_second_one(sent: str, counted: int) -> None:
     """A spot machine says SIGUSR1 and later SIGTERM, and so does Slurm at the end of a job's time: the ranks save on."""
