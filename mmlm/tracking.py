@@ -112,7 +112,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _status(error: BaseException | None) -> str:
     if error is None:
         return "FINISHED"
-    return "KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit, Interrupted)) else "FAILED"
+    stopped = isinstance(error, Interrupted) or not isinstance(error, Exception)  # Ctrl-C, exit, Dagster's end of a run
+    return "KILLED" if stopped else "FAILED"
 
 
 class Run:
