@@ -77,8 +77,19 @@ def gpus() -> int:
 
 
 def choose(n: int | None = None) -> Launch:
-    """The launch for this process: itself when torchrun, Slurm or Ray Train made it a rank, else `ranks(n)`."""
-    return inprocess() if "RANK" in os.environ else ranks(n)
+    """The launch for this process: itself when torchrun, Slurm or Ray Train made it a rank, else `ranks(n)`.
+
+    Raises LaunchError when it is a rank of another number of ranks than `n`.
+    """
+    if "RANK" not in os.environ:
+        return ranks(n)
+    launch = inprocess()
+    if n is not None and n != launch.ranks:
+        raise LaunchError(
+            f"--ranks {n} in one of {launch.ranks} ranks that are started already", wanted=f"none, or --ranks {launch.ranks}",
+            cure="whoever starts them says how many, such as torchrun --nproc-per-node",
+        )  # fmt: skip
+    return launch
 
 
 def ranks(n: int | None = None) -> Launch:

@@ -80,7 +80,8 @@ def _options(config: SlurmConfig, name: str) -> list[str]:
         "signal": f"B:USR1@{config.warn}",
         "output": config.log,
     }
-    lines = [f"#SBATCH --{key}={value}" for key, value in asked.items() if value is not None]
+    # sbatch takes quotes off as a shell does; without them a value ends at a space, and a line at `#`
+    lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
     return ["#!/usr/bin/env bash", *lines, "#SBATCH --requeue", "#SBATCH --open-mode=append",
             *(f"#SBATCH {option}" for option in config.options)]  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -74,6 +75,21 @@ def test_a_killed_job_goes_back_unless_it_is_killed_at_once(tmp_path: Path) -> N
         config = SlurmConfig(restarts=2, killed_after=seconds)
         queue.submit(slurm.render(config, ["bash", "-c", "kill -9 $$"], "name"))
         assert queue.finish(30) == expected
+
+
+def test_a_value_stays_one_value_for_sbatch() -> None:
+    """Which splits `#SBATCH` lines as shlex does with comments: at spaces outside quotes, and up to a `#`."""
+    config = SlurmConfig(log="/our logs/#1 %j.log", account="team's", partition="gpu")
+    lines = [line for line in slurm.render(config, ["x"], "mmlm-train-it's").splitlines() if line.startswith("#SBATCH")]
+    words = [shlex.split(line.removeprefix("#SBATCH"), comments=True) for line in lines]
+    assert all(len(found) == 1 for found in words)
+    found = {word for one in words for word in one}
+    assert found >= {
+        "--output=/our logs/#1 %j.log",
+        "--account=team's",
+        "--partition=gpu",
+        "--job-name=mmlm-train-it's",
+    }
 
 
 def test_settings_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
