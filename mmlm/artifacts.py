@@ -286,8 +286,11 @@ def predecessor(path: Path) -> Artifact | None:
     return max(found, key=lambda artifact: (artifact.created, artifact.fingerprint), default=None)
 
 
-def set_aside(path: Path, wanted: str) -> None:
-    """Move what `path` holds to `.aside/<noun>-<fingerprint>`; take the noun or work of `wanted` back if it lies there."""
+def set_aside(path: Path, wanted: str) -> Path:
+    """Move what `path` holds to `.aside/<noun>-<fingerprint>`; take the noun or work of `wanted` back if it lies there.
+
+    Returns where it is now.
+    """
     hold(path).close()  # a folder that another process works on stays where it is
     shelf = path.parent / ".aside"
     present = "unknown"
@@ -306,3 +309,4 @@ def set_aside(path: Path, wanted: str) -> None:
     wanted_back = shelf / f"{path.name}-{wanted[:16]}"
     if wanted_back.exists():
         os.rename(wanted_back, path)
+    return target

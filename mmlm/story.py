@@ -24,6 +24,7 @@ from mmlm.config import Config, apply_override, leaves, parse, read_yaml, resolv
 from mmlm.corpus.config import ScanConfig
 from mmlm.errors import ConfigError
 from mmlm.evals.config import EvaluateConfig
+from mmlm.progress import tell
 from mmlm.publish.config import RegisterConfig
 from mmlm.shards.config import ShardConfig
 from mmlm.storage import is_remote
@@ -286,11 +287,14 @@ def checkpoints(story: Story, places: Places) -> Iterator[tuple[str, Artifact]]:
 
 
 def settle(make: Callable[[], Any]) -> Any:
-    """Call a verb; when another noun is in its place, set that aside (or take the wanted one back) and call again."""
+    """Call a verb; when another noun is in its place, say so, set that aside (or take the wanted one back) and call again."""
     try:
         return make()
     except ArtifactConflict as conflict:
-        artifacts.set_aside(conflict.path, conflict.wanted_fingerprint)
+        aside = artifacts.set_aside(conflict.path, conflict.wanted_fingerprint)
+        why = conflict.differs or "another config or other inputs"
+        back = "; what was made so before is back" if conflict.path.exists() else ""
+        tell(f"{conflict.path.name}: {why}; what was there is kept as {aside.parent.name}/{aside.name}{back}")
         return make()
 
 

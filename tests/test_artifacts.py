@@ -171,12 +171,16 @@ def test_what_a_killed_run_left_lying_is_removed_by_the_next(tmp_path: Path):
     assert not (out / ".work.json").exists()
 
 
-def test_a_noun_set_aside_is_taken_back_when_it_is_wanted_again(tmp_path: Path):
-    settle(lambda: make(tmp_path / "n", 3))
+def test_a_noun_set_aside_is_taken_back_when_it_is_wanted_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    three = settle(lambda: make(tmp_path / "n", 3)).fingerprint[:16]
     stamp = (tmp_path / "n" / "numbers.txt").stat().st_mtime_ns
-    settle(lambda: make(tmp_path / "n", 4))
+    assert capsys.readouterr().err == ""
+    four = settle(lambda: make(tmp_path / "n", 4)).fingerprint[:16]
     assert (tmp_path / "n" / "numbers.txt").read_text() == "0 1 2 3"
+    assert capsys.readouterr().err == f"n: count 3 → 4; what was there is kept as .aside/n-{three}\n"
     settle(lambda: make(tmp_path / "n", 3))
+    back = f"n: count 4 → 3; what was there is kept as .aside/n-{four}; what was made so before is back\n"
+    assert capsys.readouterr().err == back
     assert (tmp_path / "n" / "numbers.txt").stat().st_mtime_ns == stamp
 
 
