@@ -29,7 +29,7 @@ KUBERAY = """\
 #   mmlm run stamps --data /runs/corpora --on kuberay --print --tracking-uri http://mlflow.mlflow.svc:5000
 #
 # Without --print it is applied with kubectl. Each submission has a name of its own: one that has ended is not run again by
-# applying it once more. For GPUs: --cluster image=mmlm:cuda --cluster gpus=1.
+# applying it once more. For GPUs: --cluster gpus=1.
 """
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mmlm import __version__
-from mmlm.config import Config, identity, resolved
+from mmlm.config import Config, identity, leaves, resolved
 from mmlm.errors import ArtifactError
 from mmlm.storage import sha256_file, sha256_json, temporaries, write_json
 
@@ -117,17 +117,19 @@ def begin(
     if (out / NAME).exists():
         found = read(out)
         if found.fingerprint != wanted or found.kind != kind:
-            raise ArtifactConflict(out, found.fingerprint, wanted, _differs(found, work))
+            raise ArtifactConflict(out, found.fingerprint, wanted, _differs(asdict(found), work, config))
         _tidy_finished(out)
         work.artifact = found
         return work
     if (out / WORK).exists():
         try:
-            started = json.loads((out / WORK).read_text())
+            started = json.loads((out / WORK).read_text(encoding="utf-8"))
         except ValueError:
             started = {"fingerprint": "unreadable"}
         if started.get("fingerprint") != wanted:
-            raise ArtifactConflict(out, started.get("fingerprint", "unreadable"), wanted)
+            raise ArtifactConflict(
+                out, started.get("fingerprint", "unreadable"), wanted, _differs(started, work, config)
+            )
         work.run_id = started.get("run_id")
     elif out.exists() and any(p.name != ".lock" and not p.name.endswith(".tmp") for p in out.iterdir()):
         raise ArtifactError(
@@ -144,22 +146,43 @@ def begin(
     return work
 
 
-def _differs(found: Artifact, wanted: Work) -> str:
-    """In what `found` was made of something else than `wanted`, the config aside; "" where nothing else differs."""
-    told = [f"recipe {found.recipe} → {wanted.recipe}"] if found.recipe != wanted.recipe else []
+def _differs(before: Mapping[str, Any], wanted: Work, config: Config) -> str:
+    """In what a noun was made, or begun, of something else than `wanted`: settings, recipe, parents, the rest. "" where the
+    note that was left does not say of what, as earlier versions noted the fingerprint only."""
+    if "parents" not in before:
+        return ""
+    recipe, parents, extra = before["recipe"], before["parents"], before["extra"]
+    told = _other_settings(before["config"], config)
+    told += [f"recipe {recipe} → {wanted.recipe}"] if recipe != wanted.recipe else []
     told += [
-        f"{name} {found.parents.get(name, 'none')[:12]} → {digest[:12]}"
+        f"{name} {parents.get(name, 'none')[:12]} → {digest[:12]}"
         for name, digest in wanted.parents.items()
-        if found.parents.get(name) != digest
+        if parents.get(name) != digest
     ]
     for name, value in wanted.extra.items():
-        before = found.extra.get(name)
-        if isinstance(value, dict) and isinstance(before, dict):
-            pairs = {key: (before.get(key, "none"), value.get(key, "none")) for key in sorted({*value, *before})}
+        there = extra.get(name)
+        if isinstance(value, dict) and isinstance(there, dict):
+            pairs = {key: (there.get(key, "none"), value.get(key, "none")) for key in sorted({*value, *there})}
             told += [f"{key} {str(a)[:40]} → {str(b)[:40]}" for key, (a, b) in pairs.items() if a != b]
-        elif before != value:
+        elif there != value:
             told.append(f"another {name}")
     return ", ".join([*told[:5], *(["…"] if told[5:] else [])])
+
+
+def _other_settings(before: Mapping[str, Any], config: Config) -> list[str]:
+    """`key before → now` of each setting that differs between the stored config `before` and `config`. One that was not there
+    yet, and rests on its default now, does not differ; beside another `kind` the settings of the two are not told."""
+    there, now, used = (dict(leaves(values)) for values in (before, resolved(config), identity(config)))
+    keys = [key for key in {**now, **there} if key.split(".")[0] not in config.how_it_runs]
+    pairs = {key: (there.get(key), now.get(key)) for key in keys if key in there or key in used}
+    other = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    kinds = tuple(key.removesuffix("kind") for key in other if key.endswith(".kind"))
+    told = [key for key in other if not key.startswith(kinds) or key.endswith(".kind")]
+    return [f"{key} {_told(other[key][0])} → {_told(other[key][1])}" for key in told]
+
+
+def _told(value: Any) -> str:
+    return "none" if value is None else str(value)[:40]
 
 
 def _tidy_finished(out: Path) -> None:
@@ -219,7 +242,9 @@ class Work:
 
     def note(self) -> None:
         """Record whose work this is, so that only the same config and inputs continue it."""
-        write_json(self.path / WORK, {"fingerprint": self.fingerprint, "kind": self.kind, "run_id": self.run_id})
+        made_of = {"recipe": self.recipe, "config": self.config, "parents": self.parents, "extra": self.extra}
+        whose = {"fingerprint": self.fingerprint, "kind": self.kind, "run_id": self.run_id}
+        write_json(self.path / WORK, {**whose, **made_of})
 
     def track(self, run_id: str | None) -> None:
         """Remember the MLflow run, so that a resumed stage continues the same one."""
@@ -261,15 +286,18 @@ def predecessor(path: Path) -> Artifact | None:
     return max(found, key=lambda artifact: (artifact.created, artifact.fingerprint), default=None)
 
 
-def set_aside(path: Path, wanted: str) -> None:
-    """Move what `path` holds to `.aside/<noun>-<fingerprint>`; take the noun or work of `wanted` back if it lies there."""
+def set_aside(path: Path, wanted: str) -> Path:
+    """Move what `path` holds to `.aside/<noun>-<fingerprint>`; take the noun or work of `wanted` back if it lies there.
+
+    Returns where it is now.
+    """
     hold(path).close()  # a folder that another process works on stays where it is
     shelf = path.parent / ".aside"
     present = "unknown"
     for name in (NAME, WORK):
         if (path / name).exists():
             try:
-                present = json.loads((path / name).read_text())["fingerprint"]
+                present = json.loads((path / name).read_text(encoding="utf-8"))["fingerprint"]
             except (ValueError, KeyError):
                 present = f"unreadable-{int(time.time())}"
             break
@@ -281,3 +309,4 @@ def set_aside(path: Path, wanted: str) -> None:
     wanted_back = shelf / f"{path.name}-{wanted[:16]}"
     if wanted_back.exists():
         os.rename(wanted_back, path)
+    return target

@@ -198,7 +198,7 @@ def _training_environment(arguments: argparse.Namespace) -> None:
     if arguments.time_limit:
         os.environ["MMLM_DEADLINE"] = str(time.time() + seconds_of(arguments.time_limit))
     if arguments.hang:
-        os.environ["MMLM_HANG_SECONDS"] = str(seconds_of(arguments.hang))
+        os.environ["MMLM_HANG_SECONDS"] = str(seconds_of(arguments.hang, "--hang"))
     for flag in ("ledger", "resume"):
         if getattr(arguments, flag, False):
             os.environ[f"MMLM_{flag.upper()}"] = "1"
@@ -411,7 +411,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     make = functools.partial(tuning.tune, config, story.written["train"], shards, where, places.tracker)
     with places.tracker:
         made = stories.settle(make) if arguments.replace else make()
-    found = json.loads((made.path / "results.json").read_text())
+    found = json.loads((made.path / "results.json").read_text(encoding="utf-8"))
     print(json.dumps(found, ensure_ascii=False, indent=1) if arguments.json else tuning.words(found, places.out))
     return 0
 

@@ -30,8 +30,12 @@ class Config(pydantic.BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def parse(kind: type[C], data: Any, where: str) -> C:
-    """`data` as a `kind`, or one ConfigError that lists every problem in it. `where` names the file or flag."""
+NAMED_IN = "`--help` and the comments in jobs/configs/ name every key"
+
+
+def parse(kind: type[C], data: Any, where: str, cure: str = NAMED_IN) -> C:
+    """`data` as a `kind`, or one ConfigError that lists every problem in it. `where` names the file or flag, `cure` what names
+    the keys."""
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -41,7 +45,7 @@ def parse(kind: type[C], data: Any, where: str) -> C:
     except pydantic.ValidationError as error:
         raise ConfigError(
             f"{where}: " + " · ".join(_problem(kind, e) for e in error.errors()),
-            cure="`--help` and the comments in jobs/configs/ name every key",
+            cure=cure,
         ) from None
 
 
@@ -183,11 +187,11 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def split_override(text: str) -> tuple[str, str]:
-    """`train.seed=1` → ("train.seed", "1")."""
+def split_override(text: str, flag: str = "--set", like: str = "train.seed=1") -> tuple[str, str]:
+    """`train.seed=1` → ("train.seed", "1"). Raises ConfigError, which names `flag` and an example, where there is no such key."""
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", key.strip()):
-        raise ConfigError(f"--set {text!r}", wanted="key=value, such as train.seed=1")
+        raise ConfigError(f"{flag} {text!r}", wanted=f"key=value, such as {like}")
     return key.strip(), value.strip()
 
 

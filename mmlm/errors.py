@@ -94,6 +94,8 @@ def explain_os_error(error: OSError) -> MmlmError | None:
         return LaunchError(f"no permission{where} ({error.strerror})", cure="choose another --out or change its rights")
     if error.errno == errno.EADDRINUSE:
         return LaunchError("the port is already in use", cure="choose another with --port")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST) and error.filename:
+        return DataError(f"{error.filename} is a file, or lies below one", wanted="a folder", cure="check the path")
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
         return DataError(f"{error.strerror}{where}", cure="check the path")
     return None

@@ -24,14 +24,14 @@ def look(path: Path) -> dict[str, Any]:
     }  # fmt: skip
     for name in ("feature_spec.json", "registered.json"):
         if (path / name).exists():
-            facts[name.removesuffix(".json")] = json.loads((path / name).read_text())
+            facts[name.removesuffix(".json")] = json.loads((path / name).read_text(encoding="utf-8"))
     for key in ("stragglers", "curation", "tokens"):
         if found.extra.get(key):
             facts[key] = found.extra[key]
     if (path / "corpus.html").exists():
         facts["page"] = str(path / "corpus.html")
     if found.kind == "report":
-        facts["scores"] = json.loads((path / "scores.json").read_text())
+        facts["scores"] = json.loads((path / "scores.json").read_text(encoding="utf-8"))
     for table in ("refused", "quarantine"):
         if (path / f"{table}.parquet").exists():
             facts[table] = _reasons(path / f"{table}.parquet")

@@ -104,14 +104,14 @@ class State:
         row = asdict(self)
         del row["path"]
         temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(json.dumps(row, ensure_ascii=False))
+        temporary.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
         temporary.replace(self.path)
 
     @classmethod
     def load(cls, folder: Path) -> State | None:
         """The state of the spool in `folder`; None when there is none that can be read."""
         try:
-            row = json.loads((folder / STATE).read_text())
+            row = json.loads((folder / STATE).read_text(encoding="utf-8"))
             known = {f.name: row[f.name] for f in fields(cls) if f.name in row}  # another version may have had others
             return cls(**{**known, "path": folder / STATE})
         except (OSError, ValueError, TypeError):

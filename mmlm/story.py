@@ -24,6 +24,7 @@ from mmlm.config import Config, apply_override, leaves, parse, read_yaml, resolv
 from mmlm.corpus.config import ScanConfig
 from mmlm.errors import ConfigError
 from mmlm.evals.config import EvaluateConfig
+from mmlm.progress import tell
 from mmlm.publish.config import RegisterConfig
 from mmlm.shards.config import ShardConfig
 from mmlm.storage import is_remote
@@ -155,7 +156,11 @@ def load(name: str, overrides: list[str] | None = None) -> Story:
     for override in _spelled_out(overrides or []):
         key, value = split_override(override)
         verb = key.split(".")[0]
-        if verb not in VERBS or "." not in key:
+        if verb in VERBS and "." not in key:
+            raise ConfigError(
+                f"--set {override}: `{verb}` is a stage, not a setting", wanted="STAGE.key=value, such as train.seed=1"
+            )
+        if verb not in VERBS:
             close = difflib.get_close_matches(verb, VERBS, 1, 0.5)
             hint = f", did you mean `{close[0]}`?" if close else ""
             raise ConfigError(
@@ -282,11 +287,14 @@ def checkpoints(story: Story, places: Places) -> Iterator[tuple[str, Artifact]]:
 
 
 def settle(make: Callable[[], Any]) -> Any:
-    """Call a verb; when another noun is in its place, set that aside (or take the wanted one back) and call again."""
+    """Call a verb; when another noun is in its place, say so, set that aside (or take the wanted one back) and call again."""
     try:
         return make()
     except ArtifactConflict as conflict:
-        artifacts.set_aside(conflict.path, conflict.wanted_fingerprint)
+        aside = artifacts.set_aside(conflict.path, conflict.wanted_fingerprint)
+        why = conflict.differs or "another config or other inputs"
+        back = "; what was made so before is back" if conflict.path.exists() else ""
+        tell(f"{conflict.path.name}: {why}; what was there is kept as {aside.parent.name}/{aside.name}{back}")
         return make()
 
 

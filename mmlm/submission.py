@@ -98,14 +98,17 @@ def settings(kind: type[C], given: list[str]) -> C:
     data: dict[str, Any] = {}
     for part in given:
         if "=" in part and not os.path.isfile(part):
-            key, raw = split_override(part)
+            key, raw = split_override(part, "--cluster", "environment.OMP_NUM_THREADS=8")
             apply_override(data, key, raw, read=partial(verbatim_yaml.read_value, kind, key))
+        elif not os.path.exists(part):
+            raise ConfigError(f"--cluster {part!r}", wanted="KEY=VALUE, or a YAML file that is there")
         else:
             found = read_yaml(Path(part), partial(verbatim_yaml.load, kind)) or {}
             if not isinstance(found, dict):
                 raise ConfigError(f"{part} holds {type(found).__name__}", wanted="a mapping of keys to values")
             data.update(found)
-    return parse(kind, data, "--cluster")
+    home = f"{kind.__module__.replace('.', '/')}.py"
+    return parse(kind, data, "--cluster", f"the keys and their meanings: {kind.__name__} in {home}")
 
 
 def _here(arguments: argparse.Namespace, verb: str, story: Story, out: Path) -> list[str]:

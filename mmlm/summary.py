@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from mmlm import tracking_store
 from mmlm.config import blank_credentials
 from mmlm.features import spec as feature_spec
 from mmlm.features.spec import SPECIAL_TOKENS
@@ -48,7 +50,7 @@ def _family(pid: int) -> list[int]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                parent = int(Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[1])
+                parent = int(Path(f"/proc/{entry}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
             except (OSError, IndexError, ValueError):
                 continue
             children.setdefault(parent, []).append(int(entry))
@@ -61,7 +63,7 @@ def _family(pid: int) -> list[int]:
 
 def _pss(pid: int) -> int:
     try:
-        match = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+        match = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8"), re.M)
     except OSError:
         return 0
     return int(match[1]) * 1024 if match else 0
@@ -69,7 +71,7 @@ def _pss(pid: int) -> int:
 
 def write(story: Story, places: Places, stages: Sequence[Stage], seconds: float, peak: int) -> dict[str, Any]:
     """Write `summary.json` below `--out` and return it. A skipped stage keeps the seconds that it took when it was made."""
-    registered = json.loads((noun(places, "register").path / "registered.json").read_text())
+    registered = json.loads((noun(places, "register").path / "registered.json").read_text(encoding="utf-8"))
     report = noun(places, "evaluate").path
     which = "student" if story.register.model == "student" and story.distill else "teacher"
     models = {
@@ -97,7 +99,7 @@ def write(story: Story, places: Places, stages: Sequence[Stage], seconds: float,
             }
             for s in stages
         ],
-        "scores": json.loads((report / "scores.json").read_text()),
+        "scores": json.loads((report / "scores.json").read_text(encoding="utf-8")),
         "registered": registered,
     }
     write_json(places.out / "summary.json", summary)
@@ -107,7 +109,7 @@ def write(story: Story, places: Places, stages: Sequence[Stage], seconds: float,
 def _before(path: Path, seconds: float, peak: int) -> tuple[float, int]:
     """Seconds and peak memory of the summary that is there, or those given."""
     try:
-        old = json.loads(path.read_text())
+        old = json.loads(path.read_text(encoding="utf-8"))
         return max(float(old["seconds"]), seconds), max(int(old["peak_rss_bytes"]), peak)
     except (OSError, ValueError, KeyError):
         return seconds, peak
@@ -147,10 +149,23 @@ def table(summary: dict[str, Any], out: Path) -> str:
         f"model     {summary['model_uri']}: {summary['registered'].get('reason', '')}",
         f"report    {shown}/report/report.html",
         f"summary   {shown}/summary.json",
-        f"tracking  mlflow ui --backend-store-uri {summary['tracking_uri']}   (or `make ui`, beside the pipeline's page)",
-        f'ask it    mmlm predict --model {summary["model_uri"]} --text "…"{_flags(out)}',
+        f"tracking  {page(summary['tracking_uri'])}",
+        f'ask it    mmlm predict --model {summary["model_uri"]} --text "…"{_flags(out)}{elsewhere(summary["tracking_uri"])}',
     ]
     return "\n".join(lines)
+
+
+def page(uri: str) -> str:
+    """Where to see what is tracked at `uri`: the page of a server, or the command that shows a store without one."""
+    if uri.startswith(("http://", "https://", "databricks")):
+        return uri
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}   (or `make ui`, beside the pipeline's page)"
+
+
+def elsewhere(uri: str) -> str:
+    """The flag by which a command finds the models registered at `uri`, where it would look elsewhere."""
+    known = blank_credentials(tracking_store.absolute(tracking_store.default_uri()))
+    return "" if not uri or tracking_store.absolute(uri) == known else f" --tracking-uri {shlex.quote(uri)}"
 
 
 def _flags(out: Path) -> str:

@@ -58,7 +58,7 @@ def _process() -> dict[str, str]:
 def _started(pid: int) -> str:
     """Start time of a process in clock ticks since boot; "" when there is no such process (or no /proc)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError):
         return ""
 
@@ -113,7 +113,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _status(error: BaseException | None) -> str:
     if error is None:
         return "FINISHED"
-    return "KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit, Interrupted)) else "FAILED"
+    stopped = isinstance(error, Interrupted) or not isinstance(error, Exception)  # Ctrl-C, exit, Dagster's end of a run
+    return "KILLED" if stopped else "FAILED"
 
 
 class Run:
@@ -169,7 +170,7 @@ class Run:
     def end(self, error: BaseException | None) -> None:
         with contextlib.suppress(OSError, ValueError, KeyError):
             if error is None and not self._noun and (self.folder / "artifact.json").exists():
-                self.noun(json.loads((self.folder / "artifact.json").read_text()))
+                self.noun(json.loads((self.folder / "artifact.json").read_text(encoding="utf-8")))
         if error is not None:
             self.tags({"error": f"{type(error).__name__}: {error}"})
         self._say({"end": [_status(error), spool.now()]})

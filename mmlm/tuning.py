@@ -289,7 +289,7 @@ def _plan(number: int, config: TrainConfig, shards: Artifact, where: Where, trac
 def _search_run(folder: Path) -> str | None:
     """The MLflow run of the search itself, whose children the trials are."""
     with contextlib.suppress(OSError, ValueError):
-        run_id: str | None = json.loads((folder / artifacts.WORK).read_text()).get("run_id")
+        run_id: str | None = json.loads((folder / artifacts.WORK).read_text(encoding="utf-8")).get("run_id")
         return run_id
     return None
 

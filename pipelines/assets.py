@@ -73,7 +73,7 @@ def metadata(verb: str, artifact: Artifact, there: bool) -> dict[str, Any]:
         found["scores"] = dg.MetadataValue.md(score_table(artifact.extra["headline"]))
         found["report"] = dg.MetadataValue.path(str(artifact.path / "report.html"))
     if verb == "register":
-        said = json.loads((artifact.path / "registered.json").read_text())
+        said = json.loads((artifact.path / "registered.json").read_text(encoding="utf-8"))
         found |= {"model": said["model_uri"], "gate": said.get("reason", ""), "promoted": bool(said.get("promoted"))}
     if artifact.run_id:
         page = os.environ.get("MMLM_MLFLOW_PAGE", "http://127.0.0.1:5000")

@@ -15,10 +15,11 @@ from pydantic import Field, PrivateAttr
 from mmlm import artifacts
 from mmlm import story as stories
 from mmlm.artifacts import Artifact
-from mmlm.errors import MmlmError
+from mmlm.errors import Interrupted, MmlmError, explain_os_error
 from mmlm.launch.local import choose
 from mmlm.storage import local_folder
 from mmlm.tracking import Tracker
+from mmlm.train.control import number_of
 from mmlm.world import apply_quiet_environment
 
 
@@ -57,16 +58,21 @@ class StoryRun(dg.ConfigurableResource):  # type: ignore[type-arg]
         return artifacts.read(self.folder(self.load()) / stories.NOUNS[verb], stories.KINDS[verb])
 
     def perform(self, verb: str) -> Artifact:
-        """Run one verb as `mmlm run` does. An error that a person can mend becomes a Failure with its sentence."""
+        """Run one verb as `mmlm run` does. An error that a person can mend becomes a Failure with its sentence; any other, and
+        the end of the run by Dagster, goes on as it is, and the parent run in MLflow ends as what it was."""
         apply_quiet_environment()
         try:
             story = self.load()
             places = self._places(story)
             made: Artifact = stories.settle(lambda: stories.perform(story, verb, places)[0])
             return made
-        except MmlmError as error:
+        except BaseException as error:
             self._error = error
-            raise dg.Failure(str(error), metadata={"kind": type(error).__name__}, allow_retries=False) from None
+            told = explain_os_error(error) if isinstance(error, OSError) else error
+            if not isinstance(told, MmlmError):
+                raise
+            again = told.exit_code == Interrupted.exit_code  # the same stage goes on where it was
+            raise dg.Failure(str(told), metadata={"kind": type(told).__name__}, allow_retries=again) from None
 
     def _places(self, story: stories.Story) -> stories.Places:
         out = self.folder(story)
@@ -84,7 +90,10 @@ class StoryRun(dg.ConfigurableResource):  # type: ignore[type-arg]
 
 
 def from_environment() -> StoryRun:
-    """The run that MMLM_STORY, MMLM_OUT, MMLM_DATA, MMLM_SET, MMLM_THRESHOLD and MLFLOW_TRACKING_URI describe."""
+    """The run that MMLM_STORY, MMLM_OUT, MMLM_DATA, MMLM_SET, MMLM_THRESHOLD and MLFLOW_TRACKING_URI describe.
+
+    Raises ConfigError when MMLM_THRESHOLD is no number.
+    """
     env = os.environ
     return StoryRun(
         story=env.get("MMLM_STORY", "demo"),
@@ -92,5 +101,5 @@ def from_environment() -> StoryRun:
         data=env.get("MMLM_DATA"),
         overrides=shlex.split(env.get("MMLM_SET", "")),
         tracking_uri=env.get("MLFLOW_TRACKING_URI"),
-        threshold=float(env["MMLM_THRESHOLD"]) if env.get("MMLM_THRESHOLD") else None,
+        threshold=number_of("MMLM_THRESHOLD") if env.get("MMLM_THRESHOLD") else None,
     )

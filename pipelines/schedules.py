@@ -26,12 +26,20 @@ every_night = dg.ScheduleDefinition(
     description="The whole story at 02:00 (MMLM_CRON says otherwise). Turn it on in the page.",
 )
 
+_Status = dg.DagsterRunStatus
+GOING = [_Status.QUEUED, _Status.NOT_STARTED, _Status.STARTING, _Status.STARTED, _Status.CANCELING]
+"""Of a run that has not ended."""
+
 
 @dg.sensor(
     job=whole_story, minimum_interval_seconds=60, description="A run whenever files of the raw data come or change."
 )
 def new_files(context: dg.SensorEvaluationContext, run: StoryRun) -> dg.SensorResult | dg.SkipReason:
-    """The first look only remembers what is there."""
+    """The first look only remembers what is there. While a run is going, nothing is asked for, and nothing remembered: it may
+    have looked before the last file came, and two at once would be in each other's way."""
+    going = context.instance.get_runs(dg.RunsFilter(job_name=whole_story.name, statuses=GOING), limit=1)
+    if going:
+        return dg.SkipReason(f"run {going[0].run_id[:8]} is going; looked at again afterwards")
     story = run.load()
     folder = data_folder(story, run.data, run.folder(story))
     if isinstance(folder, Path) and not folder.is_dir():

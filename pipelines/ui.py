@@ -16,8 +16,9 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
-from mmlm.errors import LaunchError, MmlmError
+from mmlm.errors import ConfigError, LaunchError, MmlmError
 from mmlm.storage import write_bytes
 from mmlm.world import quiet_environment
 
@@ -28,25 +29,24 @@ START_SECONDS = 120
 def main() -> int:
     """Start both servers, say where they are, and end them when told. Exit code 2 with a sentence when they cannot."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    mlflow_port = int(os.environ.get("MLFLOW_PORT", MLFLOW_PORT))
-    dagster_port = int(os.environ.get("DAGSTER_PORT", DAGSTER_PORT))
     servers: dict[str, subprocess.Popen[bytes]] = {}
     runs = Path("runs").resolve()
     runs.mkdir(exist_ok=True)
     try:
-        for name, port in (("MLFLOW_PORT", mlflow_port), ("DAGSTER_PORT", dagster_port)):
-            require_free(port, name)
-        pages = {"MLflow": f"http://127.0.0.1:{mlflow_port}", "Dagster": f"http://127.0.0.1:{dagster_port}"}
-        environment = {**quiet_environment(), **os.environ, "MMLM_MLFLOW_PAGE": pages["MLflow"]}
+        ports = {"MLflow": port("MLFLOW_PORT", MLFLOW_PORT), "Dagster": port("DAGSTER_PORT", DAGSTER_PORT)}
+        environment = {**quiet_environment(), **os.environ}
         uri = tracking_uri(environment, runs)
-        servers["MLflow"] = start(mlflow_command(uri, runs, mlflow_port), environment, runs / "mlflow-ui.log")
-        servers["Dagster"] = start(
-            dagster_command(dagster_port), dagster_environment(environment, runs), runs / "dagster-ui.log"
-        )
+        pages, commands = arrange(uri, runs, ports)
+        for name in commands:
+            require_free(ports[name], f"{name.upper()}_PORT")
+        environment = dagster_environment({**environment, "MMLM_MLFLOW_PAGE": pages["MLflow"]}, runs)
+        for name, command in commands.items():
+            servers[name] = start(command, environment, runs / f"{name.lower()}-ui.log")
         for name, page in pages.items():
-            wait(name, page, servers, runs)
+            if name in servers:
+                wait(name, page, servers, runs)
             print(f"{name:<8} {page}", flush=True)
-        print("Ctrl-C ends both.", flush=True)
+        print(f"Ctrl-C ends {' and '.join(servers)}.", flush=True)
         watch(servers, runs)
     except KeyboardInterrupt:
         print()
@@ -58,6 +58,25 @@ def main() -> int:
             signal.signal(number, signal.SIG_IGN)  # ending is under way
         stop(list(servers.values()))
     return 0
+
+
+def port(variable: str, default: int) -> int:
+    """The port that `variable` names. Raises ConfigError when it is none."""
+    told = os.environ.get(variable) or str(default)
+    if not told.isascii() or not told.isdigit() or not 0 < int(told) < 65536:
+        raise ConfigError(f"{variable} is {told!r}", wanted="a port, 1 to 65535")
+    return int(told)
+
+
+def arrange(uri: str, runs: Path, ports: dict[str, int]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The pages, and the commands of the servers to start for them: where `uri` is a server of MLflow, that one has its page."""
+    pages = {name: f"http://127.0.0.1:{number}" for name, number in ports.items()}
+    commands = {"MLflow": mlflow_command(uri, runs, ports["MLflow"]), "Dagster": dagster_command(ports["Dagster"])}
+    if uri.startswith(("http://", "https://")):
+        parts = urlsplit(uri)
+        pages["MLflow"] = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+        del commands["MLflow"]
+    return pages, commands
 
 
 def require_free(port: int, variable: str) -> None:

@@ -113,6 +113,33 @@ def test_another_config_is_refused_and_both_are_named(tmp_path: Path):
     assert first.fingerprint[:12] in str(caught.value) and caught.value.wanted_fingerprint[:12] in str(caught.value)
 
 
+def test_the_settings_that_differ_are_told_finished_or_not(tmp_path: Path):
+    now = parse(
+        TrainConfig, {"steps": 20, "optimizer": {"kind": "lion"}, "zero": {"stage": 1}, "save_every": 7}, "test"
+    )
+    for name in ("finished", "begun"):
+        out = tmp_path / name
+        before = parse(TrainConfig, {"steps": 10, "ema": {"decay": 0.5}, "save_every": 5}, "test")
+        work = artifacts.begin(out, "checkpoint", recipe=1, config=before)
+        work.finish(counts={}, digest_of=[]) if name == "finished" else work.release()
+        with pytest.raises(ArtifactConflict) as caught:
+            artifacts.begin(out, "checkpoint", recipe=1, config=now)
+        assert "or other inputs (steps 10 → 20, optimizer.kind adamw → lion, " in str(caught.value)
+        assert "ema.decay 0.5 → none" in str(caught.value)
+        assert "zero" not in str(caught.value) and "save_every" not in str(caught.value)  # how it runs
+
+
+def test_a_setting_that_came_later_and_rests_on_its_default_is_not_told(tmp_path: Path):
+    config = parse(TrainConfig, {"data": {"augment": {"turn": 10}}}, "test")
+    out = tmp_path / "n"
+    artifacts.begin(out, "checkpoint", recipe=1, config=config).finish(counts={}, digest_of=[])
+    row = json.loads((out / "artifact.json").read_text())
+    del row["config"]["data"]["augment"]["zoom"]
+    (out / "artifact.json").write_text(json.dumps(row))
+    with pytest.raises(ArtifactConflict, match=r"other inputs \(seed 0 → 1\); wanted"):
+        artifacts.begin(out, "checkpoint", recipe=1, config=config.model_copy(update={"seed": 1}))
+
+
 def test_what_it_was_made_of_instead_is_told(tmp_path: Path):
     first, other = make(tmp_path / "a", 1), make(tmp_path / "b", 2)
     out, before = tmp_path / "n", {"codecs": {"png": "1.6", "jpg": "9e"}, "listing": "x"}
@@ -144,12 +171,16 @@ def test_what_a_killed_run_left_lying_is_removed_by_the_next(tmp_path: Path):
     assert not (out / ".work.json").exists()
 
 
-def test_a_noun_set_aside_is_taken_back_when_it_is_wanted_again(tmp_path: Path):
-    settle(lambda: make(tmp_path / "n", 3))
+def test_a_noun_set_aside_is_taken_back_when_it_is_wanted_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    three = settle(lambda: make(tmp_path / "n", 3)).fingerprint[:16]
     stamp = (tmp_path / "n" / "numbers.txt").stat().st_mtime_ns
-    settle(lambda: make(tmp_path / "n", 4))
+    assert capsys.readouterr().err == ""
+    four = settle(lambda: make(tmp_path / "n", 4)).fingerprint[:16]
     assert (tmp_path / "n" / "numbers.txt").read_text() == "0 1 2 3"
+    assert capsys.readouterr().err == f"n: count 3 → 4; what was there is kept as .aside/n-{three}\n"
     settle(lambda: make(tmp_path / "n", 3))
+    back = f"n: count 4 → 3; what was there is kept as .aside/n-{four}; what was made so before is back\n"
+    assert capsys.readouterr().err == back
     assert (tmp_path / "n" / "numbers.txt").stat().st_mtime_ns == stamp
 
 

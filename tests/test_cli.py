@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mmlm import summary
 from mmlm.cli import VERBS, build_parser, main
 
 
@@ -29,6 +30,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["run", "demo", "--set", "train.seed=abc"], "train.yaml: `seed` = 'abc'"),
         (["run", "demo", "--set", "train.model.width=33"], "even multiple of heads"),
         (["run", "demo", "--set", "nonsense"], "wanted key=value"),
+        (["run", "demo", "--set", "train=3"], "`train` is a stage, not a setting; wanted STAGE.key=value"),
+        (["run", "demo", "--hang", "-3"], "--hang '-3'; wanted a duration"),
+        (["run", "demo", "--on", "slurm", "--cluster", "nodes"], "--cluster 'nodes'; wanted KEY=VALUE, or a YAML file"),
+        (["run", "demo", "--on", "slurm", "--cluster", "a b=1"], "--cluster 'a b=1'; wanted key=value"),
+        (["run", "demo", "--on", "slurm", "--cluster", "nods=2"], "SlurmConfig in mmlm/launch/slurm.py"),
+        (["run", "demo", "--on", "kuberay", "--cluster", "gpus=x"], "KubeRayConfig in mmlm/launch/kuberay.py"),
         (["verify", "."], "artifact.json"),
         (["inspect", "gone"], "is not there"),
         (["predict", "--model", "gone"], "nothing to answer"),
@@ -48,6 +55,13 @@ def test_wrong_input_is_named_in_one_line(
     assert named in said
     assert "Traceback" not in said
     assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("out", ["taken", "taken/below"])
+def test_an_out_that_is_a_file_is_named(out: str, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    (tmp_path / "taken").write_text("a file")
+    code, said = run(capsys, "run", "demo", "--out", str(tmp_path / out))
+    assert code == 2 and f"{tmp_path / out} is a file, or lies below one; wanted a folder" in said
 
 
 @pytest.mark.parametrize(
@@ -106,3 +120,22 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
         "doctor",
     ):
         assert verb in said
+
+
+@pytest.mark.parametrize(
+    ("uri", "page", "flag"),
+    [
+        ("http://mlflow:5000", "http://mlflow:5000", " --tracking-uri http://mlflow:5000"),
+        ("sqlite:////our x.db", "mlflow ui --backend-store-uri 'sqlite:////our x.db'   (or", " --tracking-uri 'sqlite"),
+        ("sqlite:///runs/mlflow.db", "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   (or", ""),
+    ],
+)  # fmt: skip
+def test_a_run_says_where_its_page_is_and_what_finds_its_model(
+    uri: str, page: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert summary.page(uri).startswith(page) and ("mlflow ui" in summary.page(uri)) == uri.startswith("sqlite")
+    assert summary.elsewhere(uri).startswith(flag) and bool(summary.elsewhere(uri)) == bool(flag)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert summary.elsewhere(uri) == ""

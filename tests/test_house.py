@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -128,3 +129,17 @@ def test_constraints_pin_what_the_project_asks_for() -> None:
 
 def test_the_licence_is_apache() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
+
+
+def test_texts_are_read_and_written_in_utf_8() -> None:
+    """Whatever the locale is: configs and figures hold Chinese, and a cluster's nodes need not speak as the submitter does."""
+    calls = [
+        (path, node)
+        for path in SOURCES
+        if path.relative_to(ROOT).parts[0] in ("mmlm", "jobs", "pipelines")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if node.func.attr in ("read_text", "write_text")
+    ]
+    silent = [f"{path}:{node.lineno}" for path, node in calls if "encoding" not in {k.arg for k in node.keywords}]
+    assert calls and not silent

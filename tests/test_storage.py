@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mmlm.errors import DataError
-from mmlm.storage import read_uri, split_fragment
+from mmlm.errors import DataError, explain_os_error
+from mmlm.storage import atomic_write, read_uri, split_fragment
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,10 @@ def test_bytes_of_what_is_no_file(tmp_path: Path) -> None:
         read_uri("d#bytes=0+4", tmp_path)
     with pytest.raises(DataError, match="climbs out"):
         read_uri("../x#bytes=0+4", tmp_path)
+
+
+def test_a_full_disk_is_named_by_the_file_that_found_no_room(tmp_path: Path):
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "model.safetensors"):
+        Path("/dev/full").write_bytes(b"x")  # as `f` says it where there is no room: without a name
+    assert caught.value.filename == str(tmp_path / "model.safetensors") and not list(tmp_path.iterdir())
+    assert f"the disk is full at {tmp_path / 'model.safetensors'}; " in str(explain_os_error(caught.value))

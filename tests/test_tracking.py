@@ -77,9 +77,13 @@ def fail(store: str, out: Path, error: BaseException) -> list[str | None]:
     return ids
 
 
+class Ended(BaseException):
+    """As Dagster's own, when a person ends its run."""
+
+
 def test_failures_and_interrupts_are_told_apart_and_pass_through(store: str, tmp_path: Path) -> None:
     statuses = {}
-    for error in (ValueError("odd"), Interrupted("stopped"), KeyboardInterrupt()):
+    for error in (ValueError("odd"), Interrupted("stopped"), KeyboardInterrupt(), Ended()):
         name = type(error).__name__
         ids = fail(store, tmp_path / name, error)
         c = client(store)
@@ -91,6 +95,7 @@ def test_failures_and_interrupts_are_told_apart_and_pass_through(store: str, tmp
         "ValueError": ["FAILED"] * 2,
         "Interrupted": ["KILLED"] * 2,
         "KeyboardInterrupt": ["KILLED"] * 2,
+        "Ended": ["KILLED"] * 2,
     }
 
 

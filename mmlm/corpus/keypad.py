@@ -106,7 +106,7 @@ def write_keypad(config: KeypadSource, split: SplitConfig, data: Path) -> Path:
 
 def _marker(folder: Path) -> str | None:
     try:
-        return str(json.loads((folder / COMPLETE).read_text())["hash"])
+        return str(json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["hash"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -82,7 +82,7 @@ def open_files(path: Path | str) -> ShardFiles:
 def address(folder: Path) -> str:
     """What names the set of `folder` on every machine, for `open_files`: where it was published, or else the folder."""
     origin = folder / ORIGIN
-    return origin.read_text() if origin.exists() else str(folder)
+    return origin.read_text(encoding="utf-8") if origin.exists() else str(folder)
 
 
 def folder_of(path: Path | str, digest: str = "") -> Path:

@@ -36,7 +36,7 @@ def view(uri: str) -> Path:
     try:
         artifact = json.loads(remote.read(f"{uri}/{artifacts.NAME}"))
         folder = cache_folder() / "sets" / as_hash(artifact["digest"])[:32]
-        if (folder / ORIGIN).exists() and (folder / ORIGIN).read_text() == uri:
+        if (folder / ORIGIN).exists() and (folder / ORIGIN).read_text(encoding="utf-8") == uri:
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
@@ -49,8 +49,8 @@ def view(uri: str) -> Path:
                     f"the tables of {blank(uri)} are not those that its {artifacts.NAME} was written for",
                     cure="run `mmlm verify` on it",
                 )
-            (making / artifacts.NAME).write_text(json.dumps(artifact))
-            (making / ORIGIN).write_text(uri)
+            (making / artifacts.NAME).write_text(json.dumps(artifact), encoding="utf-8")
+            (making / ORIGIN).write_text(uri, encoding="utf-8")
             _put(making, folder, uri)
         finally:
             shutil.rmtree(making, ignore_errors=True)
@@ -70,7 +70,7 @@ def _put(making: Path, folder: Path, uri: str) -> None:
         if not (folder / artifacts.NAME).exists():
             raise
         origin = folder / f"{ORIGIN}.{os.getpid()}"
-        origin.write_text(uri)
+        origin.write_text(uri, encoding="utf-8")
         origin.replace(folder / ORIGIN)
 
 
@@ -81,7 +81,7 @@ class PublishedFiles:
     room: int | None
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.uri = folder, (folder / ORIGIN).read_text()
+        self.folder, self.uri = folder, (folder / ORIGIN).read_text(encoding="utf-8")
         self.objects = Objects(cache_folder(), cache_limit())
         self.room = int(self.objects.limit * KEPT_OPEN)
 

@@ -34,8 +34,8 @@ ENDED = ("Complete", "Failed", "ValidationFailed")
 class KubeRayConfig(Config):
     """What is asked of Kubernetes (KubeRay 1.4 or newer). Where a job runs is never part of its identity."""
 
-    image: str = "mmlm:cpu"
-    """Container image, see infra/image."""
+    image: str | None = None
+    """Container image, see infra/image; default: mmlm:cuda where `gpus` are asked for, else mmlm:cpu."""
     namespace: k8s.Name | None = None
     ray: str = "2.60.0"
     """Version of Ray in the image."""
@@ -175,7 +175,7 @@ def _pod(config: KubeRayConfig, environment: dict[str, str], gpus: int) -> k8s.P
     graphics = {"nvidia.com/gpu": str(gpus)} if gpus else {}
     container = k8s.Container(
         name="ray",
-        image=config.image,
+        image=config.image or ("mmlm:cuda" if config.gpus else "mmlm:cpu"),
         env=variables,
         resources=k8s.Resources(
             requests={"cpu": str(config.cpus), "memory": config.memory, **graphics},

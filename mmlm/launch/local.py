@@ -77,8 +77,19 @@ def gpus() -> int:
 
 
 def choose(n: int | None = None) -> Launch:
-    """The launch for this process: itself when torchrun, Slurm or Ray Train made it a rank, else `ranks(n)`."""
-    return inprocess() if "RANK" in os.environ else ranks(n)
+    """The launch for this process: itself when torchrun, Slurm or Ray Train made it a rank, else `ranks(n)`.
+
+    Raises LaunchError when it is a rank of another number of ranks than `n`.
+    """
+    if "RANK" not in os.environ:
+        return ranks(n)
+    launch = inprocess()
+    if n is not None and n != launch.ranks:
+        raise LaunchError(
+            f"--ranks {n} in one of {launch.ranks} ranks that are started already", wanted=f"none, or --ranks {launch.ranks}",
+            cure="whoever starts them says how many, such as torchrun --nproc-per-node",
+        )  # fmt: skip
+    return launch
 
 
 def ranks(n: int | None = None) -> Launch:
@@ -295,19 +306,27 @@ def _free_port() -> int:
 
 @contextmanager
 def count_signals(into: C) -> Iterator[C]:
-    """While ranks run, a stop is counted here, for who waits to pass it on; handlers can be set in the main thread only."""
+    """While ranks run, a stop is counted here, for who waits to pass it on; handlers can be set in the main thread only.
+
+    The second one means "now": Ctrl-C after any other, or SIGTERM again. SIGUSR1 is a notice, which is never the second one,
+    and which SIGTERM follows by itself on a spot machine or at the end of a job's time, while the ranks still save.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield into
         return
 
     last = 0.0
+    ordered = False
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal last
-        if time.monotonic() - last > 1.0:  # one Ctrl-C may arrive twice (terminal and shell); a second one means "now"
-            into.signals += 1
-            into.number = into.number or number
-            last = time.monotonic()
+        nonlocal last, ordered
+        now, order = time.monotonic(), number != signal.SIGUSR1
+        second = order and (ordered or number == signal.SIGINT)
+        if not into.signals or (second and now - last > 1.0):  # one Ctrl-C may arrive twice (terminal and shell)
+            into.signals, into.number, last = into.signals + 1, into.number or number, now
+        elif order and not ordered:
+            last = now
+        ordered |= order
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.signal(number, note) for number in numbers}

@@ -80,7 +80,8 @@ def _options(config: SlurmConfig, name: str) -> list[str]:
         "signal": f"B:USR1@{config.warn}",
         "output": config.log,
     }
-    lines = [f"#SBATCH --{key}={value}" for key, value in asked.items() if value is not None]
+    # sbatch takes quotes off as a shell does; without them a value ends at a space, and a line at `#`
+    lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
     return ["#!/usr/bin/env bash", *lines, "#SBATCH --requeue", "#SBATCH --open-mode=append",
             *(f"#SBATCH {option}" for option in config.options)]  # fmt: skip
 
@@ -94,20 +95,33 @@ def _body(config: SlurmConfig, command: list[str], environment: dict[str, str]) 
         "",
         "# a rank that is done early, or lost, ends the others only after a minute, in which they save",
         f"srun --kill-on-bad-exit=0 --wait=60 {shlex.join(command)} &",
-        "step=$!",
-        "trap 'kill -USR1 \"$step\"' USR1  # the time limit is near; srun passes it on to every rank",
+        "step=$! warned=no",
+        "trap 'warned=yes; kill -USR1 \"$step\"' USR1  # the time limit is near; srun passes it on to every rank",
         "trap 'kill -TERM \"$step\"' TERM  # preempted",
         'while kill -0 "$step" 2>/dev/null; do wait "$step"; done  # a signal ends `wait` early',
         'wait "$step"; code=$?',
         "",
+        *_requeue(config),
+        'exit "$code"',
+    ]
+
+
+def _requeue(config: SlurmConfig) -> list[str]:
+    """Back into the queue after a save or a kill. While Slurm ends a job itself it is COMPLETING, whatever for: of its time the
+    job was warned, and for another job it has a PreemptTime; else somebody cancelled it."""
+    return [
         "again=no",
         '[ "$code" -eq 4 ] && again="stopped and saved"',
         f'[ "$code" -eq 137 ] && [ "$SECONDS" -ge {config.killed_after} ] && again="a rank was killed"',
+        "# what scancel ended stays ended; what Slurm ended for its time, or for another job, does not",
+        'case "$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null)" in',
+        "  *PreemptTime=[0-9]*) ;;",
+        '  *JobState=COMPLETING*|*JobState=CANCELLED*) [ "$warned" = yes ] || again=no ;;',
+        "esac",
         f'if [ "$again" != no ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {config.restarts} ]; then',
         '  echo "$again; back into the queue"',
         '  scontrol requeue "$SLURM_JOB_ID"',
         "fi",
-        'exit "$code"',
     ]
 
 

@@ -154,7 +154,7 @@ def read(folder: Path, step: int) -> Saved:
     Raises OSError, ValueError, KeyError, TypeError or AttributeError when its `state.json` is damaged.
     """
     path = folder / name_of(step)
-    state = json.loads((path / STATE).read_text())
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
     if STATE in state["sha256"] and state["sha256"][STATE] != sealed(state)["sha256"][STATE]:
         raise ValueError(f"{STATE} does not match its hash")
     if state["step"] != step:

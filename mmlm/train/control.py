@@ -27,14 +27,17 @@ _DURATION = re.compile(r"(?:(?P<d>\d+)-)?(?:(?:(?P<h>\d+):)?(?P<m>\d+):)?(?P<s>\
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def seconds_of(text: str) -> float:
-    """Seconds of a duration: `3:59:00`, `1-12:00:00`, `59:30`, `90` (seconds), `90s`, `45m`, `4h`, `2d`."""
+def seconds_of(text: str, name: str = "the time limit") -> float:
+    """Seconds of a duration: `3:59:00`, `1-12:00:00`, `59:30`, `90` (seconds), `90s`, `45m`, `4h`, `2d`.
+
+    Raises ConfigError, which says `name`.
+    """
     text = text.strip().lower()
     if text[-1:] in _UNITS and re.fullmatch(r"\d+(\.\d+)?", text[:-1]):
         return float(text[:-1]) * _UNITS[text[-1]]
     found = _DURATION.fullmatch(text)
     if not found:
-        raise ConfigError(f"the time limit {text!r}", wanted="a duration such as 3:59:00, 1-12:00:00, 45m or 4h")
+        raise ConfigError(f"{name} {text!r}", wanted="a duration such as 3:59:00, 1-12:00:00, 45m or 4h")
     parts = {unit: float(value or 0) for unit, value in found.groupdict().items()}
     return sum(parts[unit] * factor for unit, factor in _UNITS.items())
 

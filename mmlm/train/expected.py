@@ -89,7 +89,7 @@ def compared(out: Path, parameters: int) -> dict[str, Any]:
     in another way, is left out. Memory is that of all ranks together: resident on a CPU, allocated on a GPU."""
     try:
         planned = json.loads((out / FILE).read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         rows = [line["metrics"] for line in lines if line["time"] >= planned["since"]]
     except (OSError, ValueError, KeyError):
         return {}

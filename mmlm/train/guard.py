@@ -115,7 +115,7 @@ class Guard:
     def kept(self) -> dict[str, Any]:
         """What `evidence/skipped.json` says; {} without one."""
         try:
-            return dict(json.loads((self.folder / SKIPPED).read_text()))
+            return dict(json.loads((self.folder / SKIPPED).read_text(encoding="utf-8")))
         except FileNotFoundError:
             return {}
 

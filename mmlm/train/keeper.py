@@ -116,7 +116,7 @@ class Keeper:
         self._require_same_data(saved)
         self.trainer.load(saved.tensors(), saved.state.get("scalars", {}))
         with contextlib.suppress(OSError, ValueError, TypeError):
-            self.seconds = max(self.seconds, float(json.loads((self.folder / SECONDS).read_text())))
+            self.seconds = max(self.seconds, float(json.loads((self.folder / SECONDS).read_text(encoding="utf-8"))))
         parts = proof.parts_of(saved.state)
         found = Proof(parts, self.probe(len(parts)))
         if sum(engine.total([float(not found.holds(self.config.precision))], self.device)):

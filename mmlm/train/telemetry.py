@@ -87,9 +87,9 @@ class Telemetry:
     def rewind(self, step: int) -> None:
         """Training goes on after `step` steps: drop the rows of later ones, and what was counted for the next."""
         if self.world.is_main and self.path.exists():
-            rows = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+            rows = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             temporary = self.path.with_name(self.path.name + ".tmp")
-            temporary.write_text("".join(line + "\n" for line in rows))
+            temporary.write_text("".join(line + "\n" for line in rows), encoding="utf-8")
             temporary.replace(self.path)
         self._reset()
         self.clock.reset()
@@ -167,7 +167,10 @@ class Telemetry:
         if self.world.is_main:
             numbers = {name: value for name, value in values.items() if math.isfinite(value)}
             row = json.dumps({"step": step, "time": int(time.time() * 1000), "metrics": numbers})
-            with contextlib.suppress(OSError), self.path.open("a") as f:  # figures never stop the training
+            with (
+                contextlib.suppress(OSError),
+                self.path.open("a", encoding="utf-8") as f,
+            ):  # figures never stop the training
                 f.write(row + "\n")
 
     def _cuda_bytes(self) -> float:

@@ -95,7 +95,7 @@ def run_ranks(
     try:
         with tracker.run(verb, config, work) as run:
             launch(target, arguments, log=work.path / "logs")
-            counts = json.loads((work.path / "counts.json").read_text())
+            counts = json.loads((work.path / "counts.json").read_text(encoding="utf-8"))
             counts |= expected.compared(work.path, counts["parameters"])
             artifact = work.finish(counts=counts, digest_of=files_of(work.path))
             run.metrics({"parameters": counts["parameters"], "seconds": artifact.seconds})

@@ -25,7 +25,11 @@ for task in "${tasks[@]}"; do
 done
 exit "$worst"
 """
-SCONTROL = '#!/usr/bin/env bash\n[[ $1 == requeue ]] && echo "$2" >> "$REQUEUED"\n'
+SCONTROL = """\
+#!/usr/bin/env bash
+[[ $1 == show ]] && cat "$REQUEUED.state" 2>/dev/null
+[[ $1 == requeue ]] && echo "$2" >> "$REQUEUED"
+"""
 
 CONF = """\
 ClusterName=mmlm
@@ -81,6 +85,10 @@ class StandIns:
     def preempt(self) -> None:
         """Another job takes the place of this one."""
         self.process.send_signal(signal.SIGTERM)
+
+    def says(self, state: str) -> None:
+        """What Slurm tells of the job from now on."""
+        self.requeued.with_name(self.requeued.name + ".state").write_text(f"JobId={self.job} {state}\n")
 
     def finish(self, seconds: float) -> tuple[int, int]:
         """Wait for the end; the exit code, and how often the job was queued again."""
@@ -158,11 +166,18 @@ class RealSlurm:
     def warn(self) -> None:
         self._ask("scancel", "--batch", "--signal=USR1", self.job)
 
-    def finish(self, seconds: float) -> tuple[int, int]:
-        def told(key: str) -> str:
-            words = self._ask("scontrol", "show", "job", "-o", self.job).split()
-            return dict(word.split("=", 1) for word in words if "=" in word).get(key, "")
+    def cancel(self) -> str:
+        """What a person does; the state of the job when it is settled."""
+        self._ask("scancel", self.job)
+        wait_for(lambda: self.told("JobState") in ("CANCELLED", "PENDING"), 60)
+        return self.told("JobState")
 
+    def told(self, key: str) -> str:
+        words = self._ask("scontrol", "show", "job", "-o", self.job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word).get(key, "")
+
+    def finish(self, seconds: float) -> tuple[int, int]:
+        told = self.told
         wait_for(lambda: told("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), seconds)
         return int(told("ExitCode").split(":")[0]), int(told("Restarts"))
 

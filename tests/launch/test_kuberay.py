@@ -58,6 +58,15 @@ def test_settings_arrive() -> None:
     assert len(documents(FULL.model_copy(update={"storage": None}))) == 1
 
 
+@pytest.mark.parametrize(
+    ("asked", "image"), [({}, "mmlm:cpu"), ({"gpus": 1}, "mmlm:cuda"), ({"gpus": 1, "image": "x"}, "x")]
+)
+def test_gpus_get_the_image_that_can_use_them(asked: dict[str, Any], image: str) -> None:
+    cluster = documents(KubeRayConfig(**asked))[1]["spec"]["rayClusterSpec"]
+    pods = [group["template"]["spec"] for group in (cluster["headGroupSpec"], cluster["workerGroupSpecs"][0])]
+    assert {container["image"] for pod in pods for container in pod["containers"]} == {image}
+
+
 def test_all_pods_are_quiet_and_leave_time_to_save() -> None:
     cluster = documents(KubeRayConfig(grace=120))[1]["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]):

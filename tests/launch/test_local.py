@@ -173,6 +173,19 @@ def test_torchrun_forwards_a_notice_if_told_to(tmp_path: Path) -> None:
     assert (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists()
 
 
+@pytest.mark.parametrize(("asked", "size"), [(None, 2), (2, 2), (4, 0)])
+def test_ranks_that_torchrun_did_not_start_are_refused(
+    asked: int | None, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if size:
+        assert local.choose(asked).ranks == size
+        return
+    with pytest.raises(LaunchError, match=r"--ranks 4 in one of 2 ranks .*; wanted none, or --ranks 2"):
+        local.choose(asked)
+
+
 def torchrun(folder: Path, target: str, count: int = 2, *flags: str) -> subprocess.Popen[str]:
     """A verb of one launch, of `target` of TARGETS on `folder`, under torchrun with `count` ranks."""
     script = folder / "job.py"

@@ -78,6 +78,26 @@ def test_the_wait_after_a_stop_has_an_end(tmp_path: Path, times: int, seconds: f
     assert caught.value.exit_code == 4
 
 
+@pytest.mark.parametrize(
+    ("sent", "counted"),
+    [
+        ("USR1 TERM", 1),
+        ("USR1 USR1 USR1", 1),
+        ("TERM USR1", 1),
+        ("USR1 TERM TERM", 2),
+        ("USR1 INT", 2),
+        ("TERM INT", 2),
+    ],
+)
+def test_an_order_after_a_notice_is_not_the_second_one(sent: str, counted: int) -> None:
+    """A spot machine says SIGUSR1 and later SIGTERM, and so does Slurm at the end of a job's time: the ranks save on."""
+    with count_signals(Asked()) as asked:
+        for name in sent.split():
+            os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
+            time.sleep(1.1)
+    assert asked.signals == counted
+
+
 def test_what_the_work_raises_comes_out(tmp_path: Path) -> None:
     def work() -> None:
         raise ArtifactError("found this")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -70,6 +71,45 @@ def test_a_preempted_job_goes_back_into_the_queue(tmp_path: Path) -> None:
     assert queue.finish(30) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("state", "restarts"),
+    [
+        ("JobState=RUNNING Reason=None", 1),
+        ("JobState=COMPLETING Reason=None", 0),
+        ("JobState=CANCELLED Reason=None", 0),
+        ("JobState=COMPLETING PreemptTime=2026-11-29T16:10:28", 1),
+        ("JobState=COMPLETING PreemptTime=None", 0),
+    ],
+)
+def test_a_cancelled_job_that_saved_stays_cancelled(tmp_path: Path, state: str, restarts: int) -> None:
+    """`scontrol requeue` would take it out of its end, and it would run again."""
+    queue = StandIns(tmp_path)
+    queue.says(state)
+    queue.submit(slurm.render(SlurmConfig(restarts=1), ["bash", "-c", "exit 4"], "name"))
+    assert queue.finish(30) == (4, restarts)
+
+
+def test_a_job_that_was_warned_of_its_end_goes_back_even_while_slurm_ends_it(tmp_path: Path) -> None:
+    queue = StandIns(tmp_path)
+    queue.says("JobState=COMPLETING Reason=TimeLimit")
+    queue.submit(
+        slurm.render(SlurmConfig(), ["bash", "-c", STOPPED_ONCE.format(f"{tmp_path}/up-$SLURM_PROCID")], "name")
+    )
+    wait_for(lambda: len(list(tmp_path.glob("up-*"))) == 2, 30)
+    queue.warn()
+    assert queue.finish(30) == (0, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(RealSlurm.missing) or bool(os.geteuid()), reason="no Slurm here, or not root")
+def test_scancel_ends_a_job_for_good(tmp_path: Path) -> None:
+    saves = f'trap "exit 4" TERM; touch {tmp_path}/up-$SLURM_PROCID; while :; do sleep 0.05; done'
+    with RealSlurm.started() as queue:
+        queue.submit(slurm.render(SlurmConfig(log=str(queue.log)), ["bash", "-c", saves], "name"))
+        wait_for(lambda: len(list(tmp_path.glob("up-*"))) == 2, 60)
+        assert queue.cancel() == "CANCELLED"
+
+
 def test_the_number_of_restarts_has_an_end(tmp_path: Path) -> None:
     queue = StandIns(tmp_path)
     queue.submit(slurm.render(SlurmConfig(restarts=2), ["bash", "-c", "exit 4"], "name"))
@@ -83,6 +123,21 @@ def test_a_killed_job_goes_back_unless_it_is_killed_at_once(tmp_path: Path) -> N
         config = SlurmConfig(restarts=2, killed_after=seconds)
         queue.submit(slurm.render(config, ["bash", "-c", "kill -9 $$"], "name"))
         assert queue.finish(30) == expected
+
+
+def test_a_value_stays_one_value_for_sbatch() -> None:
+    """Which splits `#SBATCH` lines as shlex does with comments: at spaces outside quotes, and up to a `#`."""
+    config = SlurmConfig(log="/our logs/#1 %j.log", account="team's", partition="gpu")
+    lines = [line for line in slurm.render(config, ["x"], "mmlm-train-it's").splitlines() if line.startswith("#SBATCH")]
+    words = [shlex.split(line.removeprefix("#SBATCH"), comments=True) for line in lines]
+    assert all(len(found) == 1 for found in words)
+    found = {word for one in words for word in one}
+    assert found >= {
+        "--output=/our logs/#1 %j.log",
+        "--account=team's",
+        "--partition=gpu",
+        "--job-name=mmlm-train-it's",
+    }
 
 
 def test_settings_are_typed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,13 +12,13 @@ import pytest
 from mmlm import artifacts
 from mmlm.artifacts import Artifact
 from mmlm.config import Config
-from mmlm.errors import DataError
+from mmlm.errors import ConfigError, DataError
 from mmlm.story import KINDS, NOUNS
 from pipelines import resources
 from pipelines.assets import score_table
 from pipelines.checks import shortcomings
 from pipelines.definitions import define
-from pipelines.schedules import listing
+from pipelines.schedules import listing, new_files
 
 
 def row(value: float) -> dict[str, Any]:
@@ -79,6 +79,38 @@ def test_a_changed_file_changes_the_listing(tmp_path: Path) -> None:
     assert listing(tmp_path) == before
     (tmp_path / "b.txt").write_text("b")
     assert listing(tmp_path) != before
+
+
+def test_files_that_come_during_a_run_ask_for_one_afterwards(tmp_path: Path) -> None:
+    """Else the run that is asked for meets the one that is going, fails, and the files wait for the next that come."""
+    run = resources.StoryRun(story="demo", data=str(tmp_path))
+    with dg.DagsterInstance.ephemeral() as instance:
+
+        def look(cursor: str) -> Any:
+            with dg.build_sensor_context(instance=instance, cursor=cursor, resources={"run": run}) as context:
+                return new_files(context)
+
+        assert len(look("before").run_requests) == 1
+        job = define(run).resolve_job_def("whole_story")
+        going = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+        waiting = look("before")
+        assert isinstance(waiting, dg.SkipReason) and "is going" in str(waiting.skip_message)
+        instance.report_run_canceled(going)
+        assert len(look("before").run_requests) == 1
+
+
+def test_an_error_of_the_disk_is_a_sentence_and_the_run_did_not_go_well(tmp_path: Path) -> None:
+    (tmp_path / "manifest").write_text("a file in the place of the folder")
+    run = resources.StoryRun(story="demo", out=str(tmp_path), tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with pytest.raises(dg.Failure, match="is a file, or lies below one"):
+        run.perform("scan")
+    assert isinstance(run._error, OSError)
+
+
+def test_a_threshold_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMLM_THRESHOLD", "90%")
+    with pytest.raises(ConfigError, match="MMLM_THRESHOLD is '90%'; wanted a number"):
+        resources.from_environment()
 
 
 class Nothing(Config):

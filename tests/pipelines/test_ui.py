@@ -24,6 +24,25 @@ def test_a_taken_port_is_a_sentence() -> None:
             ui.require_free(port, "MLFLOW_PORT")
 
 
+def test_a_server_of_mlflow_that_is_there_is_shown_and_none_started(tmp_path: Path) -> None:
+    """MLflow's server takes a database for its store, and ends at once when it is given another server."""
+    ports = {"MLflow": 5000, "Dagster": 3000}
+    pages, commands = ui.arrange("https://me:secret@mlflow.example/team/", tmp_path, ports)
+    assert pages == {"MLflow": "https://mlflow.example/team", "Dagster": "http://127.0.0.1:3000"}
+    assert list(commands) == ["Dagster"]
+    pages, commands = ui.arrange("sqlite:///runs/mlflow.db", tmp_path, ports)
+    assert pages["MLflow"] == "http://127.0.0.1:5000" and list(commands) == ["MLflow", "Dagster"]
+
+
+@pytest.mark.parametrize("told", ["abc", "70000", "0", "-1"])
+def test_what_is_no_port_is_a_sentence(told: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "MLFLOW_PORT": told, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "pipelines.ui"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"mmlm: MLFLOW_PORT is '{told}'; wanted a port, 1 to 65535\n"
+
+
 def test_stop_ends_a_server_and_its_children(tmp_path: Path) -> None:
     """Even a child that does not listen to SIGTERM, and a parent that is gone before its child."""
     script = (

@@ -160,7 +160,9 @@ def _lists() -> tuple[frozenset[str], frozenset[str]]:
         raise _missing("names") from None
 
     def read(*files: str) -> frozenset[str]:
-        lines = [line for file in files for line in Path(names.full_path(file)).read_text("ascii").splitlines()]
+        lines = [
+            line for file in files for line in Path(names.full_path(file)).read_text(encoding="ascii").splitlines()
+        ]
         return frozenset(line.split()[0].lower() for line in lines if line.strip())
 
     return read("dist.female.first", "dist.male.first"), read("dist.all.last")
