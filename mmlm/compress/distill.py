@@ -115,7 +115,7 @@ def _ready(
     torch.manual_seed(settings.seed)
     spec = feature_spec.load(folder)
     student = pretrained.build(settings.model, spec, folder)
-    student.set_up(recompute=settings.recompute, compiled=settings.compile)
+    student.set_up(recompute=settings.recompute, granularity=settings.recompute_granularity, compiled=settings.compile)
     fusion = getattr(settings.model, "fusion", None)
     taught = probe.Teaching(weights.load_config(teacher), settings.temperature, settings.task) if teacher else None
     expected.write(settings, settings.model, spec, folder, out, world, taught)

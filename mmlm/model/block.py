@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from mmlm.model.attention import Attention, Table
 from mmlm.model.classic import Perceptron, norm_of
 from mmlm.model.config import ModelConfig
 from mmlm.model.kernels import rows_of, swiglu
 from mmlm.model.packed import Arrangement
+from mmlm.model.recompute import NONE, Recompute
 
 
 class Block(nn.Module):
@@ -77,19 +77,16 @@ def run(
     seen: Arrangement | Sequence[Arrangement],
     read: torch.Tensor | None = None,
     *,
-    recompute: int = 0,
+    recompute: Recompute = NONE,
     before: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Through all blocks, each with its own arrangement or all with the same. The last feed-forward, and what comes out,
-    are only of the positions `read`, if given. `recompute`: see FusedTransformer; `before` changes what block n gets.
+    are only of the positions `read`, if given. `before` changes what block n gets.
     """
     stack = list(blocks)
     for n, block in enumerate(stack):
         if before is not None:
             x_XD = before(n, x_XD)
         here, arrangement = read if n == len(stack) - 1 else None, seen[n] if isinstance(seen, Sequence) else seen
-        if recompute and n % recompute == 0 and block.training:
-            x_XD = checkpoint(block, x_XD, table, arrangement, here, use_reentrant=False)
-        else:
-            x_XD = block(x_XD, table, arrangement, here)
+        x_XD = recompute.through(n, block, x_XD, table, arrangement, here)
     return x_XD

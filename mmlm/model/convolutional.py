@@ -23,6 +23,7 @@ from mmlm.model.cross_entropy import AnswerLoss, Lead
 from mmlm.model.embeddings import FieldEmbedding
 from mmlm.model.heads import EmbeddingHead
 from mmlm.model.kernels import RMSNorm
+from mmlm.model.recompute import Granularity
 from mmlm.model.stems import numbered
 from mmlm.model.transformer import IGNORE, FusedTransformer, Inputs, Output
 
@@ -53,7 +54,7 @@ class CnnModel(FusedTransformer):
         self.embedding = EmbeddingHead(D, config.embedding) if config.embedding else None
         _initialise(self)
 
-    def set_up(self, *, recompute: int = 0, compiled: bool = False) -> None:
+    def set_up(self, *, recompute: int = 0, granularity: Granularity = "full", compiled: bool = False) -> None:
         if recompute or compiled:
             raise ConfigError("recompute or compile for a cnn", wanted="recompute: 0 and compile: false")
 

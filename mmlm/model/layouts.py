@@ -18,7 +18,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from mmlm.errors import ConfigError
 from mmlm.features.spec import FeatureSpec
@@ -128,10 +127,7 @@ class EncoderDecoder(FusedTransformer):
         y_YD = x_XD[~source_X]
         for n, block in enumerate(self.blocks):
             chosen = read if n == len(self.blocks) - 1 else None
-            if self.recompute and n % self.recompute == 0 and self.training:
-                y_YD = checkpoint(block, y_YD, table, seen, chosen, source_SD, crossing, use_reentrant=False)
-            else:
-                y_YD = block(y_YD, table, seen, chosen, source_SD, crossing)
+            y_YD = self.recompute.through(n, block, y_YD, table, seen, chosen, source_SD, crossing)
         y_UD = self.norm(y_YD)
         if not bool((wanted_X & source_X).any()):
             return y_UD

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
-from torch.utils.checkpoint import checkpoint
 
 from mmlm.features.spec import FeatureSpec
 from mmlm.model.attention import Cache
@@ -72,10 +71,7 @@ class Reading(Concat):
         else:
             groups = groups_of(batch.segment_BT)
             for n, block in enumerate(model.blocks):
-                if model.recompute and n % model.recompute == 0 and model.training:
-                    x_XD = checkpoint(block, x_XD, groups, use_reentrant=False)
-                else:
-                    x_XD = block(x_XD, groups)
+                x_XD = model.recompute.through(n, block, x_XD, groups)
         return model.norm(x_XD if read_X is None or bool(read_X.all()) else rows_of(x_XD, read_X.nonzero()[:, 0]))
 
     def extend(

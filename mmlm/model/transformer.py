@@ -38,6 +38,7 @@ from mmlm.model.huggingface.stems import Encoder
 from mmlm.model.initialise import initialise
 from mmlm.model.kernels import rounded, rows_of
 from mmlm.model.packed import Grouped, hide_from_compiler
+from mmlm.model.recompute import NONE, Granularity, Recompute
 from mmlm.model.streams import SLOTS
 
 IGNORE = -100
@@ -81,9 +82,8 @@ class FusedTransformer(nn.Module):
     """Whether it has words for an answer, not only classes."""
     reads_text = True
     """Whether texts change what it makes of a record."""
-    recompute = 0
-    """Every how manieth block keeps only its input and is run again in the backward pass; 0 is none. Costs time, saves
-    memory, changes no number."""
+    recompute = NONE
+    """Which blocks are run again in the backward pass. Costs time, saves memory, changes no number."""
     progress = 0.0
     """Share of the training's steps that are done, by which adversarial fusion grows."""
 
@@ -114,9 +114,9 @@ class FusedTransformer(nn.Module):
         """Blocks that follow each other."""
         return self.fusion.stacks(self)
 
-    def set_up(self, *, recompute: int = 0, compiled: bool = False) -> None:
+    def set_up(self, *, recompute: int = 0, granularity: Granularity = "full", compiled: bool = False) -> None:
         """How training is to be carried out; changes no number."""
-        self.recompute = recompute
+        self.recompute = Recompute(recompute, granularity)
         for module in self.modules():
             if recompute and isinstance(module, Encoder):
                 module.recompute()

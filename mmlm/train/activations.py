@@ -40,8 +40,12 @@ def activation_bytes(
         whole = [n for n in range(stack.layers) if not every or n % every]
         kept += sum(last if n == stack.layers - 1 else block for n in whole)
         kept += stack.gates * _gate(model, stack, b) if stack.gates else 0
-        kept += (stack.layers - len(whole)) * sum(stack.lengths) * D * b if every else 0  # the others keep their input
-        largest = max(largest, block if every else 0)  # and one at a time is run again
+        if every:  # the others keep their input, perhaps what their maps give, and one at a time is run again
+            maps, last_maps = _maps(model, stack, b) if config.recompute_granularity == "selective" else (0.0, 0.0)
+            again = [n for n in range(stack.layers) if not n % every]
+            kept += len(again) * sum(stack.lengths) * D * b
+            kept += sum(last_maps if n == stack.layers - 1 else maps for n in again)
+            largest = max(largest, block - maps)
     # embeddings with filled slots (which a block that is run again keeps as its input), what the heads read, the
     # vocabulary head's own gradient, a piece of logits
     read, words = stacks[-1].read, 0 if model.layout == "encoder" else spec.vocab_size
@@ -78,6 +82,16 @@ def _block(model: ModelConfig, stack: Stack, b: int, on_cpu: bool) -> tuple[floa
     asks = stack.asked is not None and not stack.gates
     attention = _attention(model, stack, b, on_cpu) + (_across(model, stack, b) if asks else 0)
     return attention + sum(stack.lengths) * fed, attention + stack.read * fed
+
+
+def _maps(model: ModelConfig, stack: Stack, b: int) -> tuple[float, float]:
+    """What the matrix maps of one block give, and of the last."""
+    D, H, tokens = model.width, model.head_width, sum(stack.lengths)
+    attention = tokens * ((model.heads + 2 * model.key_value_heads) * H + D)
+    if stack.asked is not None and not stack.gates:
+        attention += tokens * (model.heads * H + D) + sum(stack.asked) * 2 * model.key_value_heads * H
+    fed = (2 if model.mlp == "swiglu" else 1) * model.feed_forward + D
+    return (attention + tokens * fed) * b, (attention + stack.read * fed) * b
 
 
 def _gate(model: ModelConfig, stack: Stack, b: int) -> float:

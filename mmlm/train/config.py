@@ -245,7 +245,8 @@ class LoopConfig(Config):
     """What every objective shares."""
 
     how_it_runs: ClassVar[tuple[str, ...]] = (
-        "accumulate", "recompute", "compile", "zero", "save_every", "keep", "keep_every", "keep_best", "log_every",
+        "accumulate", "recompute", "recompute_granularity", "compile", "zero",
+        "save_every", "keep", "keep_every", "keep_best", "log_every",
     )  # fmt: skip
     """These may change while a training is stopped. A field that is not named here is part of what a model is, so a new one
     is, too. Precision is not one of them: it changes the numbers that are kept."""
@@ -261,6 +262,9 @@ class LoopConfig(Config):
     recompute: int = Field(0, ge=0)
     """Activation checkpointing: every how manieth block keeps only its input and is run again in the backward pass; 1 is
     every block, 0 none. Less memory, up to a third more time, the same numbers."""
+    recompute_granularity: Literal["full", "selective"] = "full"
+    """`selective`: such a block also keeps what its matrix maps gave, and only norms, rotations, activations and the scores of
+    attention are computed again (Korthikanti et al. 2022): less is saved, at little time. Not with `compile`."""
     compile: bool = False
     """torch.compile for each block: pays on GPUs, not on CPUs; not at ZeRO stage 3."""
     data: DataConfig = DataConfig()
@@ -293,6 +297,8 @@ class LoopConfig(Config):
     def _compiles(self) -> Self:
         if self.compile and self.zero.stage == 3:
             raise ValueError("compile does not work at zero.stage 3, where a block's parameters come and go")
+        if self.compile and self.recompute and self.recompute_granularity == "selective":
+            raise ValueError("compile chooses itself what to keep: give recompute_granularity full, or compile false")
         return self
 
     @model_validator(mode="after")

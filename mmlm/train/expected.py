@@ -45,7 +45,7 @@ def write(
 
 def _how(config: LoopConfig, world: World) -> dict[str, Any]:
     """What may change between two attempts and changes memory or time."""
-    names = {"zero", "accumulate", "recompute", "compile"}
+    names = {"zero", "accumulate", "recompute", "recompute_granularity", "compile"}
     return {"ranks": world.size, **config.model_dump(mode="json", include=names)}
 
 

@@ -138,7 +138,7 @@ def _measure(
         factor = flops / training_flops(sizes, spec, objective.shape(tried(0)))
         notes.append(f"a micro-batch was tried out at 1/{factor:.0f} of its size")
     model = learner(config, sizes, spec)
-    model.set_up(recompute=config.recompute)
+    model.set_up(recompute=config.recompute, granularity=config.recompute_granularity)
     if config.precision == "bf16":
         model = model.bfloat16()
     pair = min(2, config.accumulate)  # what must be known of several micro-batches before costs a pass of each

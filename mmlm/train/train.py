@@ -140,7 +140,9 @@ def on_rank(
         expected.write(settings, settings.model, spec, folder, Path(out), world)
         torch.manual_seed(settings.seed)
         model = adapted.build(settings, spec, folder)
-        model.set_up(recompute=settings.recompute, compiled=settings.compile)
+        model.set_up(
+            recompute=settings.recompute, granularity=settings.recompute_granularity, compiled=settings.compile
+        )
     objective = Answering(settings.loss, spec, getattr(settings.model, "fusion", None))
     counts = fit(model, objective, settings, folder, Path(out), "train", there)
     write_counts(Path(out), counts, model)

@@ -94,10 +94,11 @@ def losses(net: FusedTransformer, **options: Any) -> list[torch.Tensor]:
     return [loss.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
 
 
+@pytest.mark.parametrize("granularity", ["full", "selective"])
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_recomputing_blocks_changes_nothing(every: int):
+def test_recomputing_blocks_changes_nothing(every: int, granularity: str):
     net = model(layers=3)
-    for a, b in zip(losses(net), losses(net, recompute=every), strict=True):
+    for a, b in zip(losses(net), losses(net, recompute=every, granularity=granularity), strict=True):
         assert torch.equal(a, b)
 
 

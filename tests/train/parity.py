@@ -79,7 +79,7 @@ def settings(changes: dict[str, Any]) -> TrainConfig:
 def build(config: TrainConfig) -> FusedTransformer:
     torch.manual_seed(3)
     model = weights.build(config.model, SPEC)
-    model.set_up(recompute=config.recompute)
+    model.set_up(recompute=config.recompute, granularity=config.recompute_granularity)
     return model
 
 

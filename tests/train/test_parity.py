@@ -75,7 +75,7 @@ def test_two_ranks_equal_plain_pytorch_and_one_goes_on(tmp_path: Path):
         zero(3, 2, recompute=1),
         zero(0, 1, precision="bf16"),
         zero(2, 2, precision="bf16"),
-        zero(3, 2, precision="bf16", recompute=1),
+        zero(3, 2, precision="bf16", recompute=1, recompute_granularity="selective"),
     ]
     lion, muon = {"optimizer": {"kind": "lion"}, **ALL_RULES}, {"optimizer": {"kind": "muon"}, **ALL_RULES}
     rules = [zero(1, 1, **lion), zero(2, 2, **muon), zero(3, 2, **muon), zero(0, 1, **ALL_RULES), zero(3, 1, **FP16)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmlm import plans
 from mmlm.artifacts import Artifact
@@ -22,6 +23,8 @@ from mmlm.errors import ConfigError
 from mmlm.features.spec import FeatureSpec
 from mmlm.launch.local import ranks
 from mmlm.model.flops import NOTHING, Shape
+from mmlm.model.recompute import MAPS
+from mmlm.model.transformer import IGNORE
 from mmlm.train import devices, probe, weights
 from mmlm.train.activations import activation_bytes
 from mmlm.train.config import FreezeConfig, TrainConfig
@@ -52,7 +55,7 @@ def workload_of(batch: Batch, times: int = 1) -> Workload:
 def kept_by_autograd(config: TrainConfig, batch: Batch, spec: FeatureSpec = SPEC) -> int:
     """Bytes of all storages that the backward pass needs, parameters left out."""
     model = weights.build(config.model, spec)
-    model.set_up(recompute=config.recompute)
+    model.set_up(recompute=config.recompute, granularity=config.recompute_granularity)
     model = model.bfloat16() if config.precision == "bf16" else model
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}
@@ -92,6 +95,36 @@ def test_activations_are_what_autograd_keeps(precision: str, layers: int, recomp
         fewer, more = (activation_bytes(c, c.model, SPEC, Shape.of(batch), on_cpu=True) for c in whole)
         planned -= more - fewer
     assert kept == pytest.approx(planned, rel=0.1)
+
+
+class Products(TorchDispatchMode):
+    """Bytes that matrix maps give."""
+
+    given = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in MAPS:
+            self.given += made.nbytes
+        return made
+
+
+@pytest.mark.parametrize("form", [{}, {"mlp": "gelu", "attention_bias": "all"}, {"layout": "encoder_decoder"}])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_selective_recomputation_keeps_what_maps_give(form: dict[str, Any], precision: str) -> None:
+    asked = {"precision": precision, "recompute": 1, "model": {"width": 256, "layers": 4, "heads": 8, **form}}
+    full, selective = (config_of(**asked, recompute_granularity=g) for g in ("full", "selective"))
+    batch = collate([sample(i) for i in range(64)], SPEC)
+    shape = Shape.of(batch)
+    planned, plain = (activation_bytes(c, c.model, SPEC, shape, on_cpu=True) for c in (selective, full))
+    net = weights.build(full.model, SPEC)
+    net = net.bfloat16() if precision == "bf16" else net
+    with torch.no_grad(), Products() as seen:
+        net.trunk(batch, (batch.target_BT != IGNORE)[batch.valid_BT])
+    # a block is run again at a time, of which the maps' part is kept already
+    stack = seen.given / (8 if form.get("layout") else 4)
+    assert planned - plain == pytest.approx(seen.given - stack, rel=0.2)
+    assert planned < activation_bytes(config_of(**{**asked, "recompute": 0}), full.model, SPEC, shape, on_cpu=True)
 
 
 @pytest.mark.parametrize(

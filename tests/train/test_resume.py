@@ -44,7 +44,8 @@ def first(keypad_shards: Artifact, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 HOW = {
-    "accumulate", "recompute", "compile", "zero", "save_every", "keep", "keep_every", "keep_best", "log_every",
+    "accumulate", "recompute", "recompute_granularity", "compile", "zero",
+    "save_every", "keep", "keep_every", "keep_best", "log_every",
 }  # fmt: skip
 WHAT = {
     "steps", "seed", "precision", "data", "optimizer", "lr_factors", "freeze", "schedule", "ema", "scaling", "loss",
@@ -53,7 +54,8 @@ WHAT = {
 """`scaling` and `spikes` decide which steps are taken; `validation` when training ends, and what becomes the model."""
 WAYS: list[dict[str, Any]] = [
     {"zero": {"stage": 3, "offload_parameters": True}}, {"zero": {"stage": 1, "offload_optimizer": True}},
-    {"accumulate": 4}, {"recompute": 1}, {"compile": True}, {"save_every": 1}, {"keep": 5}, {"keep_every": 2},
+    {"accumulate": 4}, {"recompute": 1}, {"recompute_granularity": "selective"},
+    {"compile": True}, {"save_every": 1}, {"keep": 5}, {"keep_every": 2},
     {"log_every": 7},
 ]  # fmt: skip
 

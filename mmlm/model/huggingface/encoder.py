@@ -17,6 +17,7 @@ from mmlm.errors import ConfigError
 from mmlm.features.spec import SPECIAL_TOKENS, FeatureSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import AnswerLoss, Lead
+from mmlm.model.recompute import Granularity
 from mmlm.model.transformer import IGNORE, FusedTransformer, Inputs, Output
 
 KINDS = ("bert", "roberta", "xlm-roberta")
@@ -49,7 +50,7 @@ class EncoderModel(FusedTransformer):
         table: nn.Embedding = self.encoder.get_input_embeddings()
         return table
 
-    def set_up(self, *, recompute: int = 0, compiled: bool = False) -> None:
+    def set_up(self, *, recompute: int = 0, granularity: Granularity = "full", compiled: bool = False) -> None:
         if recompute or compiled:
             raise ConfigError("recompute or compile for an encoder", wanted="recompute: 0 and compile: false")
 

@@ -30,7 +30,8 @@ PLAIN = {"layout": "decoder", "mlp": "swiglu", "norm": "rms", "norm_at": "before
 SHAPES = ("width", "layers", "heads", "kv_heads", "head_size", "attention_bias", "qk_norm", "mlp_width", "rope_theta",
           "rope_scaling", "norm_epsilon", "tied", "layout", "mlp", "norm", "norm_at", "positions")  # fmt: skip
 """Fields of ModelConfig that a pretrained trunk decides."""
-FREE = ("kind", "preset", "attention", "dropout", "pretrained", "image_stem", "image_places", "audio_stem", "embedding")
+FREE = ("kind", "preset", "attention", "dropout", "pretrained", "image_stem", "image_places", "audio_stem",
+        "image_encoder", "audio_encoder", "embedding")  # fmt: skip
 """Fields that say how it is trained, or what lies around the trunk; `attention` is looked at by itself."""
 
 
