@@ -24,11 +24,14 @@ from mmlm.features.spec import ANSWER, AUDIO, BOS, EOS, IMAGE, AudioSpec, Featur
 from mmlm.model.config import ModelConfig
 from mmlm.model.flops import Shape, forward_flops, training_flops
 from mmlm.model.transformer import FusedTransformer
+from mmlm.publish.export import export
 from mmlm.shards import encoders
 from mmlm.train import planning, pretrained, weights
 from mmlm.train.config import TrainConfig
 from mmlm.train.groups import frozen_share, let_rest
 from tests.shards.test_encoders import DEVIATION, MEAN, SIDE, save_vit, save_whisper
+from tests.train.test_pretrained import folder_of as trunk_folder
+from tests.train.test_pretrained import shards_of as trunk_shards
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
@@ -234,6 +237,22 @@ def test_a_model_made_in_bfloat16_is_so_throughout(kind: str, tmp_path: Path) ->
     batch = batch_of(spec)
     with torch.no_grad():
         assert torch.allclose(half(batch).label_RC.float(), net(batch).label_RC, atol=0.1)
+
+
+def test_a_trunk_is_exported_without_them_and_says_so(tmp_path: Path) -> None:
+    trunk = trunk_folder(tmp_path / "llama")
+    spec, shards = trunk_shards(tmp_path / "shards", (trunk / "tokenizer.json").read_text())
+    spec = spec.model_copy(update={"image": ImageSpec(size=SIDE, patch=8, channels=3, scale="fixed")})
+    feature_spec.save(spec, shards)
+    model = {"pretrained": {"folder": str(trunk)}, "image_encoder": {"folder": str(save_vit(tmp_path / "v"))}}
+    config = pretrained.settled(TrainConfig.model_validate({"model": model}), shards)
+    net = pretrained.build(config.model, spec, shards)
+    (tmp_path / "model").mkdir()
+    weights.save_model(tmp_path / "model", net.state_dict(), net.config, shards)
+    made = export(str(tmp_path / "model"), tmp_path / "out", "llama")
+    assert made.architecture == "LlamaForCausalLM" and "image" in made.left_out
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.model.norm.weight, net.norm.weight)
 
 
 def test_rest_rates_and_recomputation(tmp_path: Path) -> None:
