@@ -124,4 +124,6 @@ def test_pages_that_every_step_needs_stay_and_others_are_given_back():
     faults, held, late = map(float, done.stdout.split())
     assert faults < 20_000  # of 5 steps of 400 MB, which are 100,000 pages each
     assert held < 1.0e9  # of 1,200 MB at most, and the interpreter with torch
-    assert late < held - 0.3e9
+    # of the interpreter with torch, 0.17e9, beside 600 MB. What `held` is does not tell: huge pages that the system makes may
+    # lie over holes, and bring the next trim forward
+    assert late < 0.4e9
