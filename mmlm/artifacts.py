@@ -155,12 +155,12 @@ def _differs(before: Mapping[str, Any], wanted: Work, config: Config) -> str:
     told = _other_settings(before["config"], config)
     told += [f"recipe {recipe} → {wanted.recipe}"] if recipe != wanted.recipe else []
     told += [
-        f"{name} {parents.get(name, 'none')[:12]} → {digest[:12]}"
-        for name, digest in wanted.parents.items()
-        if parents.get(name) != digest
+        f"{name} {parents.get(name, 'none')[:12]} → {wanted.parents.get(name, 'none')[:12]}"
+        for name in {**wanted.parents, **parents}
+        if parents.get(name) != wanted.parents.get(name)
     ]
-    for name, value in wanted.extra.items():
-        there = extra.get(name)
+    for name in {**wanted.extra, **extra}:
+        value, there = wanted.extra.get(name), extra.get(name)
         if isinstance(value, dict) and isinstance(there, dict):
             pairs = {key: (there.get(key, "none"), value.get(key, "none")) for key in sorted({*value, *there})}
             told += [f"{key} {str(a)[:40]} → {str(b)[:40]}" for key, (a, b) in pairs.items() if a != b]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any, BinaryIO
 
 import soundfile
@@ -23,7 +24,11 @@ class _Forgiving:
     def seek(self, offset: int, whence: int = 0) -> int:
         try:
             return self._file.seek(offset, whence)
-        except (ValueError, OSError):
+        except ValueError:  # of what lies in memory
+            return self._file.tell()
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
             return self._file.tell()
 
     def __getattr__(self, name: str) -> Any:

@@ -92,11 +92,13 @@ def test_later_fields_that_keep_their_default_are_no_part_of_what_a_noun_is(tmp_
             artifacts.begin(tmp_path / "n", "sums", recipe=1, config=OuterGrown.model_validate(given))
 
 
-def test_trainings_and_shard_sets_are_known_as_before_turns_zooms_and_fixed_scales():
+def test_trainings_and_shard_sets_are_known_as_before_turns_zooms_fixed_scales_and_stems():
     """The configs as they were stored before these fields."""
     plain = resolved(TrainConfig())
     for name in ("turn", "zoom"):
         del plain["data"]["augment"][name]
+    for name in ("image_encoder", "audio_encoder"):
+        del plain["model"][name]
     assert identity(TrainConfig()) == {k: v for k, v in plain.items() if k not in TrainConfig.how_it_runs}
     turned = parse(TrainConfig, {"data": {"augment": {"turn": 10}}}, "test")
     assert identity(turned)["data"]["augment"]["turn"] == 10 and "zoom" not in identity(turned)["data"]["augment"]

@@ -182,7 +182,7 @@ def _settings(facts: Facts, here: Machine, kind: str, reasons: list[Reason]) -> 
     packs = long and kind != "cnn"
     each = _records_of_a_sequence(facts) if packs else 1.0
     batch = max(8, batch // 4) if long and kind == "transformer" else batch
-    batch = max(1, round(batch / each))
+    batch = max(len(here.gpus) or min(2, here.cores), round(batch / each))  # each rank has one sequence at least
     steps = _steps(facts, here, batch, each, reasons)
     data: dict[str, Any] = {"batch": batch}
     if len(facts.spec.modalities) > 1 or (facts.media and facts.tokens > 40 * facts.train):

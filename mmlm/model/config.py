@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -102,6 +102,7 @@ class LoraConfig(Config):
 
 
 class ModelConfig(Config):
+    added: ClassVar[tuple[str, ...]] = ("image_encoder", "audio_encoder")
     kind: Literal["transformer"] = "transformer"
     """This model among the others (`mmlm/model/baseline_config.py`)."""
     preset: Literal["tiny", "mini", "small", "base", "350m", "760m", "1b", "3b", "7b", "vaswani", "bert"] = "tiny"

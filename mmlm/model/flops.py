@@ -130,7 +130,8 @@ def training_flops(
         round((3 - 2 * share) * behind + (2 - share) * reading)  # nothing flows back through one that rests whole
         for (reading, behind), share in zip(encoder_flops(config, spec, shape), frozen.encoders, strict=True)
     )
-    return whole + (blocks if recomputed else 0)
+    again = sum(behind for _, behind in encoder_flops(config, spec, shape)) if recomputed else 0
+    return whole + (blocks + again if recomputed else 0)
 
 
 def encoder_flops(config: AnyModelConfig, spec: FeatureSpec, shape: Shape) -> tuple[tuple[int, int], tuple[int, int]]:

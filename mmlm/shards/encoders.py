@@ -348,7 +348,8 @@ def shape_of(config: EncoderConfig, reader: Pictures | Sounds) -> tuple[int, int
             else:
                 library = _transformers()
                 # float32 as the weights will be read: else whatever type the checkpoint was saved in
-                model = _part(library.AutoModel.from_config(settings, dtype=torch.float32, attn_implementation="sdpa"))
+                made = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False}
+                model = _part(library.AutoModel.from_config(settings, **made))
             given = model(**{reader.argument: torch.zeros(reader.empty())})
         chosen = given.last_hidden_state
         if config.layer == "pooled" and isinstance(reader, Pictures):

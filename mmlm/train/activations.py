@@ -12,6 +12,7 @@ from mmlm.model.huggingface.stems import dimensions
 from mmlm.model.kernels import rung_of
 from mmlm.model.packed import KEPT
 from mmlm.train.config import LoopConfig
+from mmlm.train.groups import rests
 
 HIDDEN = {"swiglu": 4, "relu": 1, "gelu": 2}
 """How many values a feed-forward keeps for each hidden one: both halves, SiLU and the product; the maximum; both sides."""
@@ -52,15 +53,21 @@ def activation_bytes(
     tokens = sum(sum(stack.lengths) for stack in stacks)
     ends = ((0 if every else tokens) + 4 * read) * D * b + words * D * (4 + b)
     return (
-        kept + largest + ends + _encoders(model, spec, shape, b, every) + min(LOGITS, shape.targets * words) * (b + 8)
+        kept
+        + largest
+        + ends
+        + _encoders(config, model, spec, shape, b, every)
+        + min(LOGITS, shape.targets * words) * (b + 8)
     )
 
 
-def _encoders(model: ModelConfig, spec: FeatureSpec, shape: Shape, b: int, every: int) -> float:
+def _encoders(loop: LoopConfig, model: ModelConfig, spec: FeatureSpec, shape: Shape, b: int, every: int) -> float:
     """Of pretrained encoders of pictures and sounds, whose attention keeps no probabilities."""
     total = 0.0
-    for config, items in zip((model.image_encoder, model.audio_encoder), media_of(spec, shape), strict=True):
-        if config:
+    for kind, config, items in zip(
+        ("image", "audio"), (model.image_encoder, model.audio_encoder), media_of(spec, shape), strict=True
+    ):
+        if config and not rests(f"{kind}.project.encoder.layers.0.weight", loop):  # else nothing flows back through it
             layers, tokens, width, hidden = dimensions(config)
             block, inputs = items * tokens * (8 * width + 2 * hidden) * b, items * tokens * width * b
             total += layers * inputs + block if every else layers * block

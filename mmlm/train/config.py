@@ -261,9 +261,10 @@ class LoopConfig(Config):
     """Micro-batches into which each rank's share of a step is cut; more take less memory, the loss stays the same."""
     recompute: int = Field(0, ge=0)
     """Activation checkpointing: every how manieth block keeps only its input and is run again in the backward pass; 1 is
-    every block, 0 none. Less memory, up to a third more time, the same numbers."""
+    every block, 0 none. Less memory, up to half as much time again, the same numbers. A pretrained stem runs all its layers
+    again."""
     recompute_granularity: Literal["full", "selective"] = "full"
-    """`selective`: such a block also keeps what its matrix maps gave, and only norms, rotations, activations and the scores of
+    """`selective`: such a block also keeps what its linear layers gave, and only norms, rotations, activations and the scores of
     attention are computed again (Korthikanti et al. 2022): half the extra time, a quarter of the saving. Not with `compile`."""
     compile: bool = False
     """torch.compile for each block: pays on GPUs, not on CPUs; not at ZeRO stage 3."""

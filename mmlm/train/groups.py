@@ -42,7 +42,7 @@ def parameter_groups(model: nn.Module, config: LoopConfig) -> list[dict[str, Any
     """
     named = dict(model.named_parameters())
     trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-    _check([name for name in named if name in trained or _rests(name, config)], config)
+    _check([name for name in named if name in trained or rests(name, config)], config)
     if not trained:
         raise ConfigError("`freeze` leaves no parameter to be trained", wanted="an `end`, or fewer modules")
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
@@ -67,7 +67,7 @@ def let_rest(model: nn.Module, config: LoopConfig) -> dict[str, nn.Parameter]:
     on: nothing is computed for it, and no optimizer keeps anything. Returns these parameters by name."""
     resting = {
         name: p for name, p in model.named_parameters()
-        if getattr(p, "fixed", False) or (p.requires_grad and _rests(name, config))
+        if getattr(p, "fixed", False) or (p.requires_grad and rests(name, config))
     }  # fmt: skip
     for parameter in resting.values():
         parameter.requires_grad_(False)
@@ -119,7 +119,7 @@ def _spans(name: str, freezes: list[FreezeConfig]) -> tuple[Span, ...]:
     return tuple((f.start, f.end) for f in freezes if any(fits(pattern, name) for pattern in f.modules))
 
 
-def _rests(name: str, config: LoopConfig) -> bool:
+def rests(name: str, config: LoopConfig) -> bool:
     return (0, None) in _spans(name, config.freeze)
 
 

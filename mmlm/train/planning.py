@@ -304,7 +304,9 @@ def seconds_of(
         training_flops(model, spec, mine.shape, recomputed=yes, frozen=whole.frozen) for yes in (False, True)
     )
     ahead = forward_flops(model, spec, mine.views) if mine.views and pieces > 1 else 0  # train/terms/contrast.py
-    more = (again - flops) / config.recompute if config.recompute and config.recompute_granularity == "full" else 0
+    more = (again - flops) / config.recompute if config.recompute else 0
+    if config.recompute_granularity == "selective":
+        more /= 2  # measured: docs/guide.md, "How it is trained"
     arithmetic = (flops + ahead + more) / peak
     # what is kept is written once and read once, and gradients of it are written and read as well
     moved = 4 * activation_bytes(config, model, spec, mine.shape, on_cpu=device.is_cpu) / bandwidth

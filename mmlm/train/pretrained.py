@@ -100,8 +100,10 @@ def settled(config: C, shards: Path | None, spec: FeatureSpec | None = None) -> 
 
 
 def nameless(config: C) -> C:
-    """A stage's config without the folder, which is no part of what a model is."""
-    return config.model_copy(update={"model": _nameless(config.model)})  # type: ignore[attr-defined]
+    """A stage's config without the folder, which is no part of what a model is, and without what the content of an encoder's
+    folder says."""
+    model = _nameless(config.model)  # type: ignore[attr-defined]
+    return config.model_copy(update={"model": stems.by_digest(model) if isinstance(model, ModelConfig) else model})
 
 
 def _nameless(config: AnyModelConfig) -> AnyModelConfig:

@@ -86,9 +86,21 @@ def _named(key: str) -> Iterator[None]:
 
 def nameless(config: ModelConfig) -> ModelConfig:
     """The config without the folders, which are no part of what a model is."""
-    return config.model_copy(
-        update={f"{kind}_encoder": one.model_copy(update={"folder": ""}) for kind, one in named(config).items()}
-    )
+    return _without(config, ("folder",))
+
+
+def by_digest(config: ModelConfig) -> ModelConfig:
+    """The config with the digests in place of all that the folders say: another version of transformers fills in other
+    defaults, and the encoder is the same."""
+    return _without(config, ("folder", "settings", "size", "mean", "deviation"))
+
+
+def _without(config: ModelConfig, names: tuple[str, ...]) -> ModelConfig:
+    made = {}
+    for kind, one in named(config).items():
+        fields = {n: f.get_default() for n, f in type(one).model_fields.items() if n in names}
+        made[f"{kind}_encoder"] = one.model_copy(update=fields)
+    return config.model_copy(update=made)
 
 
 def take_over(model: FusedTransformer, config: ModelConfig, spec: FeatureSpec) -> None:

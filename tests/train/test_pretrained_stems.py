@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmlm.config import identity
 from mmlm.data.collate import Batch, collate
 from mmlm.errors import ConfigError
 from mmlm.features import spec as feature_spec
@@ -214,7 +215,11 @@ def test_a_model_holds_its_encoders_and_forgets_their_folders(tmp_path: Path) ->
     assert torch.equal(again(batch_of(spec)).label_RC, net(batch_of(spec)).label_RC)
     known = pretrained.nameless(config)
     assert isinstance(known.model, ModelConfig) and isinstance(net.config, ModelConfig)
-    assert known.model.image_encoder == net.config.image_encoder
+    assert known.model.image_encoder and net.config.image_encoder
+    assert known.model.image_encoder.digest == net.config.image_encoder.digest
+    assert known.model.image_encoder.settings == {}, (
+        "which follow from the digest, and from the version of transformers"
+    )
     elsewhere = {f"{kind}_encoder": {"folder": str(f) + "-elsewhere"} for kind, f in folders.items()}
     assert pretrained.nameless(pretrained.settled(config_of(**elsewhere), shards)) == known
 
@@ -237,6 +242,11 @@ def test_a_model_made_in_bfloat16_is_so_throughout(kind: str, tmp_path: Path) ->
     batch = batch_of(spec)
     with torch.no_grad():
         assert torch.allclose(half(batch).label_RC.float(), net(batch).label_RC, atol=0.1)
+
+
+def test_a_model_without_them_is_what_it_was_before_there_were_any() -> None:
+    assert not {"image_encoder", "audio_encoder"} & set(identity(config_of())["model"])
+    assert "image_encoder" in identity(config_of(image_encoder={"folder": "x"}))["model"]
 
 
 def test_a_trunk_is_exported_without_them_and_says_so(tmp_path: Path) -> None:

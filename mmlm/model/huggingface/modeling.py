@@ -62,7 +62,8 @@ class MmlmOutput(ModelOutput):
     """(B, T, V); zeros where a sequence is padded, and where only an encoder reads. Of MmlmForSequenceClassification
     `label_logits` once more."""
     label_logits: torch.Tensor | None = None
-    """(B, C), read at `<answer>`, or at the last token where there is none; `config.id2label` names the columns."""
+    """(B, C), read at `<answer>`, or by a decoder alone at the last token where there is none; `config.id2label` names the
+    columns."""
     embeddings: torch.Tensor | None = None
     """(B, E), of length 1, read at the same place; where the model has an embedding head."""
 
@@ -147,7 +148,7 @@ class MmlmPreTrainedModel(PreTrainedModel):
         valid_BT = torch.ones_like(ids_BT, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         answers_BT = (ids_BT == ANSWER) & valid_BT
         answered_B1 = answers_BT.any(1, keepdim=True)
-        if not self.net.generates and not bool(answered_B1.all()):
+        if (not self.net.generates or isinstance(self.net, EncoderDecoder)) and not bool(answered_B1.all()):
             raise ValueError(
                 f"{int((~answered_B1).sum())} sequences have no <answer>; wanted one where each question ends"
             )
@@ -219,7 +220,13 @@ class MmlmForSequenceClassification(MmlmPreTrainedModel):
         mel_at: torch.Tensor | None = None,
         values: torch.Tensor | None = None,
         value_at: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         **_: Any,
     ) -> MmlmOutput:
+        """Raises ValueError for `labels`: several tasks share the columns, and each has a loss of its own."""
+        if labels is not None:
+            raise ValueError(
+                "labels were given; wanted none: compute the loss from the columns of your task (config.id2label)"
+            )
         made = self.net(self._inputs(input_ids, attention_mask, patches, patch_at, mels, mel_at, values, value_at))
         return MmlmOutput(logits=made.label_RC, label_logits=made.label_RC, embeddings=made.embedding_RE)

@@ -20,6 +20,9 @@ from mmlm.features.spec import AudioSpec, ImageSpec
 from mmlm.model.stem_config import AudioEncoderConfig, ImageEncoderConfig
 from mmlm.model.stems import numbered, pictures_of
 
+KINDS = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip_vision_model", "siglip_vision_model",
+         "whisper")  # fmt: skip
+"""`model_type` of the encoders that are known."""
 RANGE = 2.0
 """How far a stored log-mel of Whisper's scale reaches below its loudest value: 8 decades over 4."""
 LOWEST = -1.5
@@ -104,15 +107,19 @@ def empty_encoder(settings: dict[str, Any]) -> Any:
             "a pretrained stem needs transformers, which is not installed",
             cure="pip install 'mmlm-workflows[pretrained]'",
         ) from None
-    kind = settings["model_type"]
-    config: Any = AutoConfig.for_model(kind, **{key: value for key, value in settings.items() if key != "model_type"})
+    kind = settings.get("model_type")
+    if kind not in KINDS:
+        raise ConfigError(f"a pretrained stem of type {kind!r}", wanted=f"one of {', '.join(KINDS)}")
+    plain = {key: value for key, value in settings.items() if key not in ("model_type", "auto_map")}
+    config: Any = AutoConfig.for_model(kind, **plain)
     if kind == "whisper":
         config._attn_implementation = "sdpa"
         encoder = WhisperEncoder(config)
         position: Any = encoder.embed_positions.weight
         position.fixed = True  # sinusoids, which no training changes
         return encoder
-    model = AutoModel.from_config(config, dtype=torch.get_default_dtype(), attn_implementation="sdpa")
+    made = {"dtype": torch.get_default_dtype(), "attn_implementation": "sdpa", "trust_remote_code": False}
+    model = AutoModel.from_config(config, **made)
     for module in list(model.modules()):
         for name in ("pooler", "head", "mask_token"):
             if getattr(module, name, None) is not None:
