@@ -18,6 +18,7 @@ PIECES, INSIDE, BESIDE, LOOK = 2, 0.15, 0.1, 1.0
 """Micro-batches of a step; seconds that each takes more in its forward pass, and outside of it; of a look at validation."""
 
 
+@pytest.mark.slow  # 25 s
 def test_what_is_outside_the_arithmetic_and_what_is_in_it_add_up_to_the_step(keypad_shards: Artifact, tmp_path: Path):
     config: dict[str, Any] = {
         **SMALL, "steps": 12, "save_every": 6, "accumulate": PIECES, "validation": {"every": 3, "records": 32},

@@ -155,6 +155,7 @@ def test_a_model_that_is_not_the_one_that_was_saved_is_refused_with_both_numbers
         assert "going on from step 2, proved on the probe batch (loss" in (out / "logs" / "rank-0.log").read_text()
 
 
+@pytest.mark.slow  # 15 s
 def test_a_record_of_the_probe_that_is_damaged_or_repaired_is_blamed_and_not_the_model(
     first: Artifact, keypad_shards: Artifact, tmp_path: Path
 ):
