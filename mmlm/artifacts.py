@@ -159,8 +159,8 @@ def _differs(before: Mapping[str, Any], wanted: Work, config: Config) -> str:
         for name in {**wanted.parents, **parents}
         if parents.get(name) != wanted.parents.get(name)
     ]
-    for name in {**wanted.extra, **extra}:
-        value, there = wanted.extra.get(name), extra.get(name)
+    for name, value in wanted.extra.items():  # beside it stands what came of the work
+        there = extra.get(name)
         if isinstance(value, dict) and isinstance(there, dict):
             pairs = {key: (there.get(key, "none"), value.get(key, "none")) for key in sorted({*value, *there})}
             told += [f"{key} {str(a)[:40]} → {str(b)[:40]}" for key, (a, b) in pairs.items() if a != b]

@@ -65,8 +65,11 @@ def _problem(kind: type[Config], error: Any) -> str:
         close = difflib.get_close_matches(wrong, names, 1, 0.5)
         hint = f", did you mean {close[0]!r}?" if close else ""
         return f"`{key}`: there is no {wrong!r}{hint} (known: {', '.join(names)})"
+    told = str(error["msg"]).removeprefix("Value error, ")
+    if not key:  # of several keys at the top, which it names itself
+        return told
     value = repr(error.get("input"))
-    return f"`{key}` = {value[:60]}: {error['msg'].removeprefix('Value error, ')}"
+    return f"`{key}` = {value[:60]}: {told}"
 
 
 def _walk(kind: type[Config], location: list[Any]) -> tuple[type[Config] | None, list[Any]]:

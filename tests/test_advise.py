@@ -167,6 +167,14 @@ def test_packed_sequences_count_as_the_records_in_them():
         assert 16 <= batch * each <= 64
 
 
+@pytest.mark.parametrize(("machine", "ranks"), [(HERE, 2), (H100, 8)])
+def test_each_rank_has_a_sequence(machine: Machine, ranks: int):
+    """Ten thousand positions hold more records than a step of so few should."""
+    given = facts(300, 3000, CLASSES)
+    given = dataclasses.replace(given, spec=given.spec.model_copy(update={"max_len": 10_000}))
+    assert advise(given, machine, 8.0, cost).settings["data"]["batch"] == ranks
+
+
 def test_what_an_encoder_made_is_not_augmented():
     def augmented(**spec: Any) -> dict[str, Any]:
         settings = advise(facts(500, 2000, CLASSES, **spec), HERE, 8.0, cost).settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -129,6 +129,15 @@ def test_the_settings_that_differ_are_told_finished_or_not(tmp_path: Path):
         assert "or other inputs (steps 10 → 20, optimizer.kind adamw → lion, " in str(caught.value)
         assert "ema.decay 0.5 → none" in str(caught.value)
         assert "zero" not in str(caught.value) and "save_every" not in str(caught.value)  # how it runs
+
+
+def test_what_is_no_longer_there_is_told_as_well(tmp_path: Path):
+    given: dict[str, Any] = {"recipe": 1, "config": TrainConfig()}
+    parent = make(tmp_path / "parent", 3)
+    artifacts.begin(tmp_path / "n", "report", **given, parents={"student": parent}).release()
+    with pytest.raises(ArtifactConflict) as caught:
+        artifacts.begin(tmp_path / "n", "report", **given)
+    assert f"(student {parent.digest[:12]} → none)" in str(caught.value)
 
 
 def test_a_setting_that_came_later_and_rests_on_its_default_is_not_told(tmp_path: Path):

@@ -38,6 +38,7 @@ def test_every_problem_is_listed_with_a_suggestion():
         ({"model": {"kind": "cnn", "layers": 2}}, "unknown key `model.layers` (known: kind, channels"),
         ({"optimizer": {"kind": "sgd"}}, "`optimizer`: there is no 'sgd' (known: adamw, lion, muon)"),
         ({"model": {"heads": 3}}, "`model` = {"),
+        ({"compile": True, "zero": {"stage": 3}}, "train.yaml: compile does not work at zero.stage 3"),
         ({"freeze": [{"modules": ["image"], "endd": 3}]}, "unknown key `freeze.0.endd`, did you mean `end`?"),
     ],
 )

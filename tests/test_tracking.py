@@ -324,40 +324,37 @@ def test_what_another_version_noted_is_read(tmp_path: Path) -> None:
     assert spool.State.load(tmp_path) == state
 
 
-def test_a_stage_that_goes_on_in_another_way_has_the_parameters_that_it_began_with(store: str, tmp_path: Path) -> None:
+def begun_twice(store: str, out: Path, known: list[TrainConfig], told: list[TrainConfig]) -> dict[str, str]:
+    """The parameters of a run that is stopped and gone on with: what its noun is made of, and what tracking is told."""
     ids = []
-    for stage in (2, 3):
-        config = TrainConfig.model_validate({"zero": {"stage": stage}})
-        work = artifacts.begin(tmp_path / "model", "checkpoint", recipe=1, config=config)
-        tracker = Tracker.start(store, story="how", out=tmp_path)
-        with tracker, contextlib.suppress(Interrupted), tracker.run("train", config, work) as run:
+    for config, said in zip(known, told, strict=True):
+        work = artifacts.begin(out / "model", "checkpoint", recipe=1, config=config)
+        tracker = Tracker.start(store, story="twice", out=out)
+        with tracker, contextlib.suppress(Interrupted), tracker.run("train", said, work) as run:
             ids.append(run.run_id)
             raise Interrupted("enough")
         work.release()
-        state = spool.State.load(tmp_path / "model")
+        state = spool.State.load(out / "model")
         assert state and state.dropped == 0
     assert ids[0] == ids[1]
-    params = client(store).get_run(ids[0]).data.params
+    params: dict[str, str] = client(store).get_run(ids[0]).data.params
+    return params
+
+
+def test_a_stage_that_goes_on_in_another_way_has_the_parameters_that_it_began_with(store: str, tmp_path: Path) -> None:
+    configs = [TrainConfig.model_validate({"zero": {"stage": stage}}) for stage in (2, 3)]
+    params = begun_twice(store, tmp_path, configs, configs)
     assert params["zero.stage"] == "2" and params["steps"] == "1500"
 
 
 def test_where_pretrained_weights_lie_may_change(store: str, tmp_path: Path) -> None:
     """The folder is told to MLflow as the run begins; the noun's own config, of which its identity is made, has none."""
-    ids = []
-    for folder in ("/models/siglip", "/moved/siglip"):
-        encoder = {"digest": "0" * 64, "settings": {"model_type": "siglip_vision_model"}}
-        known = TrainConfig.model_validate({"model": {"image_encoder": encoder}})
-        config = TrainConfig.model_validate({"model": {"image_encoder": {**encoder, "folder": folder}}})
-        work = artifacts.begin(tmp_path / "model", "checkpoint", recipe=1, config=known)
-        tracker = Tracker.start(store, story="where", out=tmp_path)
-        with tracker, contextlib.suppress(Interrupted), tracker.run("train", config, work) as run:
-            ids.append(run.run_id)
-            raise Interrupted("enough")
-        work.release()
-        state = spool.State.load(tmp_path / "model")
-        assert state and state.dropped == 0
-    assert ids[0] == ids[1]
-    params = client(store).get_run(ids[0]).data.params
+    encoder = {"digest": "0" * 64, "settings": {"model_type": "siglip_vision_model"}}
+    known, *told = (
+        TrainConfig.model_validate({"model": {"image_encoder": {**encoder, "folder": folder}}})
+        for folder in ("", "/models/siglip", "/moved/siglip")
+    )
+    params = begun_twice(store, tmp_path, [known, known], told)
     assert params["model.image_encoder.folder"] == "/models/siglip" and params["steps"] == "1500"
 
 

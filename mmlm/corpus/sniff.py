@@ -123,6 +123,8 @@ def _audio(opened: BinaryIO, form: str) -> Header:
     try:
         with open_sound(opened) as sound:
             frames, rate, channels = sound.frames, sound.samplerate, sound.channels
+    except OSError:
+        raise  # the disk's, which says nothing of the sound
     except Exception as error:  # libsndfile's message is of use, its type is not
         raise RefuseError("unreadable_audio", f"{form}: {str(error).rsplit(': ', 1)[-1][:100]}") from None
     if frames <= 0 or rate <= 0:

@@ -19,7 +19,7 @@ class TokenizerConfig(Config):
     """Path of a Hugging Face `tokenizer.json` to use instead of training one."""
     keep: bool = True
     """Whether the tokenizer of this story's last shard set is kept when data were added, so that only they are sharded."""
-    max_bytes: int = 64 << 20
+    max_bytes: int = Field(64 << 20, ge=1)
     """Text read for training, bytes. Where the training split has more, records are drawn by a hash of their ids, evenly
     over all of it."""
 
@@ -43,7 +43,7 @@ class FeaturesConfig(Config):
     """What every record is turned into."""
 
     tokenizer: TokenizerConfig = TokenizerConfig()
-    max_len: int = 256
+    max_len: int = Field(256, ge=3)
     """Longest record, tokens and opened media slots together."""
     on_long: Literal["refuse", "keep"] = "refuse"
     """Records that are longer: to quarantine as `too_long`; or kept, if they are text alone, for a pack plan to split

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmlm.config import Config, parse
 from mmlm.errors import ArtifactError
@@ -21,9 +21,9 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<answer>", "<image>", "<audio>", "
 
 class ImageSpec(Config):
     added: ClassVar[tuple[str, ...]] = ("scale",)
-    size: int
+    size: int = Field(ge=1, le=4096)
     """Side of the square picture, pixels."""
-    patch: int
+    patch: int = Field(ge=1)
     """Side of a square patch, pixels; divides `size`."""
     channels: Literal[1, 3]
     resize: Literal["pad", "crop", "stretch"] = "pad"
@@ -33,6 +33,12 @@ class ImageSpec(Config):
     scale: Literal["relative", "fixed"] = "relative"
     """`relative`: a picture's own mean becomes 0 and its standard deviation 1, so that light and exposure say nothing. `fixed`:
     black is -2 and white 2 in all of them, so that how bright a picture is, and of which colour, tells something, too."""
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> Self:
+        if self.size % self.patch:
+            raise ValueError(f"size {self.size} must be a multiple of patch {self.patch}")
+        return self
 
     @property
     def tokens(self) -> int:
@@ -45,18 +51,18 @@ class ImageSpec(Config):
 
 
 class AudioSpec(Config):
-    sample_rate: int = 16000
+    sample_rate: int = Field(16000, ge=1000, le=384_000)
     """Hz, after resampling."""
-    n_fft: int = 400
+    n_fft: int = Field(400, ge=2, le=65_536)
     """Window, samples."""
-    hop: int = 160
+    hop: int = Field(160, ge=1)
     """Step between frames, samples."""
-    n_mels: int = 80
-    max_seconds: float = 8.0
+    n_mels: int = Field(80, ge=1, le=1024)
+    max_seconds: float = Field(8.0, gt=0)
     """Longer sounds are cut here, and counted, unless `on_long` says otherwise."""
-    frames_per_token: int = 8
+    frames_per_token: int = Field(8, ge=1)
     """Mel frames stacked into one audio token."""
-    floor: float = -6.0
+    floor: float = Field(-6.0, lt=0)
     """log10 mel is taken relative to the maximum of the sound and floored here; of the scale `relative` only."""
     scale: Literal["relative", "whisper"] = "relative"
     """`relative` does not depend on the level; `whisper` is what Whisper's encoders read, about -1.5 to 1.5."""
@@ -67,6 +73,14 @@ class AudioSpec(Config):
     """Take away the beginning and end that are this many decibels weaker than the loudest 10 ms; 30 to 60 is usual."""
     on_long: Literal["cut", "refuse"] = "cut"
     """Sounds longer than `max_seconds`: cut them, or send them to quarantine as `too_long`."""
+
+    @model_validator(mode="after")
+    def _some_frame(self) -> Self:
+        if not self.max_frames:
+            raise ValueError(
+                f"max_seconds {self.max_seconds:g} is no whole hop, which is {self.hop / self.sample_rate:g} s"
+            )
+        return self
 
     @property
     def stored(self) -> str:

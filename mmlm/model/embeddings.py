@@ -27,9 +27,8 @@ def fill(
     lacks the modality still touches the module's parameters, without which ZeRO aborts (1, 2) or waits for ever (3)."""
     if len(rows):
         return x_XD.index_copy(0, here_X.nonzero()[:, 0], module(rows.to(x_XD.dtype), at))
-    if not torch.is_grad_enabled() and all(
-        p.numel() for p in module.parameters()
-    ):  # those that lie elsewhere are empty
+    partitioned = any(not p.numel() for p in module.parameters())  # ZeRO 3 empties what lies on other ranks
+    if not torch.is_grad_enabled() and not partitioned:
         return x_XD
     return x_XD + 0 * module(x_XD.new_zeros(1, rows.shape[1]), at.new_zeros(1)).sum()
 

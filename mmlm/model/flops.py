@@ -130,8 +130,10 @@ def training_flops(
         round((3 - 2 * share) * behind + (2 - share) * reading)  # nothing flows back through one that rests whole
         for (reading, behind), share in zip(encoder_flops(config, spec, shape), frozen.encoders, strict=True)
     )
-    again = sum(behind for _, behind in encoder_flops(config, spec, shape)) if recomputed else 0
-    return whole + (blocks + again if recomputed else 0)
+    if not recomputed:
+        return whole
+    trained = zip(encoder_flops(config, spec, shape), frozen.encoders, strict=True)
+    return whole + blocks + sum(behind for (_, behind), share in trained if share < 1)
 
 
 def encoder_flops(config: AnyModelConfig, spec: FeatureSpec, shape: Shape) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -139,9 +141,9 @@ def encoder_flops(config: AnyModelConfig, spec: FeatureSpec, shape: Shape) -> tu
     behind it. Each picture and each sound is encoded as a whole."""
     image, audio = (getattr(config, f"{kind}_encoder", None) for kind in ("image", "audio"))
     pictures, sounds = media_of(spec, shape)
-    return _times(pictures, picture_flops(image)) if image else (0, 0), (
-        _times(sounds, sound_flops(audio)) if audio else (0, 0)
-    )
+    reading, behind = picture_flops(image) if image else (0, 0)
+    hearing, beyond = sound_flops(audio) if audio else (0, 0)
+    return (pictures * reading, pictures * behind), (sounds * hearing, sounds * beyond)
 
 
 def media_of(spec: FeatureSpec, shape: Shape) -> tuple[int, int]:
@@ -150,10 +152,6 @@ def media_of(spec: FeatureSpec, shape: Shape) -> tuple[int, int]:
     longest = -(-spec.audio.max_frames // spec.audio.frames_per_token) if spec.audio else 1
     records = sum(n > 0 for n in shape.media.get("audio", ()))
     return pictures, max(records, -(-shape.mels // longest)) if spec.audio else 0
-
-
-def _times(many: int, flops: tuple[int, int]) -> tuple[int, int]:
-    return many * flops[0], many * flops[1]
 
 
 class Stack(NamedTuple):

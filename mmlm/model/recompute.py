@@ -1,6 +1,6 @@
 """Activation checkpointing: what a block computed is not kept for the backward pass, but computed again in it.
 
-`full` keeps only what a block reads (Chen et al. 2016). `selective` also keeps what its matrix maps gave, and computes again
+`full` keeps only what a block reads (Chen et al. 2016). `selective` also keeps what its linear layers gave, and computes again
 what costs little and takes up much: norms, rotations, activations, scores and probabilities of attention (Korthikanti et
 al. 2022, section 5). Neither changes a number.
 """
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 
 Granularity = Literal["full", "selective"]
 MAPS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-"""What linear maps come down to; the products of attention are others."""
+"""What linear layers come down to; the products of attention are others."""
 
 
 class Recompute(NamedTuple):

@@ -15,8 +15,6 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,15 +23,10 @@ from mmlm.errors import ConfigError, DataError, LaunchError
 from mmlm.features.config import EncoderConfig, FeaturesConfig
 from mmlm.features.sample import Sample
 from mmlm.features.spec import AudioSpec, EncoderSpec, FeatureSpec, ImageSpec
-from mmlm.shards import timm_checkpoint
 from mmlm.shards.codec import pack_features
-from mmlm.shards.encoder_files import digest, folder_of, read_json
-from mmlm.shards.encoder_inputs import Pictures, Sounds
+from mmlm.shards.encoder_checkpoint import library_of, load_model, reader_of, shape_of, version_of
+from mmlm.shards.encoder_files import digest, folder_of
 
-IMAGE_MODELS = ("clip", "clip_vision_model", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "siglip",
-                "siglip_vision_model", "vit")  # fmt: skip
-"""`model_type` of the checkpoints that read square pictures of one size."""
-AUDIO_MODELS = ("whisper",)
 AHEAD = 2
 """Batches of one encoder that are computed while the next are being read."""
 HELD_BYTES = 64 << 20
@@ -83,13 +76,13 @@ def recipe(config: FeaturesConfig, spec: FeatureSpec) -> dict[str, Any]:
     settings = config.encoders
     named: set[str] = set()
     for kind in spec.encoders:
-        named.add("timm" if timm_checkpoint.is_timm(_config(settings[kind])) else "transformers")  # type: ignore[index]
+        named.add(library_of(settings[kind]))  # type: ignore[index]
     return {
         "encoders": {
             kind: [one.digest, settings[kind].layer, settings[kind].batch]  # type: ignore[index]
             for kind, one in spec.encoders.items()
         },
-        "encoder_versions": {name: _version(name) for name in ("torch", *sorted(named))},
+        "encoder_versions": {name: version_of(name) for name in ("torch", *sorted(named))},
     }
 
 
@@ -123,7 +116,8 @@ class PretrainedEncoder:
 
         Raises ConfigError when the checkpoint is not what it was, LaunchError when the GPU's memory does not suffice.
         """
-        torch = _torch()
+        import torch
+
         model, reader = self._load()
         inputs = reader.read(items, self.batch)
         with _reproducible():
@@ -162,8 +156,8 @@ class PretrainedEncoder:
                     wanted=f"{self.spec.digest[:12]}, which the shards were begun with",
                     cure="put the same files there, on every machine",
                 )
-            reader = _reader(self.config, self.stored)
-            self._loaded = _load_model(self.config, reader), reader
+            reader = reader_of(self.config, self.stored)
+            self._loaded = load_model(self.config, reader), reader
         return self._loaded
 
 
@@ -248,179 +242,20 @@ class _Queue:
             features[at] = value
 
 
-def settings_of(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> tuple[dict[str, Any], Pictures | Sounds]:
-    """What a checkpoint says of its encoder, and how that reads what is stored. Raises ConfigError when it cannot."""
-    reader = _reader(config, stored)
-    if isinstance(reader, Pictures) and reader.timm:
-        return reader.timm, reader
-    return _settings(config).to_dict(), reader
-
-
-def weights_of(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> Any:
-    """The encoder of a checkpoint of transformers with its weights, float32. Raises ConfigError when some lack."""
-    return _from_transformers(config, _reader(config, stored))
-
-
 def _describe(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> EncoderSpec:
     found = digest(config)
-    reader = _reader(config, stored)
+    reader = reader_of(config, stored)
     dim, tokens = shape_of(config, reader)
     if isinstance(stored, AudioSpec):
         tokens = max(1, math.ceil(stored.max_frames / 2))
     return EncoderSpec(digest=found, dim=dim, tokens=1 if config.layer == "pooled" else tokens, read=config.read)
 
 
-def _reader(config: EncoderConfig, stored: ImageSpec | AudioSpec) -> Pictures | Sounds:
-    settings = _config(config)
-    kind, models = ("audio", AUDIO_MODELS) if isinstance(stored, AudioSpec) else ("image", IMAGE_MODELS)
-    model = settings.get("model_type")
-    if model not in models and not (kind == "image" and timm_checkpoint.is_timm(settings)):
-        raise ConfigError(
-            f"{config.folder} holds a model of type {model!r}",
-            wanted=f"one of {', '.join(models)} for "
-            + ("pictures, or a checkpoint of timm" if kind == "image" else "sounds"),
-        )
-    if "quantization_config" in settings or (Path(config.folder) / "adapter_config.json").exists():
-        raise ConfigError(f"{config.folder} is quantised or an adapter", wanted="plain weights in one folder")
-    try:
-        if isinstance(stored, AudioSpec):
-            return Sounds(config, stored, settings)
-        return Pictures(config, stored, settings)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"config.json of {config.folder} cannot be used ({error})") from None
-
-
-def _torch() -> Any:
-    import torch
-
-    return torch
-
-
-def _config(config: EncoderConfig) -> dict[str, Any]:
-    return read_json(config, "config.json") or {}
-
-
-def _version(name: str) -> str:
-    """Of a library that computes features. Raises ConfigError when it is not installed."""
-    if name == "timm":
-        return timm_checkpoint.required_version()
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        raise ConfigError(
-            "features.encoders need transformers, which is not installed",
-            cure="pip install 'mmlm-workflows[encoders]'",
-        ) from None
-
-
-def _transformers() -> Any:
-    """The library, quiet. Raises ConfigError when it is not installed."""
-    _version("transformers")
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
-
-
-def _settings(config: EncoderConfig) -> Any:
-    """The checkpoint's own settings; of a pair of encoders those of its vision part. Raises ConfigError."""
-    folder = folder_of(config)
-    try:
-        found = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever a strange config.json makes transformers raise
-        raise _unusable(config, error) from None
-    return getattr(found, "vision_config", found)
-
-
-def shape_of(config: EncoderConfig, reader: Pictures | Sounds) -> tuple[int, int]:
-    """(dim, tokens) of the chosen layer, without reading weights: by a pass in which nothing is computed. Raises ConfigError
-    when the checkpoint does not take what `reader` gives it."""
-    torch = _torch()
-    timm = reader.timm if isinstance(reader, Pictures) else None
-    settings = None if timm else _settings(config)
-    try:
-        with torch.device("meta"), torch.inference_mode():
-            if timm:
-                model = timm_checkpoint.build(timm).eval()
-            else:
-                library = _transformers()
-                # float32 as the weights will be read: else whatever type the checkpoint was saved in
-                made = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False}
-                model = _part(library.AutoModel.from_config(settings, **made))
-            given = model(**{reader.argument: torch.zeros(reader.empty())})
-        chosen = given.last_hidden_state
-        if config.layer == "pooled" and isinstance(reader, Pictures):
-            chosen = given.pooler_output[:, None]
-    except ConfigError:
-        raise
-    except Exception as error:  # sizes that do not fit raise what torch likes
-        raise _unusable(config, error) from None
-    return int(chosen.shape[2]), int(chosen.shape[1])
-
-
-def _load_model(config: EncoderConfig, reader: Pictures | Sounds) -> Any:
-    """The encoder with its weights, on the GPU if there is one. Raises ConfigError when weights lack or do not fit."""
-    found = _from_timm(config) if isinstance(reader, Pictures) and reader.timm else _from_transformers(config, reader)
-    device = "cuda" if _torch().cuda.is_available() else "cpu"
-    return found.eval().requires_grad_(False).to(device)
-
-
-def _from_timm(config: EncoderConfig) -> Any:
-    try:
-        return timm_checkpoint.load(folder_of(config)).float()
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise _unusable(config, error) from None
-
-
-def _from_transformers(config: EncoderConfig, reader: Pictures | Sounds) -> Any:
-    settings, torch = _settings(config), _torch()
-    try:
-        model, report = _transformers().AutoModel.from_pretrained(
-            folder_of(config), config=settings, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    except Exception as error:
-        raise _unusable(config, error) from None
-    unused = "decoder." if isinstance(reader, Sounds) else "pooler." if config.layer == "last" else "-"
-    if report["mismatched_keys"]:
-        name, found, wanted = min(report["mismatched_keys"])
-        raise ConfigError(
-            f"{name} in {config.folder} has the shape {list(found)}", wanted=f"{list(wanted)}, as its config.json says",
-            cure="take config.json and the weights from one checkpoint",
-        )  # fmt: skip
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith(unused))
-    if missing:
-        raise ConfigError(
-            f"the weights in {config.folder} lack {len(missing)} of the model's tensors, such as {missing[0]}",
-            wanted="all of them: those that lack would be random",
-            cure="choose `layer: last`" if all("pooler" in name for name in missing) else "use another checkpoint",
-        )
-    return _part(model)
-
-
-def _part(model: Any) -> Any:
-    """Of a model with an encoder and a decoder, the encoder."""
-    return model.get_encoder() if model.config.model_type in AUDIO_MODELS else model
-
-
-def _unusable(config: EncoderConfig, error: Exception) -> ConfigError:
-    lines = str(error).strip().split("\n")
-    first = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])[:300]
-    return ConfigError(
-        f"the checkpoint in {config.folder} cannot be used ({type(error).__name__}: {first})",
-        cure="use another checkpoint",
-    )
-
-
 @contextlib.contextmanager
 def _reproducible() -> Iterator[None]:
     """One thread, plain float32, no gradients; afterwards all is as it was."""
-    torch = _torch()
+    import torch
+
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
         torch.set_num_threads(1)

@@ -41,7 +41,7 @@ def activation_bytes(
         whole = [n for n in range(stack.layers) if not every or n % every]
         kept += sum(last if n == stack.layers - 1 else block for n in whole)
         kept += stack.gates * _gate(model, stack, b) if stack.gates else 0
-        if every:  # the others keep their input, perhaps what their maps give, and one at a time is run again
+        if every:  # the others keep their input, perhaps what their linear layers give, and one at a time is run again
             maps, last_maps = _maps(model, stack, b) if config.recompute_granularity == "selective" else (0.0, 0.0)
             again = [n for n in range(stack.layers) if not n % every]
             kept += len(again) * sum(stack.lengths) * D * b
@@ -52,13 +52,8 @@ def activation_bytes(
     read, words = stacks[-1].read, 0 if model.layout == "encoder" else spec.vocab_size
     tokens = sum(sum(stack.lengths) for stack in stacks)
     ends = ((0 if every else tokens) + 4 * read) * D * b + words * D * (4 + b)
-    return (
-        kept
-        + largest
-        + ends
-        + _encoders(config, model, spec, shape, b, every)
-        + min(LOGITS, shape.targets * words) * (b + 8)
-    )
+    ends += min(LOGITS, shape.targets * words) * (b + 8)
+    return kept + largest + ends + _encoders(config, model, spec, shape, b, every)
 
 
 def _encoders(loop: LoopConfig, model: ModelConfig, spec: FeatureSpec, shape: Shape, b: int, every: int) -> float:
@@ -92,7 +87,7 @@ def _block(model: ModelConfig, stack: Stack, b: int, on_cpu: bool) -> tuple[floa
 
 
 def _maps(model: ModelConfig, stack: Stack, b: int) -> tuple[float, float]:
-    """What the matrix maps of one block give, and of the last."""
+    """What the linear layers of one block give, and of the last."""
     D, H, tokens = model.width, model.head_width, sum(stack.lengths)
     attention = tokens * ((model.heads + 2 * model.key_value_heads) * H + D)
     if stack.asked is not None and not stack.gates:

@@ -76,7 +76,8 @@ def _store_of_attempt(world: World) -> dist.Store | None:
             "torchrun started the ranks of several nodes again, with a store that their last attempt used",
             wanted="a store for each attempt", cure="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node",
         )  # fmt: skip
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world.size, is_master=False)
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*where, world.size, is_master=False, timeout=dist.default_pg_timeout)
     return dist.PrefixStore(f"mmlm/attempt-{attempt}", store)
 
 

@@ -17,7 +17,7 @@ from mmlm.features.spec import AudioSpec, FeatureSpec, ImageSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.stem_config import AudioEncoderConfig, ImageEncoderConfig
 from mmlm.model.transformer import FusedTransformer
-from mmlm.shards import encoders
+from mmlm.shards import encoder_checkpoint
 from mmlm.shards.encoder_files import digest, folder_of
 from mmlm.shards.encoder_inputs import Pictures
 
@@ -55,7 +55,7 @@ def _settled(
     asked = EncoderConfig(folder=one.folder)
     with _named(key):
         found = digest(asked)
-        settings, reader = encoders.settings_of(asked, stored)
+        settings, reader = encoder_checkpoint.settings_of(asked, stored)
     if one.digest not in ("", found):
         raise ConfigError(
             f"the encoder in {one.folder} has the digest {found[:12]}", wanted=one.digest[:12],
@@ -71,7 +71,7 @@ def _settled(
         assert isinstance(stored, ImageSpec) and isinstance(reader, Pictures)
         update |= _pictures(reader, stored, kept, one.folder)
     with _named(key):
-        encoders.shape_of(asked, reader)  # a picture of the preprocessor's size may be none of the encoder's
+        encoder_checkpoint.shape_of(asked, reader)  # a picture of the preprocessor's size may be none of the encoder's
     return one.model_copy(update=update)
 
 
@@ -107,7 +107,7 @@ def take_over(model: FusedTransformer, config: ModelConfig, spec: FeatureSpec) -
     """Give `model` the weights of its encoders, on every rank by itself. Raises ConfigError when one lacks, or is no number."""
     for kind, one in named(config).items():
         with _named(f"train.model.{kind}_encoder"):
-            given = encoders.weights_of(EncoderConfig(folder=one.folder), getattr(spec, kind)).state_dict()
+            given = encoder_checkpoint.weights_of(EncoderConfig(folder=one.folder), getattr(spec, kind)).state_dict()
         encoder = getattr(model, kind).project.encoder
         own = encoder.state_dict()
         for name, tensor in own.items():

@@ -167,10 +167,8 @@ class Telemetry:
         if self.world.is_main:
             numbers = {name: value for name, value in values.items() if math.isfinite(value)}
             row = json.dumps({"step": step, "time": int(time.time() * 1000), "metrics": numbers})
-            with (
-                contextlib.suppress(OSError),
-                self.path.open("a", encoding="utf-8") as f,
-            ):  # figures never stop the training
+            # figures never stop the training
+            with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as f:
                 f.write(row + "\n")
 
     def _cuda_bytes(self) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +45,23 @@ def test_a_sound_cut_off_in_its_header_is_refused_without_a_word(capfd: pytest.C
     with pytest.raises(RefuseError, match="unreadable_audio"):
         read_header(held.getvalue()[:40], "audio")
     assert capfd.readouterr().err == ""
+
+
+class FailingDisk(io.BytesIO):
+    """Its first 4,096 bytes can be read."""
+
+    def readinto(self, buffer: Any) -> int:
+        if self.tell() + len(buffer) > 4096:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().readinto(buffer)
+
+
+def test_a_disk_that_fails_is_no_damaged_sound() -> None:
+    held = io.BytesIO()
+    soundfile.write(held, np.sin(np.arange(80_000) / 9), 16000, format="OGG")
+    assert read_header(io.BytesIO(held.getvalue()), "audio").format == "ogg"
+    with pytest.raises(OSError, match="Input/output error"):
+        read_header(FailingDisk(held.getvalue()), "audio")
 
 
 @pytest.mark.parametrize(

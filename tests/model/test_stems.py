@@ -104,44 +104,37 @@ def test_a_missing_modality_leaves_zero_gradients():
     assert all(p.grad.any() for n, p in model.image.named_parameters() if "strength" not in n)  # type: ignore[union-attr]
 
 
-def two_pictures(a: int, b: int) -> Sample:
-    one = sample(3, ("image", "context"))
-    tokens = one.tokens.tolist()
-    middle = one.context_spans[0][1]  # the second picture stands after the context
-    tokens = [*tokens[:middle], IMAGE, *tokens[middle:]]
-    pictures = [sample(n, ("image",)).images[0] for n in (a, b)]
-    return dataclasses.replace(one, tokens=np.array(tokens, np.int32), answer_at=one.answer_at + 1, images=pictures)
+def two_of(kind: str, a: int, b: int) -> Sample:
+    """A record with the picture or sound of sample `a` before its context, and that of `b` behind it."""
+    one = sample(3, (kind, "context"))
+    tokens, middle = one.tokens.tolist(), one.context_spans[0][1]
+    tokens = [*tokens[:middle], {"image": IMAGE, "audio": AUDIO}[kind], *tokens[middle:]]
+    both = [sample(n, (kind,)) for n in (a, b)]
+    name = {"image": "images", "audio": "sounds"}[kind]
+    media: dict[str, Any] = {name: [getattr(n, name)[0] for n in both]}
+    return dataclasses.replace(one, tokens=np.array(tokens, np.int32), answer_at=one.answer_at + 1, **media)
+
+
+def are_told_apart(model: FusedTransformer, kind: str) -> None:
+    """Which came first counts, and what stands beside the record does not."""
+    ab, ba = (model(collate([two_of(kind, *order)], SPEC)).label_RC for order in ((1, 2), (2, 1)))
+    assert not torch.allclose(ab, ba, atol=1e-3)
+    beside = model(pack([[two_of(kind, 1, 2), sample(4), two_of(kind, 2, 1)]], SPEC)).label_RC
+    assert torch.allclose(beside[[0, 2]], torch.cat([ab, ba]), atol=1e-5)
 
 
 @pytest.mark.parametrize("stem", [{}, {"image_stem": "hog"}, {"image_stem": "linear", "image_places": "table"}])
 def test_several_pictures_anywhere_are_told_apart(stem: dict[str, Any]):
-    model = net(**stem)
-    ab, ba = (model(collate([two_pictures(*order)], SPEC)).label_RC for order in ((1, 2), (2, 1)))
-    assert not torch.allclose(ab, ba, atol=1e-3)
-    beside = model(pack([[two_pictures(1, 2), sample(4), two_pictures(2, 1)]], SPEC)).label_RC
-    assert torch.allclose(beside[[0, 2]], torch.cat([ab, ba]), atol=1e-5)
+    are_told_apart(net(**stem), "image")
 
 
 @pytest.mark.parametrize("stem", ["conv", "linear"])
 def test_several_sounds_in_one_record_are_told_apart(stem: str):
-    """Each from its own first moment; which came first counts."""
-
-    def two_sounds(a: int, b: int) -> Sample:
-        one = sample(3, ("audio", "context"))
-        tokens = one.tokens.tolist()
-        middle = one.context_spans[0][1]  # the second sound stands after the context
-        tokens = [*tokens[:middle], AUDIO, *tokens[middle:]]
-        sounds = [sample(n, ("audio",)).sounds[0] for n in (a, b)]
-        return dataclasses.replace(one, tokens=np.array(tokens, np.int32), answer_at=one.answer_at + 1, sounds=sounds)
-
-    model = net(audio_stem=stem)
-    batch = collate([two_sounds(1, 2)], SPEC)
+    """Each from its own first moment."""
+    batch = collate([two_of("audio", 1, 2)], SPEC)
     starts = (batch.mel_at_M == 0).nonzero()[:, 0].tolist()
     assert len(starts) == 2 and batch.mel_at_M.tolist() == [*range(starts[1]), *range(len(batch.mel_at_M) - starts[1])]
-    ab, ba = (model(collate([two_sounds(*order)], SPEC)).label_RC for order in ((1, 2), (2, 1)))
-    assert not torch.allclose(ab, ba, atol=1e-3)
-    beside = model(pack([[two_sounds(1, 2), sample(4), two_sounds(2, 1)]], SPEC)).label_RC
-    assert torch.allclose(beside[[0, 2]], torch.cat([ab, ba]), atol=1e-5)
+    are_told_apart(net(audio_stem=stem), "audio")
 
 
 def test_a_frame_of_a_video_has_its_time_and_its_rows_and_columns():
@@ -262,7 +255,7 @@ def test_padding_becomes_no_token():
 def test_pictures_of_several_shapes_packed_equal_alone(stem: dict[str, Any]):
     model = net(DROPPING, **stem)
     samples = [
-        dataclasses.replace(two_pictures(i, i), images=[wide(i, h), wide(i, 32)]) for i, h in enumerate((8, 16, 32))
+        dataclasses.replace(two_of("image", i, i), images=[wide(i, h), wide(i, 32)]) for i, h in enumerate((8, 16, 32))
     ]
     samples += [dataclasses.replace(sample(9, ("image",)), images=[wide(9, 8)])] * 2
     batch = pack([samples[:2], samples[2:]], DROPPING, 96)

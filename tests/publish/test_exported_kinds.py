@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -22,11 +23,13 @@ from mmlm.features.sample import Sample
 from mmlm.features.spec import ANSWER, BOS, EOS, IMAGE, PAD, FeatureSpec, TaskSpec
 from mmlm.features.text import Tokenizer, train_tokenizer
 from mmlm.model.baseline_config import CONFIGS
+from mmlm.model.config import ModelConfig
 from mmlm.model.generation import generate
 from mmlm.publish.answering import Responder
 from mmlm.publish.export import export
 from mmlm.train import pretrained, weights
 from mmlm.train.config import TrainConfig
+from tests.model.test_layouts import CLASSIC
 from tests.publish.conftest import QUESTIONS
 from tests.shards.test_encoders import save_whisper
 from tests.small import SPEC, sample
@@ -36,14 +39,6 @@ from tests.train.test_text_encoders import shards_of as bert_shards
 
 transformers = pytest.importorskip("transformers")
 
-CLASSIC = {
-    "norm": "layer",
-    "norm_at": "after",
-    "mlp": "relu",
-    "positions": "sinusoidal",
-    "kv_heads": 4,
-    "qk_norm": False,
-}
 YARN = {"kind": "yarn", "factor": 2.0, "trained_length": 16}
 KINDS: dict[str, dict[str, Any]] = {
     "encoder": {"layout": "encoder", "embedding": 6},
@@ -102,6 +97,27 @@ for name, asked in torch.load("asked.pt").items():
             found[name]["said"] = net.generate(**asked["inputs"], max_new_tokens=6)
 torch.save(found, "found.pt")
 """
+
+
+def test_what_an_export_cannot_say_it_refuses() -> None:
+    modeling = importlib.import_module("mmlm.model.huggingface.modeling")  # with transformers
+
+    def of(kind: Any, layout: str) -> Any:
+        spec = SPEC.model_copy(update={"tasks": SPEC.tasks[:1]})
+        model = parse(ModelConfig, {"layout": layout, "width": 32, "layers": 1, "heads": 2}, "test").model_dump(
+            mode="json"
+        )
+        return kind(modeling.MmlmConfig(model=model, spec=spec.model_dump(mode="json"), field_rows=3))
+
+    ids = torch.tensor([[1, 20, 21, ANSWER], [1, 20, 21, 22]])
+    classes = of(modeling.MmlmForSequenceClassification, "encoder")
+    with pytest.raises(ValueError, match="labels were given; wanted none"):
+        classes(ids[:1], labels=torch.tensor([0]))
+    writer = of(modeling.MmlmForConditionalGeneration, "encoder_decoder")
+    assert writer(ids[:1]).label_logits.shape == (1, 3)
+    for net in (classes, writer):  # it would be read at another record's place
+        with pytest.raises(ValueError, match="1 sequences have no <answer>"):
+            net(ids)
 
 
 def in_another_process(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from mmlm.features.sample import Sample
 from mmlm.features.spec import ANSWER, AUDIO, BOS, EOS, IMAGE, AudioSpec, FeatureSpec, ImageSpec, TaskSpec
 from mmlm.model.config import ModelConfig
 from mmlm.model.flops import Shape, forward_flops, training_flops
+from mmlm.model.huggingface.stems import empty_encoder
 from mmlm.model.transformer import FusedTransformer
 from mmlm.publish.export import export
 from mmlm.shards import encoders
@@ -242,6 +243,13 @@ def test_a_model_made_in_bfloat16_is_so_throughout(kind: str, tmp_path: Path) ->
     batch = batch_of(spec)
     with torch.no_grad():
         assert torch.allclose(half(batch).label_RC.float(), net(batch).label_RC, atol=0.1)
+
+
+def test_only_known_types_are_built() -> None:
+    """Of a config.json that somebody sent: no code of its own, and no question whether to run it."""
+    for settings in ({"model_type": "gpt2"}, {"auto_map": {"AutoModel": "theirs.Model"}}):
+        with pytest.raises(ConfigError, match=r"a pretrained stem of type .*; wanted one of vit, deit"):
+            empty_encoder(settings)
 
 
 def test_a_model_without_them_is_what_it_was_before_there_were_any() -> None:
