@@ -121,7 +121,15 @@ def test_what_it_carries(saved: tuple[Path, Path]) -> None:
     carried = {str(p.relative_to(where / "code")) for p in (where / "code").rglob("*.py")}
     assert {"mmlm/publish/answering.py", "mmlm/model/transformer.py", "mmlm/features/encode.py"} <= carried
     assert not any(p.startswith(("mmlm/launch", "mmlm/cli", "mmlm/tracking")) for p in carried), carried
-    names = ("__init__", "codec", "encoder_files", "encoder_inputs", "encoders", "timm_checkpoint")
+    names = (
+        "__init__",
+        "codec",
+        "encoder_checkpoint",
+        "encoder_files",
+        "encoder_inputs",
+        "encoders",
+        "timm_checkpoint",
+    )
     encoding = {f"mmlm/shards/{name}.py" for name in names}
     assert {p for p in carried if p.startswith("mmlm/shards")} <= encoding, (
         "of the shards only what runs their encoders"
