@@ -1,11 +1,14 @@
-"""Checkpoints to resume from: whole float32 tensors by name, so any number of ranks and any ZeRO stage can go on.
+"""Checkpoints to resume from: float32 tensors by name, so any number of ranks and any ZeRO stage can go on.
 
 `checkpoints/step-00000250/` holds one safetensors file per kind that the engine gives (weight, exp_avg, exp_avg_sq,
-…) and `state.json`: step, hashes, loss of the probe batch, digests of the data, counters. Among the hashes is that of
-the rest of `state.json`; checkpoints of earlier versions have none. One is written under a hidden name and renamed, so
-one that is there is whole; its hashes are checked all the same before it is used. What is to go is renamed to a hidden
-name first, so that a kill in the middle leaves no half one under a good name. Hidden leftovers (`.*.tmp`) are swept by
-the next save.
+…), or one per rank (saved_tensors.py), and `state.json`: step, hashes, loss of the probe batch, digests of the data,
+counters. Among the hashes is that of the rest of `state.json`; checkpoints of earlier versions have none. One is written
+under a hidden name and renamed, so one that is there is whole; its hashes are checked all the same before it is used. What
+is to go is renamed to a hidden name first, so that a kill in the middle leaves no half one under a good name. Hidden
+leftovers (`.*.tmp`) are swept by the next save.
+
+Ranks that write at the same time meet in the hidden folder: rank 0 makes it, each writes its file and then a word that it
+has (`rank-00000.json`, with the hash), and rank 0, once all have, writes `state.json` and renames.
 """
 
 from __future__ import annotations
@@ -13,18 +16,21 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
-from safetensors.torch import load_file
 
 from mmlm.progress import tell
 from mmlm.shards.faultpoints import point
 from mmlm.storage import fsync_folder, sha256_file, sha256_json, write_json
+from mmlm.train.saved_tensors import RANK, Named, Pieces, open_tensors, write_pieces
 from mmlm.train.weights import write_tensors
 
 STATE = "state.json"
@@ -64,10 +70,9 @@ class Saved:
     """`state.json`."""
     path: Path
 
-    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """kind → parameter name → whole float32 tensor."""
-        names = sorted(name for name in self.state["sha256"] if name.endswith(".safetensors"))
-        return {name.removesuffix(".safetensors"): load_file(self.path / name) for name in names}
+    def tensors(self) -> dict[str, Named]:
+        """kind → parameter name → whole float32 tensor, read when it is asked for."""
+        return open_tensors(self.path, [name for name in self.state["sha256"] if name.endswith(".safetensors")])
 
 
 def save(
@@ -77,26 +82,73 @@ def save(
 
     One that is there for this step already is left alone: it was whole when it got its name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
-    final = folder / name_of(step)
-    if not final.exists():
-        temporary = folder / f".{final.name}.tmp"
-        point(POINT)
-        temporary.mkdir()
+    temporary = begin(folder, step)
+    if temporary:
         hashes = {}
         for kind, named in tensors.items():
             path = temporary / f"{kind}.safetensors"
             hashes[path.name] = write_tensors(dict(named), path)
             point(POINT)
-        write_json(temporary / STATE, sealed({**state, "step": step, "sha256": hashes}))
-        point(POINT)
-        fsync_folder(temporary)
-        temporary.rename(final)
-        point(POINT)
-        fsync_folder(folder)
-    stay = policy.stay(scores(folder))
-    for old in sorted(steps(folder) - stay):
+        _publish(temporary, step, {**state, "sha256": hashes})
+    _drop_others(folder, policy)
+
+
+def begin(folder: Path, step: int) -> Path | None:
+    """Make the hidden folder in which the checkpoint of `step` is written; None where there is one already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    if (folder / name_of(step)).exists():
+        return None
+    point(POINT)
+    # a name of its own: a rank of an earlier attempt that is not dead yet writes into nothing of this one
+    temporary = folder / f".{name_of(step)}.{uuid4().hex[:8]}.tmp"
+    temporary.mkdir()
+    return temporary
+
+
+def save_pieces(temporary: Path, rank: int, pieces: Pieces) -> None:
+    """Write one rank's part of the checkpoint that was begun in `temporary`, and say that it is written."""
+    path = temporary / RANK.format(rank)
+    digest = write_pieces(pieces, path)
+    point(POINT)
+    write_json(path.with_suffix(".json"), {"sha256": digest, "bytes": path.stat().st_size})
+    point(POINT)
+
+
+def have_written(temporary: Path, ranks: int) -> bool:
+    """Whether the parts of all ranks are there, with as many bytes as they say."""
+    try:
+        return all(_size_is_told(temporary / RANK.format(rank)) for rank in range(ranks))
+    except FileNotFoundError:
+        return False
+
+
+def _size_is_told(path: Path) -> bool:
+    told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["bytes"]
+    return bool(path.stat().st_size == told)
+
+
+def commit(temporary: Path, step: int, state: Mapping[str, Any], policy: Policy) -> None:
+    """Give the parts that all ranks have written the name of a checkpoint, then drop those that `policy` does not keep."""
+    hashes = {}
+    for word in sorted(temporary.glob("rank-*.json")):
+        hashes[word.with_suffix(".safetensors").name] = json.loads(word.read_text(encoding="utf-8"))["sha256"]
+        word.unlink()
+    _publish(temporary, step, {**state, "sha256": hashes})
+    _drop_others(temporary.parent, policy)
+
+
+def _publish(temporary: Path, step: int, state: Mapping[str, Any]) -> None:
+    write_json(temporary / STATE, sealed({**state, "step": step}))
+    point(POINT)
+    fsync_folder(temporary)
+    temporary.rename(temporary.parent / name_of(step))
+    point(POINT)
+    fsync_folder(temporary.parent)
+
+
+def _drop_others(folder: Path, policy: Policy) -> None:
+    for old in sorted(steps(folder) - policy.stay(scores(folder))):
         drop(folder, old)
 
 
@@ -175,9 +227,11 @@ def intact(folder: Path, step: int, say: Callable[[str], None] = tell) -> Saved 
     path = folder / name_of(step)
     try:
         saved = read(folder, step)
-        for name, wanted in saved.state["sha256"].items():
-            if name != STATE and sha256_file(path / name) != wanted:
-                raise ValueError(f"{name} does not match its hash")
+        hashes = {name: wanted for name, wanted in saved.state["sha256"].items() if name != STATE}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for name, found in zip(hashes, pool.map(lambda name: sha256_file(path / name), hashes), strict=True):
+                if found != hashes[name]:
+                    raise ValueError(f"{name} does not match its hash")
         return saved
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         aside = folder / f"damaged-{path.name}"

@@ -246,7 +246,7 @@ class LoopConfig(Config):
 
     how_it_runs: ClassVar[tuple[str, ...]] = (
         "accumulate", "recompute", "recompute_granularity", "compile", "zero",
-        "save_every", "keep", "keep_every", "keep_best", "log_every",
+        "save_every", "keep", "keep_every", "keep_best", "checkpoint_format", "log_every",
     )  # fmt: skip
     """These may change while a training is stopped. A field that is not named here is part of what a model is, so a new one
     is, too. Precision is not one of them: it changes the numbers that are kept."""
@@ -289,6 +289,9 @@ class LoopConfig(Config):
     """Checkpoints of steps that are multiples of this stay, too; 0: none."""
     keep_best: int = Field(0, ge=0)
     """And so many with the best value of `validation.metric`."""
+    checkpoint_format: Literal["auto", "full", "sharded"] = "auto"
+    """`full`: rank 0 gathers and writes whole tensors; `sharded`: each rank writes what ZeRO left it, at the same time, into a
+    folder that all see. Either goes on with any number of ranks at any stage. `auto`: sharded from 1 GiB on."""
     spikes: SpikesConfig = SpikesConfig()
     validation: ValidationConfig = ValidationConfig()
     log_every: int = Field(10, ge=1)

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from mmlm.train.config import LoopConfig
 from mmlm.train.groups import frozen, let_rest, parameter_groups
 from mmlm.train.memory import bound_kernels
 from mmlm.train.optimizer import Optimizer
+from mmlm.train.saved_tensors import Piece, run_of
 from mmlm.train.shares import Share
 from mmlm.world import World
 
@@ -259,6 +260,27 @@ class DeepSpeedEngine:
             state[kind] |= self.resting
         return state
 
+    def pieces(self) -> dict[str, dict[str, Piece]]:
+        """What `state` gives, as far as this rank holds it; rank 0 has what rests as well. No rank waits for another."""
+        pieces: dict[str, dict[str, Piece]] = {}
+        for share in self.shares:
+            for kind in ("weight", *self.rules.kinds(share.group)):
+                flat = self._flat(share, kind)
+                for number, run in enumerate(share.runs):
+                    if run.elements or not run.shape.numel():
+                        held = share.run_of(flat, number).float().cpu().clone()
+                        pieces.setdefault(kind, {})[run.name] = Piece(run.there, run.shape, held)
+        for kind in ("weight", "ema") if self.config.ema else ("weight",):
+            resting = {name: Piece(0, whole.shape, whole.view(-1)) for name, whole in self.resting.items()}
+            pieces.setdefault(kind, {}).update(resting)
+        return pieces
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of what `state` gives, without what rests. The same on every rank."""
+        kinds = ((share, 1 + len(self.rules.kinds(share.group))) for share in self.shares)
+        return 4 * sum(count * run.shape.numel() for share, count in kinds for run in share.runs)
+
     def scalars(self) -> dict[str, float]:
         """What else a checkpoint needs: counters and the loss scale. The same on every rank."""
         counts = {"taken": self.taken, "updates": self.updates, "skipped": self.skipped}
@@ -266,13 +288,14 @@ class DeepSpeedEngine:
             counts[f"updates.{share.group['name']}"] = int(self.rules.state[share.tensor]["step"])
         return {**counts, **zero.scaler_state(self.optimizer)}
 
-    def load(self, state: dict[str, dict[str, torch.Tensor]], scalars: dict[str, float]) -> None:
+    def load(self, state: Mapping[str, Mapping[str, torch.Tensor]], scalars: Mapping[str, float]) -> None:
         """Set what `state` and `scalars` gave, on any number of ranks and at any ZeRO stage."""
         for share in self.shares:
             for kind in ("weight", *self.rules.kinds(share.group)):
                 flat = self._flat(share, kind)
                 for number, run in enumerate(share.runs):
-                    share.put(flat.data, number, state[kind][run.name])
+                    if run.elements:
+                        share.run_of(flat.data, number).copy_(run_of(state[kind], run.name, run.there, run.elements))
             self.rules.state[share.tensor]["step"].fill_(scalars[f"updates.{share.group['name']}"])
         self._set_resting({name: state["weight"][name] for name in self._resting_names})
         self.resting = {name: state["weight"][name].float() for name in self.resting}
@@ -363,6 +386,15 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Each rank's `value`, in their order, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def stop() -> None:

@@ -1,19 +1,17 @@
 """Keeper: checkpoints of a running training, on all ranks. Every rank calls every method at the same step.
 
-The engine's state is gathered while all wait; rank 0 then hashes and writes it in a thread while training goes on. The
-thread takes part in nothing collective, so a slow or full disk cannot hang the other ranks: what went wrong is told to
-all of them at the next save, or at once when this one has to be safe on the disk before going on (`wait`).
-
-Measured with 57 million parameters on 2 ranks of a busy CPU (one run): gathering 5.5 s, hashing and writing 4.5 s, during
-which a step of 5.6 s took 6.9, so the thread takes 1 s where waiting would take 4.5. DeepSpeed's own shards of the same
-state were written in 5.2 s (ZeRO 2, 804 MB against 689) and 3.5 s (ZeRO 3), without hashes and with all ranks waiting:
-no gain that would pay for a second format, which could be resumed on the same ranks and stage only.
+A full checkpoint is gathered while all wait; rank 0 then hashes and writes it in a thread while training goes on. Of a
+sharded one each rank copies what it holds, and its thread writes that; rank 0's thread waits for the others' files and
+makes a checkpoint of them. No thread takes part in anything collective, so a slow or full disk cannot hang the other ranks:
+what went wrong is told to all of them at the next save, or at once when this one has to be safe on the disk before going on
+(`wait`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -29,9 +27,14 @@ from mmlm.train import checkpoint, engine, proof
 from mmlm.train.checkpoint import Policy, Saved
 from mmlm.train.config import LoopConfig
 from mmlm.train.proof import PARTS, Part, Proof
+from mmlm.train.saved_tensors import Pieces, is_sharded
 from mmlm.world import World
 
 FOLDER = "checkpoints"
+LOOK_SECONDS = 0.05
+"""Between two looks for the files of other ranks."""
+SIGHT_SECONDS = 15.0
+"""For which a file that another node has written may not be seen (shared file systems keep listings for a while)."""
 SECONDS = "seconds.json"
 """Of the longest save so far; beside the checkpoints, since one does not know how long it took itself."""
 
@@ -47,14 +50,17 @@ class Keeper:
         self.trainer, self.probe, self.data = trainer, probe, dict(data)
         best = config.keep_best or int(config.validation.export == "best")
         self.policy = Policy(config.keep, config.keep_every, best)
+        self.sharded = is_sharded(config, world.size, trainer.trained_bytes)
         self.seconds = 0.0
         """The longest save so far, from the wish to the last byte; 0 before the first."""
         self._thread: threading.Thread | None = None
+        self._written, self._all_written, self._give_up = (threading.Event() for _ in range(3))
+        """Of a sharded save: this rank's part is written, or cannot be; all are; one will never be."""
         self._problem: MmlmError | None = None
 
     @property
     def failed(self) -> bool:
-        """Whether rank 0 could not write what it was last given."""
+        """Whether this rank could not write what it was last given."""
         return self._problem is not None
 
     def save(self, step: int, state: Mapping[str, Any], *, wait: bool) -> None:
@@ -63,31 +69,89 @@ class Keeper:
         self._settle()
         told = {"scalars": self.trainer.scalars(), "data": self.data, "ranks": self.world.size}
         row = {**state, **proof.row(self.probe(PARTS)), **told}
-        tensors = self.trainer.state()
-        if self.world.is_main:
-            self._thread = threading.Thread(target=self._write, args=(step, tensors, row, started), name="mmlm-save")
-            self._thread.start()
+        if self.sharded:
+            temporary = self._begin(step)
+            if temporary:
+                pieces = self.trainer.pieces()
+                self._start(lambda: self._write_part(temporary, step, pieces, row), started)
+        else:
+            tensors = self.trainer.state()
+            if self.world.is_main:
+                self._start(lambda: checkpoint.save(self.folder, step, tensors, row, self.policy), started)
         if wait:
             self._settle()
 
-    def _write(self, step: int, tensors: Any, row: Mapping[str, Any], started: float) -> None:
+    def _begin(self, step: int) -> Path | None:
+        """The hidden folder that rank 0 makes for all, or None where that step is saved already."""
+        made: list[Path | None] = []
+        on_main(lambda: made.append(checkpoint.begin(self.folder, step)), self.world)
+        name = engine.broadcast(made[0].name if made and made[0] else "")
+        return self.folder / name if name else None
+
+    def _start(self, write: Callable[[], None], started: float) -> None:
+        for event in (self._written, self._all_written, self._give_up):
+            event.clear()
+        self._thread = threading.Thread(target=self._write, args=(write, started), name="mmlm-save")
+        self._thread.start()
+
+    def _write(self, write: Callable[[], None], started: float) -> None:
         try:
-            checkpoint.save(self.folder, step, tensors, row, self.policy)
+            write()
         except OSError as error:
             self._problem = explain_os_error(error) or LaunchError(f"cannot write the checkpoint ({error})")
+        except MmlmError as error:
+            self._problem = error
         except Exception as error:  # a thread's traceback would go unseen
             self._problem = LaunchError(f"cannot write the checkpoint ({type(error).__name__}: {error})")
+        self._written.set()
         self.seconds = max(self.seconds, time.monotonic() - started)
-        with contextlib.suppress(OSError):  # the next attempt knows it from its first step on
-            write_json(self.folder / SECONDS, self.seconds)
+        if self.world.is_main:
+            with contextlib.suppress(OSError):  # the next attempt knows it from its first step on
+                write_json(self.folder / SECONDS, self.seconds)
+
+    def _write_part(self, temporary: Path, step: int, pieces: Pieces, row: Mapping[str, Any]) -> None:
+        """This rank's file, and by rank 0, when those of all ranks are there, the checkpoint."""
+        if not temporary.is_dir():
+            raise LaunchError(
+                f"rank {self.world.rank} does not see {temporary}, which rank 0 has made",
+                cure="put --out on storage that all nodes share, or give checkpoint_format full",
+            )
+        checkpoint.save_pieces(temporary, self.world.rank, pieces)
+        self._written.set()
+        if not self.world.is_main:
+            return
+        if self._all_are_there(temporary):
+            checkpoint.commit(temporary, step, row, self.policy)
+
+    def _all_are_there(self, temporary: Path) -> bool:
+        """By rank 0: wait for the files of all ranks. False when one will never come, which `_settle` knows; raises
+        LaunchError when all have written and some cannot be seen."""
+        until = math.inf
+        while not checkpoint.have_written(temporary, self.world.size):
+            if self._give_up.wait(LOOK_SECONDS) or not threading.main_thread().is_alive():
+                return False
+            if self._all_written.is_set():
+                until = min(until, time.monotonic() + SIGHT_SECONDS)
+            if time.monotonic() > until:
+                raise LaunchError(
+                    f"all ranks have written into {temporary}, and rank 0 does not see all of their files",
+                    cure="put --out on storage that all nodes share, or give checkpoint_format full",
+                )
+        return True
 
     def _settle(self) -> None:
         """Wait for what is being written; when it failed, every rank raises the same LaunchError."""
+        problem: MmlmError | None = None
+        if self.sharded:
+            if self._thread is not None:
+                self._written.wait()
+            problem = first_of_all(self._problem)
+            (self._give_up if problem else self._all_written).set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        problem, self._problem = self._problem, None
-        raise_everywhere(problem)
+        own, self._problem = self._problem, None
+        raise_everywhere(problem or own)
 
     def finish(self) -> None:
         """Everything given is on the disk, or LaunchError."""
@@ -178,6 +242,12 @@ def on_main(write: Callable[[], None], world: World) -> None:
         except OSError as error:
             problem = explain_os_error(error) or LaunchError(f"cannot write ({error})")
     raise_everywhere(problem)
+
+
+def first_of_all(problem: MmlmError | None) -> MmlmError | None:
+    """The `problem` of the first rank that has one, on every rank."""
+    told = engine.gather((problem.found, problem.cure) if problem else None)
+    return next((LaunchError(found, cure=cure) for found, cure in filter(None, told)), None)
 
 
 def raise_everywhere(problem: MmlmError | None) -> None:

@@ -41,6 +41,7 @@ from mmlm.train.config import LoopConfig
 from mmlm.train.devices import HOST_BANDWIDTH, NODE_LINK, PCIE_REACHED, Device
 from mmlm.train.groups import frozen_share, let_rest
 from mmlm.train.memory import SLACK, SLACK_SHARE
+from mmlm.train.saved_tensors import is_sharded
 from mmlm.train.workload import Workload
 
 BUCKET = 50_000_000
@@ -196,9 +197,10 @@ def forecast(
     if teacher:
         memory |= teaching(config, teacher, spec, mine, device)
     on_node = min(ranks, device.per_node)
-    saved = memory.get("checkpoint", 0.0)  # on a CPU; rank 0 alone has it
+    saved = memory.get("checkpoint", 0.0)  # on a CPU
+    saving = on_node if is_sharded(config, ranks, saved_bytes(config, whole.trained, 0)) else 1  # of these ranks
     if device.is_cpu:
-        host = {"ranks": on_node * (sum(memory.values()) - saved) + saved}
+        host = {"ranks": on_node * (sum(memory.values()) - saved) + saving * saved}
     seconds = seconds_of(config, model, spec, mine, device, ranks, whole, measured)
     if teacher and not measured:
         peak = device.peak / (1 if low_bytes(config) == 2 else 2) * device.efficiency / (ranks if device.is_cpu else 1)
@@ -210,7 +212,7 @@ def forecast(
     come = max(taught, memory.get("teacher", 0.0) + 4.0 * whole.parameters)
     start = come + (BASE if device.is_cpu else CONTEXT)
     host_start = on_node * (start if device.is_cpu else max(taught, 4.0 * whole.parameters) + PROCESS)
-    fullest = max(on_node * (held - saved) + saved, host_start) if device.is_cpu else max(held, start)
+    fullest = max(on_node * (held - saved) + saving * saved, host_start) if device.is_cpu else max(held, start)
     fits = fullest <= device.memory * 0.95
     return Forecast(
         device=device.name, ranks=ranks, stage=config.zero.stage, parameters=whole.parameters, memory=memory, host=host,
@@ -225,7 +227,7 @@ def moments(config: LoopConfig) -> int:
 
 
 def saved_bytes(config: LoopConfig, trained: float, resting: float) -> float:
-    """Of a checkpoint, as rank 0 gathers it: everything in float32, and of what rests the weights alone."""
+    """Of a checkpoint: everything in float32, and of what rests the weights alone."""
     return (4 + moments(config) + (4 if config.ema else 0)) * trained + 4 * resting
 
 
@@ -233,7 +235,8 @@ def memory_of(
     config: LoopConfig, model: AnyModelConfig, spec: FeatureSpec, mine: Workload, device: Device, ranks: int,
     whole: Count,
 ) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
-    """(bytes of rank 0's device, bytes of the host for the ranks of its node), by part. The others hold no checkpoint."""
+    """(bytes of rank 0's device, bytes of the host for the ranks of its node), by part. The others hold no checkpoint, or
+    their own pieces of one."""
     stage, b, on_node = config.zero.stage, low_bytes(config), min(ranks, device.per_node)
     P, trained = whole.parameters, whole.trained
     part = trained / ranks if stage >= 1 else trained
@@ -250,8 +253,9 @@ def memory_of(
         "average": 4 * part if config.ema else 0.0,
         "activations": activation_bytes(config, model, spec, mine.shape, on_cpu=device.is_cpu),
     }
-    # every rank takes part in gathering a checkpoint, and rank 0 holds it while training goes on
-    saved = saved_bytes(config, trained, P - trained)
+    # who writes a checkpoint holds it while training goes on
+    sharded = is_sharded(config, ranks, saved_bytes(config, trained, 0))
+    saved = saved_bytes(config, trained / ranks if sharded else trained, P - trained)
     host = {"offloaded": (state + again if offloaded else 0.0) + (b * P / ranks if offloaded_weights else 0.0)}
     if device.is_cpu:
         memory["process"] = float(BASE)
@@ -263,7 +267,8 @@ def memory_of(
         memory["checkpoint"] = saved
         return memory, {}
     memory["runtime"] = CONTEXT
-    return memory, {"offloaded": host["offloaded"] * on_node, "checkpoint": saved, "process": PROCESS * on_node}
+    copies = saved + (on_node - 1) * saved_bytes(config, trained / ranks, 0) * sharded
+    return memory, {"offloaded": host["offloaded"] * on_node, "checkpoint": copies, "process": PROCESS * on_node}
 
 
 def teaching(

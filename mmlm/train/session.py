@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 
 from mmlm.data.collate import Batch
 from mmlm.data.loader import Loader
@@ -129,7 +128,7 @@ class Session:
         if found is None:
             return tensors, done
         kind = "ema" if self.config.ema and self.config.ema.use else "weight"
-        return found.tensors()[kind], found.step
+        return dict(found.tensors()[kind]) if self.world.is_main else {}, found.step
 
     # in every step
 
@@ -162,7 +161,7 @@ class Session:
             bad = f"the gradient's norm is {norm}"
         self.ledger.write(step, _ids(batches), bad)
         if bad:
-            ids = _gather(_ids(batches), self.world)
+            ids = [name for some in engine.gather(_ids(batches)) for name in some]
             figures = {key: value if math.isfinite(value) else str(value) for key, value in figures.items()}  # type: ignore[misc]
             self.guard.skip(step, bad, {**figures, "ids": ids, "mean": self.guard.mean})
             if self.world.is_main:
@@ -225,12 +224,3 @@ def sizes_of(model: torch.nn.Module) -> tuple[int, int]:
 
 def _ids(batches: list[Batch]) -> list[str]:
     return [name for batch in batches for name in batch.ids]
-
-
-def _gather(ids: list[str], world: World) -> list[str]:
-    """The ids of all ranks, in their order."""
-    if world.size == 1:
-        return ids
-    all_ids: list[list[str]] = [[] for _ in range(world.size)]
-    dist.all_gather_object(all_ids, ids)
-    return [name for some in all_ids for name in some]

@@ -53,7 +53,7 @@ class Share:
             buffer = torch.zeros(sum(sizes), dtype=flat.dtype, device=flat.device)
             for i, whole in zip(numbers, buffer.split(sizes), strict=True):
                 run = self.runs[i]
-                whole[run.there : run.there + run.elements] = flat.view(-1)[run.here : run.here + run.elements]
+                whole[run.there : run.there + run.elements] = self.run_of(flat, i)
             if self.spread:
                 _sum(buffer)
             for i, whole in zip(numbers, buffer.split(sizes), strict=True):
@@ -62,9 +62,12 @@ class Share:
     def put(self, flat: torch.Tensor, number: int, whole: torch.Tensor) -> None:
         """Write this rank's run of a `whole` parameter into `flat`."""
         run = self.runs[number]
-        flat.view(-1)[run.here : run.here + run.elements] = whole.reshape(-1)[run.there : run.there + run.elements].to(
-            flat
-        )
+        self.run_of(flat, number).copy_(whole.reshape(-1)[run.there : run.there + run.elements])
+
+    def run_of(self, flat: torch.Tensor, number: int) -> torch.Tensor:
+        """(elements,): this rank's run of a parameter in `flat`, which lies like the share."""
+        run = self.runs[number]
+        return flat.view(-1)[run.here : run.here + run.elements]
 
     def holds(self, number: int) -> bool:
         """Whether any of the parameter is in this rank's share."""

@@ -6,6 +6,7 @@ and do nothing at stage 0; so the tensors are looked up here, once, and shares.p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def scaler_state(optimizer: Any) -> dict[str, float]:
     return {f"scaler.{name}": float(getattr(scaler, name)) for name in SCALER} if scaler else {}
 
 
-def set_scaler_state(optimizer: Any, scalars: dict[str, float]) -> None:
+def set_scaler_state(optimizer: Any, scalars: Mapping[str, float]) -> None:
     scaler = _scaler(optimizer)
     if scaler:
         scaler.cur_scale = scalars["scaler.cur_scale"]

@@ -17,6 +17,7 @@ from mmlm.shards.faultpoints import VARIABLE
 from mmlm.storage import sha256_file
 from mmlm.train import checkpoint
 from mmlm.train.checkpoint import STATE, Policy
+from mmlm.train.saved_tensors import RANK, Piece
 from mmlm.train.weights import write_tensors
 from tests.faults.stage import Hold, wait_for
 
@@ -102,11 +103,11 @@ def test_these_are_all_boundaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert hold.arrivals() == 3 * BOUNDARIES + 4  # two for each that was dropped
 
 
-def kill_at(boundary: int, folder: Path, hold_folder: Path, step: int, keep: int = 3) -> None:
+def kill_at(boundary: int, folder: Path, hold_folder: Path, step: int, keep: int = 3, by_ranks: bool = False) -> None:
     """SIGKILL a process that saves when it comes to the `boundary`-th of its file boundaries."""
     hold = Hold(hold_folder, checkpoint.POINT, nth=boundary)
     child = multiprocessing.get_context("fork").Process(
-        target=_save_held, args=(hold.environment[VARIABLE], folder, step, keep)
+        target=_save_held, args=(hold.environment[VARIABLE], folder, step, keep, by_ranks)
     )
     child.start()
     wait_for("the save at its boundary", hold.pid, 30)
@@ -116,10 +117,118 @@ def kill_at(boundary: int, folder: Path, hold_folder: Path, step: int, keep: int
     assert child.exitcode == -signal.SIGKILL
 
 
-def _save_held(variable: str, folder: Path, step: int, keep: int) -> None:
+def _save_held(variable: str, folder: Path, step: int, keep: int, by_ranks: bool) -> None:
     os.environ[VARIABLE] = variable
     torch.set_num_threads(1)
-    save(folder, step, Policy(keep=keep))
+    if by_ranks:
+        save_by_ranks(folder, step)
+    else:
+        save(folder, step, Policy(keep=keep))
+
+
+RANKS = 3
+PIECES_BOUNDARIES = 1 + 2 * RANKS + 2
+"""Of a save by several ranks: before the first file, after each rank's file and word, after state.json, after the rename."""
+
+
+def pieces_of(rank: int, step: int) -> dict[str, dict[str, Piece]]:
+    """What one of the ranks holds when parameters are laid end to end and cut, so that some cut goes through one."""
+    made: dict[str, dict[str, Piece]] = {}
+    for kind, named in TENSORS.items():
+        ends, begin = sum(t.numel() for t in named.values()), 0
+        low, high = ends * rank // RANKS, ends * (rank + 1) // RANKS
+        for name, tensor in named.items():
+            a, b = (min(max(at - begin, 0), tensor.numel()) for at in (low, high))
+            if a < b or not tensor.numel():
+                shaped = (tensor + step).view(-1, 2)
+                made.setdefault(kind, {})[name] = Piece(a, shaped.shape, shaped.flatten()[a:b])
+            begin += tensor.numel()
+    return made
+
+
+def save_by_ranks(folder: Path, step: int) -> None:
+    temporary = checkpoint.begin(folder, step)
+    assert temporary is not None
+    for rank in reversed(range(RANKS)):
+        assert not checkpoint.have_written(temporary, RANKS)
+        checkpoint.save_pieces(temporary, rank, pieces_of(rank, step))
+        for missing in (RANK.format(rank), RANK.format(rank).replace(".safetensors", ".json")):
+            (temporary / missing).rename(temporary / "elsewhere")
+            assert not checkpoint.have_written(temporary, RANKS)
+            (temporary / "elsewhere").rename(temporary / missing)
+    assert checkpoint.have_written(temporary, RANKS)
+    checkpoint.commit(temporary, step, {"probe": step / 7}, KEEP)
+
+
+def test_what_ranks_wrote_in_pieces_is_read_whole_and_in_any_other_pieces(tmp_path: Path):
+    save(tmp_path / "full", 1)
+    save_by_ranks(tmp_path / "pieces", 1)
+    assert names(tmp_path / "pieces/step-00000001") == [*(RANK.format(rank) for rank in range(RANKS)), STATE]
+    for folder in (tmp_path / "full", tmp_path / "pieces"):
+        saved = checkpoint.newest(folder)
+        assert saved is not None
+        found = saved.tensors()
+        assert found.keys() == TENSORS.keys()
+        for kind, named in TENSORS.items():
+            assert found[kind].keys() == named.keys()
+            for name, tensor in named.items():
+                assert torch.equal(found[kind][name].flatten(), tensor + 1)
+                for first in range(tensor.numel()):
+                    for count in range(1, tensor.numel() - first + 1):
+                        run = found[kind].run(name, first, count)
+                        assert torch.equal(run, tensor[first : first + count] + 1), (name, first, count)
+
+
+def test_rows_that_are_read_of_a_whole_tensor_are_cut_where_they_must_be(tmp_path: Path):
+    tensors = {"cube": torch.randn(5, 3, 2), "one": torch.tensor(2.5), "row": torch.randn(7)}
+    checkpoint.save(tmp_path, 1, {"weight": tensors}, {"probe": 0.0}, KEEP)
+    found = checkpoint.read(tmp_path, 1).tensors()["weight"]
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor) and found[name].shape == tensor.shape
+        for first in range(tensor.numel()):
+            for count in range(1, tensor.numel() - first + 1):
+                assert torch.equal(found.run(name, first, count), tensor.flatten()[first : first + count])
+
+
+@pytest.mark.parametrize("boundary", range(1, PIECES_BOUNDARIES + 1))
+def test_ranks_killed_at_any_boundary_of_their_save_never_shadow_a_good_one(tmp_path: Path, boundary: int):
+    folder = tmp_path / "checkpoints"
+    save_by_ranks(folder, 1)
+    kill_at(boundary, folder, tmp_path / "hold", step=2, by_ranks=True)
+    saved = checkpoint.newest(folder)
+    assert saved is not None
+    assert saved.step == (2 if boundary == PIECES_BOUNDARIES else 1)
+    assert torch.equal(saved.tensors()["exp_avg"]["a.weight"].flatten(), TENSORS["exp_avg"]["a.weight"] + saved.step)
+    save_by_ranks(folder, 3)
+    assert names(folder) == [checkpoint.name_of(saved.step), "step-00000003"]
+
+
+@pytest.mark.parametrize("victim", ["missing", "flipped", "of another save"])
+def test_a_rank_whose_piece_is_damaged_costs_the_checkpoint_and_no_other(tmp_path: Path, victim: str):
+    save_by_ranks(tmp_path, 1)
+    save_by_ranks(tmp_path, 2)
+    path = tmp_path / "step-00000002" / RANK.format(1)
+    if victim == "missing":
+        path.unlink()
+    elif victim == "flipped":
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 8
+        path.write_bytes(data)
+    else:
+        path.write_bytes((tmp_path / "step-00000001" / RANK.format(1)).read_bytes())
+    said: list[str] = []
+    found = checkpoint.newest(tmp_path, said.append)
+    assert found is not None and found.step == 1 and "step-00000002 is damaged" in said[0]
+
+
+def test_pieces_that_do_not_make_a_whole_are_not_read_as_one(tmp_path: Path):
+    temporary = checkpoint.begin(tmp_path, 1)
+    assert temporary is not None
+    checkpoint.save_pieces(temporary, 0, pieces_of(0, 1))
+    checkpoint.commit(temporary, 1, {"probe": 0.0}, KEEP)
+    found = checkpoint.read(tmp_path, 1).tensors()["weight"]
+    with pytest.raises(ValueError, match=r"2 of 8 elements of b.norm are in its files"):
+        _ = found["b.norm"]
 
 
 @pytest.mark.parametrize("victim", ["weight.safetensors", "exp_avg.safetensors", "state.json", "missing", "cut"])

@@ -184,6 +184,17 @@ def test_one_rank_of_all_holds_the_checkpoint() -> None:
     assert two.host["ranks"] == pytest.approx(2 * two.held - 16 * two.parameters)
 
 
+def test_each_rank_holds_its_piece_of_a_sharded_checkpoint() -> None:
+    work = workload_of(collate([sample(i) for i in range(32)], SPEC), 8)
+    config = config_of(**BIG, checkpoint_format="sharded")
+    size = 12 * counted(config, config.model, SPEC).parameters
+    for ranks_, held in ((8, 1.0), (16, 0.5)):  # of two nodes the half on each
+        many = forecast(config, config.model, SPEC, work, DEVICES["h100"], ranks_)
+        assert many.host["checkpoint"] == pytest.approx(held * size)
+    two = forecast(config, config.model, SPEC, work, CPU, 2)
+    assert two.memory["checkpoint"] == size / 2 and two.host["ranks"] == pytest.approx(2 * two.held)
+
+
 def test_a_model_must_come_whole_to_its_device() -> None:
     """At every stage, so more GPUs do not help where the float32 weights are larger than one."""
     away = {"stage": 3, "offload_optimizer": True, "offload_parameters": True}

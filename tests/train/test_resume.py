@@ -45,7 +45,7 @@ def first(keypad_shards: Artifact, tmp_path_factory: pytest.TempPathFactory) -> 
 
 HOW = {
     "accumulate", "recompute", "recompute_granularity", "compile", "zero",
-    "save_every", "keep", "keep_every", "keep_best", "log_every",
+    "save_every", "keep", "keep_every", "keep_best", "checkpoint_format", "log_every",
 }  # fmt: skip
 WHAT = {
     "steps", "seed", "precision", "data", "optimizer", "lr_factors", "freeze", "schedule", "ema", "scaling", "loss",
@@ -56,7 +56,7 @@ WAYS: list[dict[str, Any]] = [
     {"zero": {"stage": 3, "offload_parameters": True}}, {"zero": {"stage": 1, "offload_optimizer": True}},
     {"accumulate": 4}, {"recompute": 1}, {"recompute_granularity": "selective"},
     {"compile": True}, {"save_every": 1}, {"keep": 5}, {"keep_every": 2},
-    {"log_every": 7},
+    {"log_every": 7}, {"checkpoint_format": "sharded"},
 ]  # fmt: skip
 
 
@@ -243,8 +243,9 @@ def test_without_checkpoints_it_begins_anew_whatever_was_skipped(
     assert "begun anew, without a checkpoint; the 2 steps that were skipped are tried again" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("form", ["full", "sharded"])
 def test_a_save_that_fails_ends_every_rank_and_leaves_the_checkpoint_before_it(
-    first: Artifact, keypad_shards: Artifact, tmp_path: Path
+    first: Artifact, keypad_shards: Artifact, tmp_path: Path, form: str
 ):
     """A disk without a free block, for checkpoints only: what else is written during training must not be what fails."""
     out = stopped(first, tmp_path / "model", 2)
@@ -253,18 +254,19 @@ def test_a_save_that_fails_ends_every_rank_and_leaves_the_checkpoint_before_it(
         (out / "checkpoints").symlink_to(disk / "checkpoints")
         fill_blocks(disk)
         with pytest.raises(LaunchError, match=r"(?i)disk is full|no space"):
-            run(keypad_shards, out, 2, save_every=1)
+            run(keypad_shards, out, 2, save_every=1, checkpoint_format=form)
         assert not (out / "artifact.json").exists() and checkpoint.steps(out / "checkpoints") == {2}
         make_room(disk)
-        assert run(keypad_shards, out, 2, save_every=1).digest == first.digest
+        assert run(keypad_shards, out, 2, save_every=1, checkpoint_format=form).digest == first.digest
         assert losses(out) == losses(first.path)
 
 
 @pytest.mark.slow
-def test_steps_go_on_while_a_checkpoint_is_written(keypad_shards: Artifact, tmp_path: Path):
+@pytest.mark.parametrize("form", ["full", "sharded"])
+def test_steps_go_on_while_a_checkpoint_is_written(keypad_shards: Artifact, tmp_path: Path, form: str):
     """Up to the next save, which waits; nothing is there under a good name until it is whole."""
     hold = Hold(tmp_path / "hold", checkpoint.POINT, 2)  # its first file is written
-    config = {**SMALL, "steps": 12, "save_every": 6}
+    config = {**SMALL, "steps": 12, "save_every": 6, "checkpoint_format": form}
     run = Training(keypad_shards, tmp_path / "model", 2, config, "", **hold.environment)
     run.until("a save that is held", hold.pid)
     run.until("the step before the next save", lambda: run.step() >= 11)
