@@ -37,11 +37,10 @@ class Model(NamedTuple):
     def batch(self, *, left: bool) -> Batch:
         return collate(self.samples, self.spec, pad_left=left, with_answer=False)
 
-    def says(self, given: dict[str, Any], **how: Any) -> torch.Tensor:
+    def says(self, given: dict[str, Any], **how: Any) -> Any:
         torch.manual_seed(0)
         ids = {"suppress_tokens": MARKS, "eos_token_id": EOS, "pad_token_id": PAD}
-        said: torch.Tensor = self.theirs.generate(**given, **{"max_new_tokens": MORE, **how}, **ids)
-        return said
+        return self.theirs.generate(**given, **{"max_new_tokens": MORE, **how}, **ids)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +56,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
         net = weights.build(parse(CONFIGS[kind], {**sizes, **KINDS[name]}, "test"), spec).eval()
         ends_somewhere(net, collate(samples, spec, pad_left=True, with_answer=False))
         settings = {"model": net.config.model_dump(mode="json"), "spec": spec.model_dump(mode="json")}
-        sizes = {"field_rows": len(field_rows(spec)), "vocab_size": spec.vocab_size}
-        theirs = MmlmForConditionalGeneration(MmlmConfig(**settings, **sizes))
+        rows, words = len(field_rows(spec)), spec.vocab_size
+        theirs = MmlmForConditionalGeneration(MmlmConfig(**settings, field_rows=rows, vocab_size=words))
         theirs.net.load_state_dict(net.state_dict())
         made[name] = Model(net, theirs.eval(), spec, samples)
     return made
