@@ -2,7 +2,8 @@
 
 A question is `{"text": str, "image": bytes | path, "audio": bytes | path, "fields": {name: number | category}}`, every key
 optional, `image` and `audio` also lists of such, with `generation` (GenerationConfig) for how it is to be worded, and with
-`adapter` for which one answers, or `none`, where the model has adapters; any other key is refused. An answer is
+`adapter` for which one answers, or `none`, where the model has adapters; or `{"messages": [...]}`, as a corpus of chats has
+them (asked_chat.py). Any other key is refused. An answer is
 `{"answer": str, "score": float, "label_scores": {label: float}}`, or `{"error": sentence}`; with `labels` where several
 may hold, and with `number` (which has no score: null) where one is asked for.
 """
@@ -26,11 +27,11 @@ from mmlm.features.sample import Sample
 from mmlm.features.spec import FeatureSpec, TaskSpec
 from mmlm.model import adapters
 from mmlm.model.generation_config import GenerationConfig
-from mmlm.publish import asked_encoders
+from mmlm.publish import asked_chat, asked_encoders
 from mmlm.publish.asked_fields import read_asked
 from mmlm.publish.asked_generation import read_generation
 from mmlm.publish.asked_keys import ASKED, check_keys
-from mmlm.publish.asked_media import all_bytes, listed, missing
+from mmlm.publish.asked_media import all_bytes, listed, message_media, missing
 
 MEDIA = {"image": "picture", "audio": "sound"}
 NO_ADAPTER = "none"
@@ -163,6 +164,9 @@ class Responder:
 
     def sample(self, row: Mapping[str, Any], paths: bool = True) -> Sample:
         """The question as features. Raises DataError with a sentence for the person who asked."""
+        if asked_chat.is_chat(row):
+            parts, said = asked_chat.read_messages(row, lambda kind, value: self._medium(kind, value, paths))
+            return self.encode(Record("question", tuple(parts), route(said, self.spec).name), _no_read)
         check_keys(row)
         parts = self._media(row, paths)
         text = row.get("text")
@@ -184,17 +188,27 @@ class Responder:
         for kind, word in MEDIA.items():
             if missing(value := row.get(kind)) or not (several := listed(value)):
                 continue
-            if getattr(self.spec, kind) is None:
-                raise DataError(f"this model takes no {word}s", cure=f"ask without {kind}")
-            if self.spec.encoder("image" if kind == "image" else "audio") and kind not in self._encoders:
-                raise DataError(
-                    f"this model reads what a pretrained encoder makes of a {word}, and it is not known where that lies",
-                    cure=f"ask without {kind}, or start with --encoder {kind}=FOLDER (or {asked_encoders.PLACES})",
-                )
+            self._require(kind)
             parts += [Part(kind, data=data) for data in all_bytes(several, word, paths, self.spec.max_len)]
         if not missing(fields := row.get("fields")):
             parts.append(Part("fields", fields=read_asked(fields, self.spec.fields)))
         return parts
+
+    def _medium(self, kind: str, value: Any, paths: bool) -> Part:
+        """A picture or sound in a message."""
+        self._require(kind)
+        return Part(kind, data=message_media(value, MEDIA[kind], paths))
+
+    def _require(self, kind: str) -> None:
+        """Raises DataError where this model does not read pictures or sounds."""
+        word = MEDIA.get(kind, kind)
+        if kind not in MEDIA or getattr(self.spec, kind) is None:
+            raise DataError(f"this model takes no {word}s", cure=f"ask without {kind}")
+        if self.spec.encoder("image" if kind == "image" else "audio") and kind not in self._encoders:
+            raise DataError(
+                f"this model reads what a pretrained encoder makes of a {word}, and it is not known where that lies",
+                cure=f"ask without {kind}, or start with --encoder {kind}=FOLDER (or {asked_encoders.PLACES})",
+            )
 
     def encode(self, record: Record, read: Callable[[Part], bytes]) -> Sample:
         """A record as this model's features, without its answer. Raises SampleError."""

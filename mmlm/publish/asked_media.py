@@ -51,6 +51,16 @@ def all_bytes(values: Sequence[Any], word: str, paths: bool, most: int) -> list[
     return found
 
 
+def message_media(value: Any, word: str, paths: bool) -> bytes:
+    """The bytes of a picture or sound in a message, where it may also be `{"url"}`, `{"path"}` or `{"data": base64}`."""
+    if isinstance(value, dict):
+        name = next((key for key in ("data", "bytes", "url", "path", "uri") if value.get(key)), None)
+        if name is None:
+            raise DataError(f"no {word} in {sorted(map(str, value))[:8]}", wanted="`url`, `path` or `data`")
+        return media_bytes(value[name], word, paths and name != "data")
+    return media_bytes(value, word, paths)
+
+
 def media_bytes(value: Any, word: str, paths: bool) -> bytes:
     """The bytes of a picture or sound that came as bytes, as a `data:` URI, as a path (if allowed), else as base64."""
     if isinstance(value, (bytes, bytearray, memoryview)):
