@@ -58,8 +58,7 @@ def _add_explain(commands: Any, command: Command) -> None:
     )
     why.add_argument("--model", required=True, metavar="URI", help="models:/NAME@champion, or a folder")
     why.add_argument("--text", help="the question")
-    why.add_argument("--image", metavar="FILE")
-    why.add_argument("--audio", metavar="FILE")
+    _media_flags(why)
     why.add_argument("--fields", metavar="JSON", help='named numbers and categories: {"age": 50}')
     _encoder_flag(why)
     why.add_argument("--label", metavar="CLASS", help="explain this class instead of what is answered")
@@ -105,12 +104,17 @@ def _asked(command: argparse.ArgumentParser) -> None:
     """The flags of what a model is asked about."""
     command.add_argument("--model", required=True, metavar="URI", help="models:/NAME@champion, or a folder")
     command.add_argument("--text", help="the question")
-    command.add_argument("--image", metavar="FILE")
-    command.add_argument("--audio", metavar="FILE")
+    _media_flags(command)
     command.add_argument("--fields", metavar="JSON", help='named numbers and categories: {"age": 50}')
     _encoder_flag(command)
     command.add_argument("--input", type=Path, metavar="FILE.jsonl", help="one {text, image, audio, fields} a line")
     command.add_argument("--tracking-uri", metavar="URI")
+
+
+def _media_flags(command: argparse.ArgumentParser) -> None:
+    for kind, word in (("image", "picture"), ("audio", "sound")):
+        several = f"a {word}; given several times, all of them in this order"
+        command.add_argument(f"--{kind}", action="append", metavar="FILE", help=several)
 
 
 def _encoder_flag(command: argparse.ArgumentParser) -> None:

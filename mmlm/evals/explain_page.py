@@ -160,7 +160,8 @@ def write(explained: Explanation, question: Mapping[str, Any], folder: Path) -> 
 
 
 def _asked(question: Mapping[str, Any]) -> list[str]:
-    return [f"{key}: {value if isinstance(value, str) else 'given'}" for key, value in question.items()]
+    several = {key: value if isinstance(value, list) else [value] for key, value in question.items()}
+    return [f"{key}: {one if isinstance(one, str) else 'given'}" for key, values in several.items() for one in values]
 
 
 def _said(parts: list[TextPart], unit: str) -> str:

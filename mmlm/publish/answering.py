@@ -1,19 +1,16 @@
 """Responder: answers questions of text, picture and sound; one for the command line, the server and the bundle.
 
 A question is `{"text": str, "image": bytes | path, "audio": bytes | path, "fields": {name: number | category}}`, every key
-optional, with `generation` (GenerationConfig) for how it is to be worded, and with `adapter` for which one answers, or
-`none`, where the model has adapters; any other key is refused. An answer is
+optional, `image` and `audio` also lists of such, with `generation` (GenerationConfig) for how it is to be worded, and with
+`adapter` for which one answers, or `none`, where the model has adapters; or `{"messages": [...]}`, as a corpus of chats has
+them (asked_chat.py). Any other key is refused. An answer is
 `{"answer": str, "score": float, "label_scores": {label: float}}`, or `{"error": sentence}`; with `labels` where several
 may hold, and with `number` (which has no score: null) where one is asked for.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import math
 import os
-import re
 import threading
 import unicodedata
 from collections import Counter
@@ -30,18 +27,17 @@ from mmlm.features.sample import Sample
 from mmlm.features.spec import FeatureSpec, TaskSpec
 from mmlm.model import adapters
 from mmlm.model.generation_config import GenerationConfig
-from mmlm.publish import asked_encoders
+from mmlm.publish import asked_chat, asked_encoders
 from mmlm.publish.asked_fields import read_asked
 from mmlm.publish.asked_generation import read_generation
 from mmlm.publish.asked_keys import ASKED, check_keys
-from mmlm.storage import is_remote, read_uri
+from mmlm.publish.asked_media import all_bytes, listed, message_media, missing
 
 MEDIA = {"image": "picture", "audio": "sound"}
 NO_ADAPTER = "none"
 """The adapter to ask for where none is wanted: the base answers."""
 CHUNK = 256
 """Questions whose media are held in memory at once."""
-_DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[^;,]*)*;base64,", re.I)
 
 
 class Responder:
@@ -168,6 +164,9 @@ class Responder:
 
     def sample(self, row: Mapping[str, Any], paths: bool = True) -> Sample:
         """The question as features. Raises DataError with a sentence for the person who asked."""
+        if asked_chat.is_chat(row):
+            parts, said = asked_chat.read_messages(row, lambda kind, value: self._medium(kind, value, paths))
+            return self.encode(Record("question", tuple(parts), route(said, self.spec).name), _no_read)
         check_keys(row)
         parts = self._media(row, paths)
         text = row.get("text")
@@ -187,19 +186,29 @@ class Responder:
     def _media(self, row: Mapping[str, Any], paths: bool) -> list[Part]:
         parts = []
         for kind, word in MEDIA.items():
-            if missing(value := row.get(kind)):
+            if missing(value := row.get(kind)) or not (several := listed(value)):
                 continue
-            if getattr(self.spec, kind) is None:
-                raise DataError(f"this model takes no {word}s", cure=f"ask without {kind}")
-            if self.spec.encoder("image" if kind == "image" else "audio") and kind not in self._encoders:
-                raise DataError(
-                    f"this model reads what a pretrained encoder makes of a {word}, and it is not known where that lies",
-                    cure=f"ask without {kind}, or start with --encoder {kind}=FOLDER (or {asked_encoders.PLACES})",
-                )
-            parts.append(Part(kind, data=media_bytes(value, word, paths)))
+            self._require(kind)
+            parts += [Part(kind, data=data) for data in all_bytes(several, word, paths, self.spec.max_len)]
         if not missing(fields := row.get("fields")):
             parts.append(Part("fields", fields=read_asked(fields, self.spec.fields)))
         return parts
+
+    def _medium(self, kind: str, value: Any, paths: bool) -> Part:
+        """A picture or sound in a message."""
+        self._require(kind)
+        return Part(kind, data=message_media(value, MEDIA[kind], paths))
+
+    def _require(self, kind: str) -> None:
+        """Raises DataError where this model does not read pictures or sounds."""
+        word = MEDIA.get(kind, kind)
+        if kind not in MEDIA or getattr(self.spec, kind) is None:
+            raise DataError(f"this model takes no {word}s", cure=f"ask without {kind}")
+        if self.spec.encoder("image" if kind == "image" else "audio") and kind not in self._encoders:
+            raise DataError(
+                f"this model reads what a pretrained encoder makes of a {word}, and it is not known where that lies",
+                cure=f"ask without {kind}, or start with --encoder {kind}=FOLDER (or {asked_encoders.PLACES})",
+            )
 
     def encode(self, record: Record, read: Callable[[Part], bytes]) -> Sample:
         """A record as this model's features, without its answer. Raises SampleError."""
@@ -225,45 +234,6 @@ def _told(answer: Answer) -> dict[str, Any]:
     if answer.number is not None:
         told["number"] = answer.number
     return told
-
-
-def missing(value: Any) -> bool:
-    """Whether a cell holds nothing: None, NaN, pandas' NA, an empty text, no bytes or no fields."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return True
-    if isinstance(value, (str, bytes, bytearray, dict)):
-        return len(value) == 0
-    return type(value).__name__ in ("NAType", "NaTType")
-
-
-def media_bytes(value: Any, word: str, paths: bool) -> bytes:
-    """The bytes of a picture or sound that came as bytes, as a `data:` URI, as a path (if allowed), else as base64."""
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return bytes(value)
-    if isinstance(value, Path):
-        value = str(value)
-    if not isinstance(value, str):
-        raise DataError(f"the {word} is a {type(value).__name__}", wanted="bytes, or a path" if paths else "base64")
-    found = _DATA_URI.match(value[:200])
-    if found:
-        return _base64(value[found.end() :], word)
-    if not paths:
-        return _base64(value, word)
-    # the person's own path: `..` is meant, unlike in a corpus
-    return read_uri(value if is_remote(value) else os.path.abspath(value.removeprefix("file://")))
-
-
-def _base64(text: str, word: str) -> bytes:
-    try:
-        data = base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):
-        raise DataError(
-            f"the {word} is not base64 ({text[:40]!r})",
-            cure="send the file's bytes in base64; a path is not opened here",
-        ) from None
-    if not data:
-        raise DataError(f"the {word} is empty", wanted="the bytes of a file in base64")
-    return data
 
 
 def _no_read(part: Part) -> bytes:

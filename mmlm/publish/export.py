@@ -134,7 +134,7 @@ def _hf(source: Source, folder: Path, dtype: torch.dtype, max_file: int) -> Expo
         "id2label": dict(enumerate(_columns(source.spec))),
         "vocab_size": source.spec.vocab_size,
         "tie_word_embeddings": False,
-        "use_cache": False,
+        "use_cache": source.model.generates,
         "bos_token_id": BOS,
         "eos_token_id": EOS,
         "pad_token_id": PAD,
@@ -143,7 +143,7 @@ def _hf(source: Source, folder: Path, dtype: torch.dtype, max_file: int) -> Expo
     write_json(folder / "config.json", settings)
     ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     marks = [i for i in range(len(SPECIAL_TOKENS)) if i != EOS]  # which an answer never holds here either
-    told = {**ids, "do_sample": False, "use_cache": False, "suppress_tokens": marks}
+    told = {**ids, "do_sample": False, "use_cache": source.model.generates, "suppress_tokens": marks}
     write_json(folder / "generation_config.json", told)
     tensors = {f"net.{name}": t.to(dtype) for name, t in source.model.state_dict().items()}
     _write_weights(tensors, folder, max_file)

@@ -1,7 +1,8 @@
 """The model as MLflow loads it (models-from-code): a table with text, image, audio, fields in, a table of answers out.
 
 Runs where `mmlm` is not installed: the bundle carries the modules that it needs. Media are bytes; in process also a
-path; fields are a mapping or its JSON. Under MLflow's scoring server a text is base64 and no path is ever opened.
+path; several pictures or sounds a list; fields are a mapping or its JSON. Under MLflow's scoring server a text is base64 and
+no path is ever opened.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import pandas as pd
 from mlflow.pyfunc import PythonModel
 
 import mmlm
-from mmlm.publish.answering import Responder, missing
+from mmlm.publish.answering import Responder
+from mmlm.publish.asked_media import missing
 
 COLUMNS = ("text", "image", "audio", "fields", "adapter")
 """Of the table that are read."""

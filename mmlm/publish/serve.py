@@ -1,7 +1,7 @@
 """Verb serve: one model behind HTTP. `GET /health`, `POST /predict` with {text, image, audio, fields}, `POST /embed` with the
 same for models that make embeddings, and a page at `GET /`.
 
-Media come as base64 (a `data:` URI is fine), never as a path. What is wrong with a request is said in JSON:
+Media come as base64 (a `data:` URI is fine) or as a list of such, never as a path. What is wrong with a request is said in JSON:
 `{"error": sentence}` with a 4xx status. `generation` says how the answer is worded; with `"stream": true` it comes as
 server-sent events, `{"piece": text}` as soon as it is certain, and in the end the same JSON as without.
 """
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mmlm.publish.answering import Responder
 
 KEYS = (*ANSWERED, "stream")
+MEDIA = ("image", "audio")
 MAX_BODY = 32 << 20
 """A request body larger than this, bytes, is refused while it arrives."""
 PAGE = Path(__file__).with_name("page.html")
@@ -247,7 +248,11 @@ def parse(body: bytes, content_type: str, keys: Sequence[str] = KEYS) -> dict[st
         elif key == "stream":
             if value is not None and not isinstance(value, bool):
                 raise RequestError(422, f"`stream` must be true or false, not {type(value).__name__}")
-        elif value is not None and not isinstance(value, str):
-            wanted = "a text" if key in ("text", "adapter") else "base64 text"
+        elif value is not None and not isinstance(value, str) and not (key in MEDIA and _texts(value)):
+            wanted = "base64 text, or a list of such" if key in MEDIA else "a text"
             raise RequestError(422, f"`{key}` must be {wanted}, not {type(value).__name__}")
     return question
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)

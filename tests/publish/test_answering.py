@@ -12,7 +12,8 @@ from fastapi.testclient import TestClient
 
 from mmlm.cli import main
 from mmlm.errors import ArtifactError
-from mmlm.publish.answering import Responder, media_bytes, missing, route
+from mmlm.publish.answering import Responder, route
+from mmlm.publish.asked_media import media_bytes, missing
 from mmlm.publish.serve import application
 
 if TYPE_CHECKING:

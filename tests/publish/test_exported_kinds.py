@@ -88,6 +88,7 @@ for name, asked in torch.load("asked.pt").items():
     with torch.no_grad():
         made = net(**asked["inputs"])
         found[name] = {"class": type(net).__name__, "names": net.config.id2label, **made}
+        found[name]["cache"] = type(found[name].pop("past_key_values", None)).__name__
         if made.embeddings is not None:
             found[name]["vectors"] = net.get_embeddings(**asked["things"])
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -95,6 +96,9 @@ for name, asked in torch.load("asked.pt").items():
             found[name]["bird"] = net.get_embeddings(**text)[0]
         if hasattr(net, "generate"):
             found[name]["said"] = net.generate(**asked["inputs"], max_new_tokens=6)
+            found[name]["slowly"] = net.generate(**asked["inputs"], max_new_tokens=6, use_cache=False)
+            beams = {**asked["inputs"], "max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2}
+            found[name]["beams"] = [net.generate(**beams, use_cache=cached) for cached in (True, False)]
 torch.save(found, "found.pt")
 """
 
@@ -229,6 +233,7 @@ def test_classes_and_vectors_are_those_of_the_model(name: str, known: Any):
         assert found["vectors"][0].norm().item() == pytest.approx(1)
     if name in SILENT:
         assert found["class"] == "MmlmForSequenceClassification" and "said" not in found
+        assert found["cache"] == "NoneType"
         assert torch.equal(found["logits"], found["label_logits"])
         assert found["names"] == {0: "kind: a", 1: "kind: b", 2: "kind: c", 3: "age"}
 
@@ -245,6 +250,8 @@ def test_words_are_those_of_the_model_token_by_token(name: str, known: Any):
     (net, _, _, prompts, _), found = known
     ids = generate(net, prompts, limit=LIMIT).ids
     assert len({len(answer) for answer in ids}) > 1
+    assert found["cache"] == "MmlmCache" and torch.equal(found["said"], found["slowly"])
+    assert torch.equal(*found["beams"]) and len(found["beams"][0]) == 2 * len(ids)
     said = found["said"][:, prompts.tokens_BT.shape[1] :].tolist()
     for answer, theirs in zip(ids, said, strict=True):
         whole = answer if len(answer) == LIMIT else [*answer, EOS]

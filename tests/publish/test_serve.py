@@ -108,7 +108,9 @@ def test_what_it_says_about_itself(server: str) -> None:
         (b'{"text": "?", "image": "file:///etc/hostname"}', 422, "base64"),
         (b'{"text": "?", "image": "bm8gcGljdHVyZQ=="}', 422, ""),
         (b'{"text": "?", "audio": "bm8gc291bmQ="}', 422, ""),
-        (b'{"text": "?", "audio": ["a"]}', 422, "base64 text"),
+        (b'{"text": "?", "audio": {"a": "b"}}', 422, "base64 text, or a list of such, not dict"),
+        (b'{"text": "?", "audio": [["a"]]}', 422, "base64 text, or a list of such, not list"),
+        (b'{"text": "?", "audio": ["bm8gc291bmQ=", "a"]}', 422, "the sound 2 of 2 is not base64"),
         (json.dumps({"text": "x" * 10_000}).encode(), 422, "tokens"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,15 @@ def _record(
     return record, cut
 
 
+def asked(line: dict[str, Any], make: Callable[[str, Any], Part]) -> list[Part]:
+    """The parts of a line that is to be answered, not learnt from: what its last message asks, and all before. An answer at its
+    end is left out. `make` gives the part of a medium from what stands for it. Raises RefuseError."""
+    turns = list(_turns(line))
+    if turns[-1][0] == "assistant":
+        turns.pop()
+    return _Media("", "", line, [content for _, content in turns], make=make).parts(turns) if turns else []
+
+
 def _named(source: ChatSource, line: dict[str, Any], given: str, repeats: dict[int, int]) -> tuple[str, str]:
     """(id, group) of a line: what it gives, else its hash, with a number after it where the same line was there before."""
     group = as_text(line.get("group")) or given
@@ -173,6 +182,8 @@ class _Media:
     line: dict[str, Any]
     contents: list[Any]
     lists: dict[str, list[Any]] = field(default_factory=dict)
+    make: Callable[[str, Any], Part] | None = None
+    """What makes a part of a medium; absent: the URI or the bytes in the corpus."""
 
     def __post_init__(self) -> None:
         for kind, names in _LISTS.items():
@@ -249,7 +260,7 @@ class _Media:
             yield self.take(modality) if value is None else self.part(modality, value)
 
     def part(self, kind: str, value: Any) -> Part:
-        return media_part(kind, value, self.root, self.data)
+        return self.make(kind, value) if self.make else media_part(kind, value, self.root, self.data)
 
     def take(self, kind: str) -> Part:
         if not self.lists.get(kind):
