@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmlm import world
 from mmlm.errors import Interrupted, LaunchError
-from mmlm.launch.rank import die_with_parent, leave_group, resolve
+from mmlm.launch.rank import call, die_with_parent, leave_group
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -43,12 +43,12 @@ def lead(work: Callable[[], int], guard: Callable[[Callable[[], int]], int] | No
     with _on_stop(_interrupt if here.is_main else _end_soon):
         if here.size == 1:
             return work()
-        if not here.is_main:
-            return guard(_follow) if guard else _follow()
-        return _lead(work, here.size)
+        part = functools.partial(_lead, work, here.size) if here.is_main else _follow
+        return guard(part) if guard else part()
 
 
 def _lead(work: Callable[[], int], size: int) -> int:
+    _require_new_store(size)
     code = 1
     try:
         code = work()
@@ -94,6 +94,7 @@ def _say(word: dict[str, Any]) -> None:
 
 
 def _follow() -> int:
+    _require_new_store(world.from_environment().size)
     heard = 0
     while True:
         word = _hear(_key(heard))
@@ -103,7 +104,7 @@ def _follow() -> int:
             leave_group()
             return int(word["done"])
         try:
-            resolve(word["target"])(**word["args"])
+            call(word["target"], word["args"])
         except Interrupted as stopped:  # on all ranks: rank 0 has its run to end yet
             print(f"rank {world.from_environment().rank}: {stopped}", file=sys.stderr, flush=True)
             _end_soon()
@@ -132,7 +133,24 @@ def _heard() -> str:
 
 
 def _key(number: int) -> str:
-    return f"mmlm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{number}"
+    """A store that outlives the ranks keeps the words of their last attempt, too; agents of several nodes do not count them
+    alike."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _outlives() else "0"
+    return f"mmlm/{attempt}/{number}"
+
+
+def _outlives() -> bool:
+    """Whether the store is that of torchrun's agent."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _require_new_store(size: int) -> None:
+    """Raise LaunchError where ranks of several nodes were started again with the store of their last attempt."""
+    if _outlives() and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and _store().add("mmlm/starts", 1) > size:
+        raise LaunchError(
+            "torchrun started the ranks of several nodes again, with a store that their last attempt used",
+            wanted="a store for each attempt", cure="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node",
+        )  # fmt: skip
 
 
 @functools.cache
@@ -142,6 +160,6 @@ def _store() -> TCPStore:
     here = world.from_environment()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     wait = datetime.timedelta(days=7)  # rank 0 may scan and shard for long before it trains
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if _outlives():
         return TCPStore(address, port, None, False, wait)
     return TCPStore(address, port + 1, None, here.is_main, wait, wait_for_workers=False)

@@ -120,7 +120,7 @@ class InProcess:
 
     def __call__(self, target: str, args: dict[str, Any], *, log: Path) -> None:
         self.announce(target, args)
-        rank_process.resolve(target)(**args)
+        rank_process.call(target, args)
 
 
 @dataclass(frozen=True)

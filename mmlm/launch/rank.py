@@ -44,6 +44,32 @@ def resolve(target: str) -> Callable[..., Any]:
     return function
 
 
+LOST = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "remote process exited",
+    "NCCL communicator was aborted",
+)
+"""What gloo and NCCL say when the process at the other end is gone."""
+
+
+def call(target: str, args: dict[str, Any]) -> None:
+    """`target` with `args` in this process, one of several whose launcher is not ours. Raises WorkLost when another one is
+    gone, which is that one's fault."""
+    from mmlm.errors import WorkLost
+
+    try:
+        resolve(target)(**args)
+    except RuntimeError as error:
+        words = str(error)
+        if not (("gloo" in words or "NCCL" in words or "nccl" in words) and any(said in words for said in LOST)):
+            raise
+        cure = "see what that one said; the same command goes on from the last checkpoint"
+        raise WorkLost("the connection to another rank is lost", cure=cure) from error
+
+
 def rebuild(said: dict[str, Any]) -> Exception:
     """The inverse of `describe`: the same class of MmlmError with the same words (its nearest one where it is gone)."""
     from mmlm.errors import LaunchError, MmlmError

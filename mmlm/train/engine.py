@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mmlm.errors import ConfigError, DataError, LaunchError
+from mmlm.errors import ConfigError, DataError
 from mmlm.heap import ALL, keep_freed_memory
 from mmlm.train import zero
 from mmlm.train.config import LoopConfig
@@ -72,11 +72,6 @@ def _store_of_attempt(world: World) -> dist.Store | None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:  # whose agents do not count the attempts alike
-        raise LaunchError(
-            "torchrun started the ranks of several nodes again, with a store that their last attempt used",
-            wanted="a store for each attempt", cure="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node",
-        )  # fmt: skip
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*where, world.size, is_master=False, timeout=dist.default_pg_timeout)
     return dist.PrefixStore(f"mmlm/attempt-{attempt}", store)

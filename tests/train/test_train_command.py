@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -31,8 +32,8 @@ SETS += ["model.width=32", "model.layers=1", "model.heads=2"]
 class Command:
     """The verb `train` of the story demo in a process of its own, on the shards that lie in `out`."""
 
-    def __init__(self, out: Path, *flags: str, agent: tuple[str, ...] | None = None) -> None:
-        """`agent`: flags of torchrun, which starts two ranks; None: the command without torchrun."""
+    def __init__(self, out: Path, *flags: str, agent: tuple[str, ...] | None = None, **env: str) -> None:
+        """`agent`: flags of torchrun, which starts two ranks unless they say otherwise; None: the command without torchrun."""
         self.mark, self.said = uuid.uuid4().hex, out.parent / f"said-{uuid.uuid4().hex}.txt"
         start = [sys.executable, "jobs/train.py"]
         if agent is not None:
@@ -57,7 +58,7 @@ class Command:
             *sets,
             *flags,
         ]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: self.mark}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: self.mark, **env}
         with self.said.open("wb") as file:
             self.process = subprocess.Popen(
                 command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
@@ -137,6 +138,68 @@ def test_a_rank_that_is_killed_costs_no_more_than_what_was_not_saved(
     assert "train: going on from step " in run.words()
     assert losses(out / "model") == losses(whole.path)
     assert artifacts.read(out / "model").digest == whole.digest
+
+
+class Nodes:
+    """Two torchruns, each with one rank, that find each other as those of two nodes do."""
+
+    def __init__(self, out: Path, **env: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        agent: tuple[str, ...] = (
+            "--nproc-per-node",
+            "1",
+            "--nnodes",
+            "2",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-id",
+            "nodes",
+        )
+        agent += ("--rdzv-endpoint", f"127.0.0.1:{port}", "--max-restarts", "2")
+        self.runs = [Command(out, agent=agent, **env) for _ in range(2)]
+
+    def words(self) -> str:
+        return "".join(run.words() for run in self.runs)
+
+    def kill(self, number: int) -> None:
+        """The process of a rank, on whichever node it is."""
+        for run in self.runs:
+            with contextlib.suppress(AssertionError):
+                return os.kill(run.rank(number), signal.SIGKILL)
+        raise AssertionError(self.words())
+
+    def end(self) -> list[int]:
+        return [run.end() for run in self.runs]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_ranks_of_two_nodes_are_started_again_and_go_on(
+    whole: Artifact, keypad_shards: Artifact, tmp_path: Path, victim: int
+):
+    """The agents count their attempts each for itself; who survived says that the other was lost, not that it is wrong."""
+    out = placed(keypad_shards, tmp_path / "out")
+    nodes = Nodes(out, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    wait_for("a checkpoint", lambda: saved(out / "model"), 200, nodes.words)
+    nodes.kill(victim)
+    assert nodes.end() == [0, 0], nodes.words()
+    assert "train: going on from step " in nodes.words() and "a fault of ours" not in nodes.words()
+    assert losses(out / "model") == losses(whole.path) and artifacts.read(out / "model").digest == whole.digest
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ranks_that_meet_at_a_used_store_say_what_helps(keypad_shards: Artifact, tmp_path: Path):
+    out = placed(keypad_shards, tmp_path / "out")
+    nodes = Nodes(out)
+    wait_for("a checkpoint", lambda: saved(out / "model"), 200, nodes.words)
+    nodes.kill(1)
+    assert nodes.end() == [1, 1], nodes.words()
+    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node" in nodes.words()
+    assert "a fault of ours" not in nodes.words() and checkpoint.newest(out / "model" / "checkpoints") is not None
 
 
 def refused(run: Command) -> str:
