@@ -63,6 +63,22 @@ def test_four_micro_batches_equal_one(two_ranks: Artifact, keypad_shards: Artifa
     assert losses(cut.path) == pytest.approx(losses(two_ranks.path), rel=2**-8)
 
 
+@pytest.mark.slow  # compilation on each rank
+@pytest.mark.timeout(900)
+def test_compiled_blocks_train_as_others_do(two_ranks: Artifact, keypad_shards: Artifact, tmp_path: Path):
+    """In bf16 under the engine: rounding falls elsewhere where operations become one, no more."""
+    compiled = run(keypad_shards, tmp_path / "model", 2, compile=True)
+    assert losses(compiled.path) == pytest.approx(losses(two_ranks.path), rel=2**-7)
+    norms = [
+        [
+            json.loads(line)["metrics"].get("gradient_norm", 0.0)
+            for line in (path / "metrics.jsonl").read_text().splitlines()
+        ]
+        for path in (compiled.path, two_ranks.path)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
 def test_a_batch_of_fewer_records_than_micro_batches_is_refused(keypad_shards: Artifact):
     loader = Loader(keypad_shards.path, DataConfig(batch=6), 0, World(0, 2))
     assert [len(b.tokens_BT) for b in loader.batches(0, 3)] == [1, 1, 1]
