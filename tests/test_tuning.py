@@ -131,21 +131,40 @@ pathlib.Path(sys.argv[1] + ".done").write_text("")
 """
 
 
-def test_who_did_all_steps_is_finished_however_bad_it_is(tmp_path: Path) -> None:
+STEADY = """
+import json, os, pathlib, signal, sys, time
+def stop(*_):
+    pathlib.Path(sys.argv[1] + ".stopped").write_text(str(os.getpid()))
+    sys.exit(4)
+signal.signal(signal.SIGTERM, stop)
+for step in range(1, 11):
+    row = {"step": step, "time": step, "metrics": {"loss": float(sys.argv[2])}}
+    print(json.dumps(row), file=open(sys.argv[1], "a"), flush=True)
+    time.sleep(float(sys.argv[3]))
+pathlib.Path(sys.argv[1] + ".done").write_text("")
+"""
+
+
+def test_a_bad_trial_is_stopped_and_who_did_all_steps_is_finished_however_bad_it_is(tmp_path: Path) -> None:
     objective = ray_tune.Objective("loss", "min", mean_of=1, steps=10, grace=1, reduction=3)
+    commands = [[LATE, "0"], [LATE, "1"], [STEADY, "0", "0"], [STEADY, "5", "3"]]
     plans = [
         ray_tune.TrialPlan(
-            n, [sys.executable, "-c", LATE, f"{tmp_path}/{n}", str(n)], {},
+            n, [sys.executable, "-c", command, f"{tmp_path}/{n}", *words], {},
             rows=f"{tmp_path}/{n}", done=f"{tmp_path}/{n}.done", log=f"{tmp_path}/log", steps=10,
         )
-        for n in range(2)
+        for n, (command, *words) in enumerate(commands)
     ]  # fmt: skip
     with tuning._session(tuning.Where(tmp_path, "", parallel=1)):
         outcomes = ray_tune.search(plans, objective, parallel=1, ranks=1, gpu=False, storage=tmp_path / "ray")
-    assert [(o.number, o.value, o.step, o.finished, o.error) for o in outcomes] == [
-        (0, 0.0, 10, True, ""), (1, 1.0, 10, True, ""),
+    *finished, bad = outcomes
+    assert [(o.number, o.value, o.step, o.finished, o.error) for o in finished] == [
+        (0, 0.0, 10, True, ""), (1, 1.0, 10, True, ""), (2, 0.0, 10, True, ""),
     ]  # fmt: skip
-    assert all(Path(plan.done).exists() for plan in plans)
+    assert (bad.number, bad.value, bad.finished, bad.error) == (3, 5.0, False, "") and 1 <= bad.step < 10
+    assert [Path(plan.done).exists() for plan in plans] == [True, True, True, False]
+    pid = int((tmp_path / "3.stopped").read_text())  # it was asked, and had time to save
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_a_metric_that_training_will_not_write_is_refused_before_the_first_trial(
@@ -261,21 +280,22 @@ def test_a_search_stops_bad_trials_reports_failed_ones_and_goes_on(
     monkeypatch.setenv(MARK, "a-search")
     out, uri = tmp_path / "out", f"sqlite:///{tmp_path}/mlflow.db"
     shutil.copytree(keypad_shards.path, out / "shards")
-    sets = ["steps=80", "log_every=4", "data.batch=16", "model.width=32", "model.layers=1", "precision=fp32"]
+    sets = ["steps=240", "log_every=4", "data.batch=16", "model.width=32", "model.layers=1", "precision=fp32"]
     command = ["tune", "demo", "--out", str(out), "--tracking-uri", uri, "--trials", "6", "--parallel", "2", "--json"]
     command += [word for change in sets for word in ("--set", f"train.{change}")]
-    command += ["--search", "train.optimizer.lr=[1e-7, 3e-3, 1e30]", "--search", "train.model.heads=[4, 3]"]
+    command += ["--search", "train.optimizer.lr=[3e-3, 1e30, 1e-7]", "--search", "train.model.heads=[4, 3]"]
     assert main(command) == 0
     assert all(
         "mlflow.db" not in path.read_text() for path in (out / "search").rglob("*.json")
     )  # it may hold a password
     found = json.loads(capsys.readouterr().out)
     trials = {(t["settings"]["train.optimizer.lr"], t["settings"]["train.model.heads"]): t for t in found["trials"]}
-    assert trials[3e-3, 4]["state"] == "finished" and trials[3e-3, 4]["step"] == 80
+    assert trials[3e-3, 4]["state"] == "finished" and trials[3e-3, 4]["step"] == 240
     assert found["best"] == trials[3e-3, 4]["trial"]
     assert "even multiple of heads" in trials[3e-3, 3]["error"]  # settings that are none
     assert trials[1e30, 4]["state"] == "failed" and "the loss is" in trials[1e30, 4]["error"]
-    assert trials[1e-7, 4]["state"] in ("stopped", "finished")  # which depends on who came to a rung first
+    assert trials[1e-7, 4]["state"] == "stopped" and trials[1e-7, 4]["step"] < 240  # it began last, and learnt nothing
+    assert not (out / "search/trials" / f"{trials[1e-7, 4]['trial']:03d}" / "model/artifact.json").exists()
     assert not [pid for pid in marked("a-search") if pid != os.getpid()]  # no process is left
 
     client = mlflow.MlflowClient(uri)

@@ -37,10 +37,7 @@ def rotate(x_XNH: torch.Tensor, table: Table) -> torch.Tensor:
     if len(x_XNH) <= 32 and not torch.is_grad_enabled():  # a step of generation: three calls instead of eight
         swapped = x_XNH.roll(x_XNH.shape[-1] // 2, -1)
         return torch.addcmul(x_XNH * torch.cat([cos, cos], -1), swapped, torch.cat([-sin, sin], -1))
-    if not x_XNH.is_cuda:
-        return turned(x_XNH, cos, sin)
-    a, b = x_XNH.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    return turned(x_XNH, cos, sin)
 
 
 def kept_as(x: torch.Tensor) -> torch.dtype:

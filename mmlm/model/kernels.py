@@ -22,6 +22,12 @@ LONG = 1e9
 """Rows times the square of their width. From here on a map (768 to 2,304: 8 ms) takes as long in one layer as to compile it."""
 
 
+def plain(x: torch.Tensor) -> bool:
+    """Whether the library's forms are to be taken: on a GPU, and where blocks are compiled. The compiler makes one kernel of
+    them; at results written into halves of a tensor it gives up, and keeps the first batch's sizes for those that follow."""
+    return x.is_cuda or torch.compiler.is_compiling()
+
+
 class RMSNorm(nn.RMSNorm):
     """x / √(mean(x²) + ε) · w over the last axis (Zhang & Sennrich 2019)."""
 
@@ -29,7 +35,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=epsilon)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda or (x.numel() <= FEW and not torch.is_grad_enabled()):
+        if plain(x) or (x.numel() <= FEW and not torch.is_grad_enabled()):
             return super().forward(x)
         return _Norm.apply(x, self.weight, self.eps)
 
@@ -59,7 +65,7 @@ class _Norm(torch.autograd.Function):
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """SiLU(x G) · (x U) of both halves side by side (Shazeer 2020, eq. 6)."""
-    if gate_up.is_cuda or not torch.is_grad_enabled():
+    if plain(gate_up) or not torch.is_grad_enabled():
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
     return _SwiGLU.apply(gate_up)
@@ -87,7 +93,10 @@ class _SwiGLU(torch.autograd.Function):
 def turned(x_XNH: torch.Tensor, cos_X1C: torch.Tensor, sin_X1C: torch.Tensor) -> torch.Tensor:
     """Both halves of the last axis as real and imaginary parts, turned by an angle; C = H/2. bf16, 3,392 positions, 24 heads
     of 64: 15 ms forward and backward against 20 to 30 of products and differences that are put together again."""
-    return _Turned.apply(x_XNH, cos_X1C, sin_X1C)
+    if not plain(x_XNH):
+        return _Turned.apply(x_XNH, cos_X1C, sin_X1C)
+    a, b = x_XNH.chunk(2, -1)
+    return torch.cat([a * cos_X1C - b * sin_X1C, a * sin_X1C + b * cos_X1C], -1)
 
 
 class _Turned(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Telemetry: where the seconds go, how fast, how full, how good; to `metrics.jsonl` and the terminal, from rank 0.
 
-data_wait           share of the time that was spent waiting for batches
+data_wait           share of the time that was spent waiting for batches, by the rank that waited longest: the others wait for it
 outside             share outside forward, backward and optimizer (validation left out: it is forward passes)
 tokens_per_second   real tokens, padding left out; positions include it
 mfu                 operations that the model needs (those of views for the contrastive term included, but once), by
@@ -122,9 +122,11 @@ class Telemetry:
         self._trimmer.look(self._steps)
         memory = [*resident_bytes(), self._cuda_bytes()]
         mine = [self._tokens, self._positions, self._records, self._flops, cpu, *memory]
-        tokens, positions, records, flops, cpu, rss, own, cuda, *given = engine.total(
-            [*mine, *self._by_given()], self.device
+        waits = [spent.get("data", 0.0) if rank == self.world.rank else 0.0 for rank in range(self.world.size)]
+        tokens, positions, records, flops, cpu, rss, own, cuda, *rest = engine.total(
+            [*mine, *self._by_given(), *waits], self.device
         )
+        given, waits = rest[: -self.world.size], rest[-self.world.size :]  # each rank's own, since only it was added
         training = max(seconds - spent.get("validation", 0.0), 1e-9)
         figures = {
             **values,
@@ -138,7 +140,7 @@ class Telemetry:
             "tflops": flops / training / 1e12,
             "mfu": flops / training / (self.peak * self.world.size),
             "padding": 1 - tokens / max(positions, 1.0),
-            "data_wait": spent.get("data", 0.0) / training,
+            "data_wait": min(max(waits) / training, 1.0),
             "outside": 1 - spent.get("compute", 0.0) / training,
             "step_seconds": training / max(self._steps, 1),
             "cpu_seconds": cpu,

@@ -213,6 +213,27 @@ def test_shards_that_lie_here_are_mapped_until_they_are_let_go(tmp_path: Path, m
     assert tar not in maps.read_text()
 
 
+def read_by_calls() -> int:
+    """Bytes that this process has read with system calls, whether they came from a disk or not; what it maps counts nothing."""
+    (told,) = [line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar")]
+    return int(told.split()[1])
+
+
+def test_a_sample_is_read_where_it_lies_in_a_mapped_shard(tmp_path: Path, mixed: Artifact):
+    shards = Path(shutil.copytree(mixed.path, tmp_path / "shards"))
+    reader = ShardReader(shards)
+    tar = shards / reader.shard_of(0)
+    first = reader.members(0)
+    (mapping,) = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(tar))]
+    assert mapping.split()[1].startswith("r-")  # read only
+    shard = next(reader.shards())
+    before = read_by_calls()
+    others = [reader.members(i) for i in shard[1:]]
+    assert read_by_calls() - before < 4096 < tar.stat().st_size // 4  # what it takes to ask
+    data = tar.read_bytes()
+    assert len(others) > 10 and all(value in data for members in (first, *others) for value in members.values())
+
+
 def test_shards_without_a_sound_sample(tmp_path: Path, keypad_shards: Artifact):
     folder = Path(shutil.copytree(keypad_shards.path, tmp_path / "shards"))
     for row in pq.read_table(folder / "manifest.parquet").to_pylist():

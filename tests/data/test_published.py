@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -148,6 +149,40 @@ def test_several_processes_fetch_a_shard_once(mixed: Artifact, cache: Path):
     assert not list(cache.glob("??/*.part")) and not list(cache.glob("sets/.making-*"))
     train = [r for r in pq.read_table(mixed.path / "manifest.parquet").to_pylist() if r["split"] == "train"]
     assert train and all(site.sent[f"/set/{row['path']}"] == row["bytes"] for row in train)
+
+
+READ = """
+import hashlib, random, sys
+from mmlm.data.published import view
+from mmlm.data.reader import ShardReader
+reader, found = ShardReader(view(sys.argv[1])), {}
+order = list(range(len(reader)))
+random.Random(int(sys.argv[2])).shuffle(order)
+for i in order:
+    found[i] = [hashlib.sha256(repr(sorted(reader.members(i).items())).encode()).hexdigest()]
+print([found[i] for i in range(len(reader))])
+"""
+
+
+def test_what_one_process_evicts_harms_no_other_that_reads(mixed: Artifact, cache: Path):
+    """The cache has room for nothing, so each of them throws out whatever no one has open."""
+    reader = ShardReader(mixed.path)
+    members = [repr(sorted(reader.members(i).items())).encode() for i in range(len(reader))]
+    wanted = str([[hashlib.sha256(each).hexdigest()] for each in members])
+    environment = {**os.environ, "MMLM_SHARD_CACHE_BYTES": "1"}
+    with serving() as site:
+        site.files = {f"/set/{path.name}": path.read_bytes() for path in mixed.path.iterdir() if path.is_file()}
+        readers = [
+            subprocess.Popen(
+                [sys.executable, "-c", READ, f"{site.url}/set", str(seed)], stdout=subprocess.PIPE, text=True,
+                env=environment,
+            )
+            for seed in range(3)
+        ]  # fmt: skip
+        assert [one.communicate(timeout=120)[0].strip() for one in readers] == [wanted] * 3
+    assert [one.returncode for one in readers] == [0] * 3
+    tars = [row for row in pq.read_table(mixed.path / "manifest.parquet").to_pylist() if row["split"] == "train"]
+    assert sum(site.sent[f"/set/{row['path']}"] for row in tars) > 6 * sum(row["bytes"] for row in tars)
 
 
 def test_shards_are_fetched_before_they_are_wanted(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from torch.nn import functional as F
@@ -15,7 +19,7 @@ from torch.nn import functional as F
 from mmlm.config import parse
 from mmlm.data.collate import Batch, collate, field_rows
 from mmlm.errors import ConfigError, DataError
-from mmlm.evals import explain_page
+from mmlm.evals import explain_page, overlays
 from mmlm.evals.answer import Answerer
 from mmlm.evals.explain import FieldPart, PicturePart, SoundPart, TextPart, explain
 from mmlm.evals.rollout import probabilities, roll_out
@@ -124,6 +128,30 @@ def test_the_corner_that_decides_is_found(answerer: Any, right: int):
     assert np.unravel_index(picture.patches.argmax(), (4, 4)) == CORNERS[right]
     assert picture.patches.max() > 0.5 * (found.score - found.start)
     assert max(found.by_modality, key=lambda name: found.by_modality[name]) == "image"
+
+
+def test_what_decides_stands_out_on_the_page(answerer: Any, tmp_path: Path):
+    """In the written PNG the deciding corner is orange, and in the page's text the deciding letter, and nothing else is."""
+    found = explain(answerer, crafted("corner", 3, 7))
+    explain_page.write(found, {"text": "x"}, tmp_path / "corner")
+    shown = np.asarray(Image.open(tmp_path / "corner" / "0-picture.png").convert("RGB")).astype(int)
+    picture = next(part for part in found.parts if isinstance(part, PicturePart))
+    figure = overlays.picture_figure(picture, found.unit)
+    figure.savefig(io.BytesIO(), format="png")  # lays it out
+    box = figure.axes[1].get_window_extent()
+    cell = box.width / 4
+    middle = (np.arange(4) + 0.5) * cell
+    colours = shown[np.ix_((len(shown) - box.y1 + middle).astype(int), (box.x0 + middle).astype(int))]
+    reddish = colours[..., 0] - colours[..., 2]  # 213 of full orange, less than 0 of blue, 0 of grey
+    assert np.unravel_index(reddish.argmax(), (4, 4)) == CORNERS[3] and reddish.max() > 180
+    assert (np.argsort(reddish.ravel())[-3:] == np.argsort(picture.patches.ravel())[-3:]).all()
+    said = explain(answerer, crafted("word", 2, 9))
+    page = explain_page.write(said, {"text": "x"}, tmp_path / "word").read_text()
+    words = re.findall(r"<span style='background:#([0-9a-f]{6})' title='([-+.\d]+)[^']*'>([^<]*)</span>", page)
+    letters = [part for part in said.parts if isinstance(part, TextPart)]
+    assert [(word, value) for _, value, word in words] == [(p.text, f"{p.attribution:+.4f}") for p in letters]
+    warmest = max(words, key=lambda row: int(row[0][:2], 16) - int(row[0][4:], 16))
+    assert warmest[2] == chr(9 + 2 + 88)
 
 
 @pytest.mark.parametrize("right", [1, 2])

@@ -297,9 +297,12 @@ def queue(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StandIns |
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", ["its time is over", "preempted"])
 def test_a_training_is_stopped_queued_again_and_finished(
-    queue: StandIns | RealSlurm, keypad_shards: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    queue: StandIns | RealSlurm, keypad_shards: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
+    if how == "preempted" and isinstance(queue, RealSlurm):
+        pytest.skip("a Slurm that preempts wants partitions or qualities of service of its own")
     out, steps = tmp_path / "out", 400
     shutil.copytree(keypad_shards.path, out / "shards")
     sets = [f"steps={steps}", "save_every=1000", "log_every=1", "data.batch=16", "model.width=32", "model.heads=2"]
@@ -309,11 +312,16 @@ def test_a_training_is_stopped_queued_again_and_finished(
     rows = out / "model" / "metrics.jsonl"
     queue.submit(capsys.readouterr().out)
     wait_for(lambda: rows.exists() and rows.read_text().count("\n") > 5, 250)
-    queue.warn()
+    if isinstance(queue, StandIns) and how == "preempted":
+        queue.preempt()
+    else:
+        queue.warn()
     code, restarts = queue.finish(300)
     log = queue.log.read_text()
     assert (code, restarts) == (0, 1), log[-3000:]
-    assert "saved at step" in log and "back into the queue" in log
+    at = [log.find(said) for said in ("is saved at step", "back into the queue", "train: going on from step")]
+    assert -1 not in at and at == sorted(at), log[-3000:]
+    assert ("(SIGTERM)" if how == "preempted" else "(SIGUSR1)") in log
     made = artifacts.read(out / "model")
     assert made.counts["steps"] == steps and made.counts["ranks"] == 2
     table = [json.loads(row) for row in rows.read_text().splitlines()]

@@ -13,6 +13,7 @@ from mmlm.model.packed import (
     Grouped,
     Varlen,
     arrange,
+    arrange_both_ways,
     block_kinds,
     lengths_of,
     records_of,
@@ -83,6 +84,21 @@ def test_bfloat16_is_as_near_as_its_eight_bits_allow(prefix: bool):
     assert made.dtype == torch.bfloat16
     wanted = textbook(q.double(), k.double(), v.double(), segment, prompt, prefix)
     assert (made.double() - wanted).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_without_a_gpu_kernels_are_compiled_for_groups_that_enough_layers_use(dtype: torch.dtype):
+    """Others are worked on in float32, whose kernels are ready-made."""
+    segment, prompt = layout([[60] * 8, [900]])
+    q = torch.zeros(int((segment >= 0).sum()), 4, 16, dtype=dtype)
+    ready = torch.float32
+    for layers, wanted in ((1, {60: ready, 900: ready}), (20, {60: ready, 900: dtype}), (100, {60: dtype, 900: dtype})):
+        every = [arrange(segment, prompt, prefix=prefix, dtype=dtype, layers=layers) for prefix in (False, True)]
+        for made in (*every, arrange_both_ways(segment, dtype=dtype, layers=layers)):
+            assert isinstance(made, Grouped)
+            assert {g.length: p for g, p in zip(made.groups, made.precisions(q), strict=True)}[60] == wanted[60]
+        assert isinstance(every[0], Grouped)
+        assert {g.length: p for g, p in zip(every[0].groups, every[0].precisions(q), strict=True)} == wanted
 
 
 @pytest.mark.parametrize("prefix", [False, True])

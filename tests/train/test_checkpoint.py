@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmlm.artifacts import Artifact
 from mmlm.shards.faultpoints import VARIABLE
 from mmlm.storage import sha256_file
 from mmlm.train import checkpoint
 from mmlm.train.checkpoint import STATE, Policy
 from mmlm.train.saved_tensors import RANK, Piece
 from mmlm.train.weights import write_tensors
-from tests.faults.stage import Hold, wait_for
+from tests.faults.stage import ROOT, Hold, wait_for
+from tests.train.runs import SMALL
 
 TENSORS = {
     kind: {name: torch.arange(n * 8, dtype=torch.float32) + n for n, name in enumerate(("a.weight", "b.norm"))}
@@ -327,3 +332,33 @@ def test_a_checkpoint_under_the_name_of_another_step_is_not_taken(tmp_path: Path
     said: list[str] = []
     found = checkpoint.newest(tmp_path, said.append)
     assert found is not None and found.step == 1 and "state.json is of step 2" in said[0]
+
+
+@pytest.mark.slow  # 25 s
+def test_steps_go_on_while_a_slow_disk_takes_a_checkpoint(keypad_shards: Artifact, tmp_path: Path):
+    """Every fsync takes a fifth of a second more, in all processes; a save makes a dozen of them."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not here (Debian and Ubuntu: apt-get install strace)")
+    config = {**SMALL, "steps": 24, "save_every": 8, "keep": 9}
+    out, seen = tmp_path / "model", tmp_path / "calls"
+    watched = ["strace", "-f", "--seccomp-bpf", "-ttt", "-y", "-qq", "-o", str(seen), "-e", "trace=fsync"]
+    slowly = [*watched, "-e", "inject=fsync:delay_enter=200000", sys.executable, "-m", "tests.train.driver"]
+    done = subprocess.run(
+        [*slowly, str(keypad_shards.path), str(out), "2", json.dumps(config)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, timeout=240,
+    )  # fmt: skip
+    if "strace:" in done.stderr and not out.exists():
+        pytest.skip(f"strace cannot work here ({done.stderr.strip()})")
+    assert done.returncode == 0, done.stderr
+    calls = [(float(line.split()[1]), line) for line in seen.read_text().splitlines() if "DELAYED" in line]
+    times = {step: [at for at, line in calls if f"/.step-{step:08d}.tmp" in line] for step in (8, 16, 24)}
+    assert all(len(each) >= 9 and each[-1] - each[0] > 1.5 for each in times.values())
+    rows = {
+        row["step"]: row["time"] / 1000 for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    }
+    for step in (8, 16):
+        meanwhile = {s for s, at in rows.items() if times[step][0] < at < times[step][-1]}
+        assert set(range(step + 1, step + 5)) <= meanwhile <= set(range(step + 1, step + 9)), (step, meanwhile)
+        assert times[step][-1] < times[step + 8][0]  # one save at a time
+    saved = checkpoint.newest(out / "checkpoints")
+    assert saved is not None and saved.step == 24 and checkpoint.steps(out / "checkpoints") == {8, 16, 24}

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mmlm.artifacts import Artifact
+from mmlm.config import parse
+from mmlm.corpus.records import Part, Record, Target
 from mmlm.data.config import DataConfig
 from mmlm.data.loader import Loader
 from mmlm.errors import DataError
 from mmlm.launch.local import ranks
+from mmlm.shards.config import ShardConfig
+from mmlm.shards.shard import shard
+from mmlm.tracking import NullTracker
 from mmlm.train import checkpoint, ledger
+from mmlm.train.config import TrainConfig
+from mmlm.train.train import train
 from mmlm.world import World
+from tests.shards.conftest import write_manifest
 from tests.train.runs import SMALL, losses
 from tests.train.test_ledger import planned
 
@@ -31,7 +41,10 @@ def run(
 LEAP = r"the loss leapt to [\d.]+ from about [\d.]+ ± [\d.]+"
 
 
-@pytest.mark.parametrize(("loss", "reason"), [(math.nan, "the loss is nan"), (50.0, LEAP)], ids=["nan", "leap"])
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [pytest.param(math.nan, "the loss is nan", id="nan"), pytest.param(50.0, LEAP, id="leap", marks=pytest.mark.slow)],
+)
 def test_a_poisoned_step_changes_nothing_and_is_kept(keypad_shards: Artifact, tmp_path: Path, loss: float, reason: str):
     config = {**SMALL, "steps": 10, "save_every": 5, "spikes": {"warmup": 4}}
     wanted = planned(keypad_shards, config)
@@ -45,6 +58,62 @@ def test_a_poisoned_step_changes_nothing_and_is_kept(keypad_shards: Artifact, tm
     saved = checkpoint.newest(tmp_path / "model" / "checkpoints")
     assert saved is not None and saved.state["scalars"]["updates"] == 9
     assert all(t.isfinite().all() for named in saved.tensors().values() for t in named.values())
+
+
+WORDS = ["red", "green", "blue", "small", "tree", "house", "runs", "sings", "sees", "under"]
+
+
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """60 questions whose answer is always yes, and 60 alike that are answered with any words."""
+    folder, rng, records = tmp_path_factory.mktemp("spoiled"), np.random.default_rng(0), []
+    for number, source in itertools.product(range(60), ("good", "noise")):
+        name, answer = f"{source}/{number:02d}", "yes" if source == "good" else " ".join(rng.permutation(WORDS)[:4])
+        asked = Part("text", text=" ".join(rng.permutation(WORDS)[:3]))
+        records.append(Record(name, (asked,), "say", Target(text=answer), "train", group=name, source=source))
+    manifest = write_manifest(folder / "manifest", records, [{"name": "say", "has_text": True}])
+    config = {"features": {"tokenizer": {"vocab_size": 300}, "max_len": 48}, "ray_from": 10**9}
+    settings = parse(ShardConfig, config, "test")
+    return shard(settings, manifest, data=folder, out=folder / "shards", workers=1, tracker=None)
+
+
+def test_records_that_make_the_loss_leap_are_skipped_and_gone_back_before(
+    spoiled: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Three batches of nothing but noise, of which the loss is as finite as it is large."""
+    monkeypatch.setenv("MMLM_LEDGER", "1")
+    phases = [
+        {"share": share, "weights": {"good": 1 - noise, "noise": noise}} for share, noise in ((40, 0), (3, 1), (7, 0))
+    ]
+    config = {
+        "steps": 50, "save_every": 16, "log_every": 1, "model": SMALL["model"], "optimizer": {"lr": 0.01},
+        "data": {"batch": 8, "mixture": {"kind": "phases", "phases": phases}},
+        "spikes": {"deviations": 3, "warmup": 20, "rollback_after": 3},
+    }  # fmt: skip
+    made = train(
+        parse(TrainConfig, config, "test"), spoiled, out=tmp_path / "model", launch=ranks(2), tracker=NullTracker()
+    )
+    bad, before = [40, 41, 42], [37, 38, 39]
+    for step in bad:
+        evidence = json.loads((made.path / "evidence" / f"step-{step + 1:08d}.json").read_text())
+        assert re.fullmatch(LEAP, evidence["reason"]) and len(evidence["ids"]) == 8
+        assert all(name.startswith("noise/") for name in evidence["ids"])
+    kept = json.loads((made.path / "evidence" / "skipped.json").read_text())
+    assert [int(step) for step in kept["steps"]] == [*before, *bad] and kept["going_back"] is None
+    assert (made.counts["skipped"], made.counts["rollbacks"]) == (6, 1)
+    assert (
+        "rolled back to step 32 (1 so far); 6 steps are skipped in all" in (made.path / "logs/rank-0.log").read_text()
+    )
+    effective = ledger.effective(made.path)
+    assert [step for step, ids in effective.items() if not ids] == [*before, *bad]
+    assert all(name.startswith("good/") for ids in effective.values() for name in ids)
+    told = losses(made.path)
+    assert told.keys() == {step + 1 for step in range(50)} - {step + 1 for step in (*bad, *before)}
+    assert told[1] > 4 and all(told[step] < 0.1 for step in told if step > 25)  # as if there had been no noise
+    rows = [json.loads(line)["metrics"] for line in (made.path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows if "skipped" in row and "loss" in row] == [6.0] * (5 + 7)  # from step 33 on
+    saved = checkpoint.newest(made.path / "checkpoints")
+    assert saved is not None and saved.state["scalars"]["updates"] == 44
 
 
 @pytest.mark.slow

@@ -23,7 +23,6 @@ from mmlm.launch.local import ranks
 from mmlm.tracking import NullTracker
 from mmlm.train import checkpoint, weights
 from mmlm.train.config import CosineConfig, TrainConfig
-from mmlm.train.objectives import Answering
 from mmlm.train.schedule import learning_rate
 from mmlm.train.train import train
 from mmlm.world import World
@@ -59,26 +58,25 @@ def test_two_ranks_equal_one_on_the_same_global_batch(two_ranks: Artifact, keypa
     assert losses(alone.path) == pytest.approx(losses(two_ranks.path), rel=2**-8)  # bf16 keeps 8 bits
 
 
-def test_the_figures_of_a_step_are_those_of_its_batch(two_ranks: Artifact, keypad_shards: Artifact):
-    config = parse(TrainConfig, SMALL, "test")
-    loader = Loader(keypad_shards.path, config.data, 0, World(0, 1))
-    rows = [json.loads(line) for line in (two_ranks.path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    for step, row in enumerate(row["metrics"] for row in rows):
-        (batch,) = loader.batches(step, 1)
-        real, records = int(batch.valid_BT.sum()), len(batch.label_R)
-        assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(real, rel=1e-3)
-        assert row["samples_per_second"] * row["step_seconds"] == pytest.approx(records, rel=1e-3)
-        assert 0 <= row["padding"] < 0.6  # a rank pads its own half
-        assert row["lr"] == learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
-        assert 0.01 < row["gradient_norm"] < 100
-        assert 0 < row["mfu"] < 1 and row["tflops"] > 0
-        assert 50e6 < row["memory_own_bytes"] <= row["memory_rss_bytes"] < 10e9
-
-
 def test_four_micro_batches_equal_one(two_ranks: Artifact, keypad_shards: Artifact, tmp_path: Path):
     cut = run(keypad_shards, tmp_path / "model", 2, accumulate=4)
     assert losses(cut.path) == pytest.approx(losses(two_ranks.path), rel=2**-8)
+
+
+@pytest.mark.slow  # compilation on each rank
+@pytest.mark.timeout(900)
+def test_compiled_blocks_train_as_others_do(two_ranks: Artifact, keypad_shards: Artifact, tmp_path: Path):
+    """In bf16 under the engine: rounding falls elsewhere where operations become one, no more."""
+    compiled = run(keypad_shards, tmp_path / "model", 2, compile=True)
+    assert losses(compiled.path) == pytest.approx(losses(two_ranks.path), rel=2**-7)
+    norms = [
+        [
+            json.loads(line)["metrics"].get("gradient_norm", 0.0)
+            for line in (path / "metrics.jsonl").read_text().splitlines()
+        ]
+        for path in (compiled.path, two_ranks.path)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
 
 
 def test_a_batch_of_fewer_records_than_micro_batches_is_refused(keypad_shards: Artifact):
@@ -176,38 +174,6 @@ def test_what_is_frozen_averaged_and_made_orthogonal_goes_on_after_a_stop(keypad
     stored = load_file(whole.path / "model.safetensors")
     assert all(torch.equal(stored[name], average[name]) for name in stored)
     assert not torch.equal(average["answer.weight"], late["answer.weight"])
-
-
-def test_float32_on_two_ranks_equals_plain_pytorch(keypad_shards: Artifact, tmp_path: Path):
-    made = run(keypad_shards, tmp_path / "model", 2, precision="fp32", zero={"stage": 1})
-    config = parse(TrainConfig, SMALL, "test")
-    spec = feature_spec.load(keypad_shards.path)
-    torch.manual_seed(config.seed)
-    model = weights.build(config.model, spec)
-    decayed = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    others = [p for p in model.parameters() if not any(p is d for d in decayed)]
-    groups = [
-        {"params": decayed, "weight_decay": config.optimizer.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(config.optimizer.beta1, config.optimizer.beta2))
-    loader, objective = Loader(keypad_shards.path, config.data, config.seed, World()), Answering(config.loss, spec)
-    expected = []
-    for step in range(config.steps):
-        batch = loader.batch(step)
-        terms, counts = objective(model, batch), objective.counts(batch)
-        loss = torch.stack([t.sum * (t.weight / counts[name]) for name, t in terms.items()]).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
-        optimizer.step()
-        expected.append(loss.item())
-    assert losses(made.path) == pytest.approx(expected, rel=1e-4)
-    stored = weights.load_model(made.path, spec).state_dict()
-    for name, parameter in model.named_parameters():
-        assert torch.allclose(stored[name], parameter, atol=2e-4), name
 
 
 def test_the_same_config_again_is_left_untouched(two_ranks: Artifact, keypad_shards: Artifact):
