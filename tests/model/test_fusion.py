@@ -45,7 +45,7 @@ def losses_and_gradients(
     net.zero_grad()
     sums: dict[str, float] = {}
     for batch in batches:
-        terms = Answering(LossConfig(), spec, net.config.fusion)(net, batch)
+        terms = Answering(LossConfig(), spec, net.config)(net, batch)
         terms = {name: terms[name] for name in of or terms}
         torch.stack([term.sum for term in terms.values()]).sum().backward()
         for name, term in terms.items():
@@ -223,7 +223,7 @@ def test_the_gradient_of_the_discriminator_is_turned_round_and_grows():
     net = model({"kind": "adversarial", "weight": 1.0})
     samples = [sample(i, g) for i, g in enumerate([("image", "audio"), ("image",), ()])]
     batch = collate(samples, SPEC)
-    objective = Answering(LossConfig(answer=0, label=0), SPEC, net.config.fusion)
+    objective = Answering(LossConfig(answer=0, label=0), SPEC, net.config)
     assert objective.counts(batch)["modality"] == 3 + 2 + 1  # three texts, two pictures, one sound
     gradients = {}
     for progress in (0.0, 0.3, 1.0):

@@ -192,7 +192,7 @@ class Run:
 
     def __init__(self, changes: dict[str, Any]) -> None:
         self.config, self.world = settings(changes), worlds.from_environment()
-        self.objective = Answering(self.config.loss, SPEC, getattr(self.config.model, "fusion", None))
+        self.objective = Answering(self.config.loss, SPEC, self.config.model)
         self.device = engine.device_of(self.world)
         self.trainer = engine.DeepSpeedEngine(build(self.config).to(self.device), self.config, self.world)
         self.gradients: dict[str, torch.Tensor] = {}
