@@ -18,6 +18,8 @@ from mmlm.features.spec import AUDIO, EOS, FIELDS, IMAGE, FeatureSpec
 from mmlm.model.adversary import reversal
 from mmlm.model.config import ModelConfig
 from mmlm.model.generation import generate, words_only
+from mmlm.model.layouts import read_by
+from mmlm.model.streams import part_of
 from mmlm.model.transformer import FusedTransformer
 from mmlm.train import weights
 from mmlm.train.config import LossConfig
@@ -112,7 +114,9 @@ def counterparts(whole: FusedTransformer, part: FusedTransformer, away: str) -> 
         found[name] = name
         for beginning, experts, each in (
             ("blocks.", ("text", *SPEC.modalities), 2),
+            ("encoder.", ("text", *SPEC.modalities), 2),
             ("fusion.norms.", SPEC.modalities, 1),
+            ("norms.", SPEC.modalities, 1),
         ):
             if whole.fusion.trunks > 1 and name.startswith(beginning):
                 number, _, rest = name.removeprefix(beginning).partition(".")
@@ -240,9 +244,10 @@ def test_the_gradient_of_the_discriminator_is_turned_round_and_grows():
 def cross_entropy_unturned(net: FusedTransformer, batch: Batch) -> torch.Tensor:
     """The discriminator's loss, read off the input of the last block without any reversal, record by record."""
     entering: list[torch.Tensor] = []
-    handle = net.blocks[-1].register_forward_pre_hook(lambda m, inputs: entering.append(inputs[0]))
+    handle = net.reader.blocks[-1].register_forward_pre_hook(lambda m, inputs: entering.append(inputs[0]))
     net(batch)
     handle.remove()
+    batch = part_of(batch, read_by(net.config.layout, batch))
     tokens, prompt = batch.tokens_BT[batch.valid_BT], batch.prompt_BT[batch.valid_BT]
     record = batch.valid_BT.nonzero()[:, 0]
     total = torch.zeros(())
