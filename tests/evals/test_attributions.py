@@ -155,7 +155,8 @@ def test_attributions_add_up_to_the_difference_of_scores(answerer: Any, task: st
 
 
 FORMS = [{"fusion": kind} for kind in ("concat", "add", "cross_attention", "adversarial", "late")]
-FORMS += [{"layout": "encoder"}, {"layout": "encoder_decoder"}, {"image_stem": "conv"}, {"image_stem": "hog"}]
+FORMS += [{**form, "layout": layout} for layout in ("encoder", "encoder_decoder") for form in FORMS]
+FORMS += [{"image_stem": "conv"}, {"image_stem": "hog"}]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: str(*form.values()))
