@@ -159,7 +159,7 @@ FORMS += [{**form, "layout": layout} for layout in ("encoder", "encoder_decoder"
 FORMS += [{"image_stem": "conv"}, {"image_stem": "hog"}]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: str(*form.values()))
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: " ".join(map(str, form.values())))
 @pytest.mark.parametrize("of", ["label", "text"])
 def test_attributions_add_up_however_modalities_meet(form: dict[str, str], of: str):
     if of == "text" and form.get("layout") == "encoder":
