@@ -155,7 +155,8 @@ class ModelConfig(Config):
     """Size of the vector that a record becomes, for finding what means the same (`train.loss.contrastive`); none: no such
     head."""
     fusion: FusionConfig = ConcatConfig()
-    """How modalities meet; the word alone (`fusion: add`) is that kind with its defaults."""
+    """How modalities meet in what is read (of layout encoder_decoder by its encoder); the word alone (`fusion: add`) is that kind
+    with its defaults."""
     attention: Literal["causal", "prefix"] = "causal"
     """`prefix` lets the tokens of the question and its media see each other in both directions."""
     initialisation: InitialisationConfig = DepthConfig()

@@ -154,7 +154,7 @@ class EncoderDecoder(FusedTransformer):
         return torch.cat(parts, -1), guess
 
     def _memories(self, batch: Inputs, source_BT: torch.Tensor, x_SF: torch.Tensor) -> list[Memory]:
-        """Of each expert; where there is nothing, of one position of nobody: who asks touches the parameters all the same."""
+        """Of each expert; of one position, which is nobody's, where there is nothing."""
         source, record_S, made = part_of(batch, source_BT), records_of(batch)[source_BT[batch.valid_BT]], []
         sequences = self.fusion.sequences(source)
         for keep_BT, x_SD in zip(sequences, x_SF.chunk(len(sequences), -1), strict=True):
@@ -188,19 +188,20 @@ class EncoderDecoder(FusedTransformer):
         seen = arrange(one_B1.long() - 1, one_B1, prefix=False, dtype=x_BD.dtype)
         filling = [Filling(cache, one_B1, seen) for cache in caches]
         remembering = [Remembering(cache, asked[n // self.config.layers]) for n, cache in enumerate(caches)]
-        return self._write(x_BD, batch.position_BT[:, -1], filling, memories, remembering)
+        return self._next(x_BD, batch.position_BT[:, -1], filling, memories, remembering)
 
     def extend(
         self, token_B: torch.Tensor, position_B: torch.Tensor, valid_BS: torch.Tensor | None, caches: list[Cache]
     ) -> torch.Tensor:
         """`valid_BS` counts what the encoder read; the decoder sees no padding."""
         x_BD = self._placed(self.tokens(token_B), position_B)
-        return self._write(x_BD, position_B, Step.of(caches, None), None, [Remembered(cache) for cache in caches])
+        return self._next(x_BD, position_B, Step.of(caches, None), None, [Remembered(cache) for cache in caches])
 
-    def _write(
+    def _next(
         self, x_BD: torch.Tensor, position_B: torch.Tensor, seen: list[Filling] | list[Step],
         memories: list[Memory] | None, crossings: list[Remembering] | list[Remembered],
     ) -> torch.Tensor:  # fmt: skip
+        """Normalised hidden states (B, F) of one token of each record, by all experts."""
         table, parts = self._rotary(position_B, x_BD.dtype), []
         for n, (blocks, norm) in enumerate(self.writers):
             y_BD, states_MD = x_BD, memories[n].states_MD if memories else None

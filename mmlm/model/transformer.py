@@ -45,7 +45,7 @@ IGNORE = -100
 
 
 class Inputs(Protocol):
-    """What the model reads; `mmlm.data.collate.Batch` is one."""
+    """What the model reads: a dataclass; `mmlm.data.collate.Batch` is one."""
 
     tokens_BT: torch.Tensor
     valid_BT: torch.Tensor

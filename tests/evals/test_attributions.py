@@ -175,6 +175,8 @@ def test_attributions_add_up_however_modalities_meet(form: dict[str, str], of: s
     found = explain(other, sample, **(label if of == "label" else text))
     assert found.complete and set(found.by_modality) == {"text", "image", "audio", "fields"}
     assert all(value for value in found.by_modality.values())
+    one_sequence = form.get("fusion", "concat") in ("concat", "adversarial")
+    assert found.rolled_out == (one_sequence and form.get("layout") != "encoder_decoder")
     if of == "label":
         assert np.exp(found.score) == pytest.approx(other.answer([sample])[0].label_scores["ne"], rel=1e-3)
 

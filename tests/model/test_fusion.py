@@ -247,12 +247,12 @@ def cross_entropy_unturned(net: FusedTransformer, batch: Batch) -> torch.Tensor:
     handle = net.reader.blocks[-1].register_forward_pre_hook(lambda m, inputs: entering.append(inputs[0]))
     net(batch)
     handle.remove()
-    batch = part_of(batch, read_by(net.config.layout, batch))
-    tokens, prompt = batch.tokens_BT[batch.valid_BT], batch.prompt_BT[batch.valid_BT]
-    record = batch.valid_BT.nonzero()[:, 0]
+    part = part_of(batch, read_by(net.config.layout, batch))
+    tokens, prompt = part.tokens_BT[part.valid_BT], part.prompt_BT[part.valid_BT]
+    record = part.valid_BT.nonzero()[:, 0]
     total = torch.zeros(())
     slots = {1: AUDIO, 2: FIELDS, 3: IMAGE}
-    for r, kind in itertools.product(range(len(batch.valid_BT)), range(4)):
+    for r, kind in itertools.product(range(len(part.valid_BT)), range(4)):
         media = sum(((tokens == s) & prompt for s in slots.values()), torch.zeros_like(prompt))
         here = (record == r) & ((tokens == slots[kind]) & prompt if kind else ~media)
         if here.any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from mmlm.model.layouts import read_by
 from mmlm.model.sampling import words_only
 from mmlm.train import weights
 from mmlm.train.config import LossConfig
-from mmlm.train.objectives import Answering, loss_of
+from mmlm.train.objectives import Answering, Distilling, loss_of
 from tests.model.test_fusion import FUSIONS, counterparts, cross_entropy_unturned, cut
 from tests.model.test_packing import piece
 from tests.small import SPEC, sample
@@ -198,6 +199,20 @@ def test_hidden_states_stand_where_they_are_asked_for(layout: str, fusion: str):
     for read_X in (torch.arange(len(whole)) % 3 == 0, batch.target_BT[batch.valid_BT] != IGNORE, source_X, ~prompt_X):
         assert torch.allclose(net.trunk(batch, read_X), whole[read_X], atol=1e-6)
     assert whole[prompt_X].any(1).all() and whole[~prompt_X].any() == (layout == "encoder_decoder")
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_what_a_layout_says_is_taught_to_another(fusion: str):
+    """An encoder by an encoder-decoder, and the other way round; of itself a student has nothing to learn."""
+    forms = {layout: model(layout, fusion=fusion) for layout in ("encoder", "encoder_decoder")}
+    batch = collate(some(), CLASSES)
+    for student, teacher in itertools.product(forms.values(), forms.values()):
+        objective = Distilling(LossConfig(), CLASSES, teacher, 2.0, 0.5, student.config)
+        terms = objective(student, batch)
+        assert set(terms) == set(objective.names) and (("modality" in terms) == (fusion == "adversarial"))
+        assert (terms["label_kl"].sum.item() < 1e-6) == (student is teacher)
+        loss = loss_of(terms, objective.counts(batch))
+        assert all(g is not None for g in torch.autograd.grad(loss, list(student.parameters())))
 
 
 @pytest.mark.parametrize("layout", ["decoder", "encoder", "encoder_decoder"])
