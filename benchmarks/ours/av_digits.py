@@ -116,7 +116,7 @@ def trained(fusion: str, alone: str | None, samples: list[Sample], recipe: Recip
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": recipe.decay}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
     )
-    objective, rng = Answering(LossConfig(), SPEC, config.fusion), np.random.default_rng((seed, 9))
+    objective, rng = Answering(LossConfig(), SPEC, config), np.random.default_rng((seed, 9))
     if alone:
         samples = [keep_modalities(s, {alone}) for s in samples]
     for step in range(recipe.steps):

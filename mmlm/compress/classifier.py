@@ -15,8 +15,8 @@ from mmlm.data.collate import IGNORE, Batch
 from mmlm.errors import ConfigError
 from mmlm.features.spec import SPECIAL_TOKENS, FeatureSpec
 from mmlm.features.text import Tokenizer
+from mmlm.model.baseline_config import AnyModelConfig
 from mmlm.model.flops import Shape
-from mmlm.model.fusion_config import FusionConfig
 from mmlm.model.transformer import Output
 from mmlm.train.config import LossConfig
 from mmlm.train.objectives import Answering
@@ -105,10 +105,10 @@ class Following:
 
     def __init__(
         self, config: LossConfig, spec: FeatureSpec, teacher: SequenceClassifier, temperature: float, task: float,
-        fusion: FusionConfig | None = None,
+        model: AnyModelConfig | None = None,
     ) -> None:  # fmt: skip
-        """`fusion`: the student's. Embeddings are not distilled."""
-        self.answering = Answering(config.model_copy(update={"contrastive": None}), spec, fusion)
+        """`model`: the student. Embeddings are not distilled."""
+        self.answering = Answering(config.model_copy(update={"contrastive": None}), spec, model)
         self.teacher, self.temperature, self.task = teacher, temperature, task
         self.names: tuple[str, ...] = (*self.answering.names, "label_kl")
 

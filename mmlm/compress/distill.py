@@ -116,7 +116,6 @@ def _ready(
     spec = feature_spec.load(folder)
     student = pretrained.build(settings.model, spec, folder)
     student.set_up(recompute=settings.recompute, granularity=settings.recompute_granularity, compiled=settings.compile)
-    fusion = getattr(settings.model, "fusion", None)
     taught = probe.Teaching(weights.load_config(teacher), settings.temperature, settings.task) if teacher else None
     expected.write(settings, settings.model, spec, folder, out, world, taught)
     if settings.teacher:
@@ -124,10 +123,10 @@ def _ready(
         from mmlm.features.text import Tokenizer
 
         classifier = SequenceClassifier(Path(settings.teacher.folder), spec, Tokenizer.load(folder)).to(device)
-        return student, Following(settings.loss, spec, classifier, settings.temperature, settings.task, fusion)
+        return student, Following(settings.loss, spec, classifier, settings.temperature, settings.task, settings.model)
     if not teacher:
-        return student, Answering(settings.loss, spec, fusion)
+        return student, Answering(settings.loss, spec, settings.model)
     leader = weights.load_model(teacher, spec).eval().requires_grad_(False).to(device)
     if settings.precision == "bf16":
         leader = leader.bfloat16()
-    return student, Distilling(settings.loss, spec, leader, settings.temperature, settings.task, fusion)
+    return student, Distilling(settings.loss, spec, leader, settings.temperature, settings.task, settings.model)

@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmlm.model.attention import Cache, sharpness_of
+from mmlm.model.block import feed_forward_of
+from mmlm.model.classic import norm_of
 from mmlm.model.config import ModelConfig
 from mmlm.model.kernels import RMSNorm
 from mmlm.model.packed import HIDDEN, flash, similar
@@ -59,10 +61,26 @@ class CrossAttention(nn.Module):
         return self.out(crossing.attend(q, k, v).flatten(1))
 
 
+class GatedLayer(nn.Module):
+    """y = x + tanh(a) · attention(norm(x) → memory), then y + tanh(b) · feed-forward(norm(y)) (Flamingo, Alayrac et al.
+    2022, figure 4)."""
+
+    def __init__(self, config: ModelConfig, gate: float) -> None:
+        super().__init__()
+        self.attention_norm, self.feed_forward_norm = norm_of(config), norm_of(config)
+        self.attention, self.feed_forward = CrossAttention(config), feed_forward_of(config)
+        self.gates = nn.Parameter(torch.full((2,), gate))
+
+    def forward(self, x_YD: torch.Tensor, memory_MD: torch.Tensor | None, crossing: Crossing) -> torch.Tensor:
+        a, b = self.gates.tanh()
+        x_YD = x_YD + a * self.attention(self.attention_norm(x_YD), memory_MD, crossing)
+        return x_YD + b * self.feed_forward(self.feed_forward_norm(x_YD))
+
+
 def cross(asking_R: torch.Tensor, asked_R: torch.Tensor, dtype: torch.dtype) -> Crossing:
     """By how many positions of each record ask and are asked; both stand record by record. One fused kernel on a GPU,
     groups of records of similar length elsewhere."""
-    if asking_R.is_cuda and dtype != torch.float32 and flash() is not None:
+    if asking_R.is_cuda and dtype != torch.float32 and bool((asking_R * asked_R).any()) and flash() is not None:
         return CrossVarlen.of(asking_R, asked_R)
     return CrossGrouped.of(asking_R.cpu().numpy(), asked_R.cpu().numpy(), asking_R.device)
 

@@ -6,6 +6,7 @@ Axes: X valid position of the batch, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -54,6 +55,16 @@ class Block(nn.Module):
 
 def feed_forward_of(config: ModelConfig) -> FeedForward | Perceptron:
     return FeedForward(config) if config.mlp == "swiglu" else Perceptron(config)
+
+
+class Reader(NamedTuple):
+    """The blocks in which the modalities of a record meet: all of a model, or those of its encoder."""
+
+    blocks: nn.ModuleList
+    norm: nn.Module
+    """Behind the last of them."""
+    both_ways: bool = False
+    """Whether each position sees all of its record, or only what stands before it (and perhaps the prompt)."""
 
 
 class FeedForward(nn.Module):

@@ -155,7 +155,8 @@ class ModelConfig(Config):
     """Size of the vector that a record becomes, for finding what means the same (`train.loss.contrastive`); none: no such
     head."""
     fusion: FusionConfig = ConcatConfig()
-    """How modalities meet; the word alone (`fusion: add`) is that kind with its defaults."""
+    """How modalities meet in what is read (of layout encoder_decoder by its encoder); the word alone (`fusion: add`) is that kind
+    with its defaults."""
     attention: Literal["causal", "prefix"] = "causal"
     """`prefix` lets the tokens of the question and its media see each other in both directions."""
     initialisation: InitialisationConfig = DepthConfig()
@@ -198,8 +199,6 @@ class ModelConfig(Config):
             )
         if self.encoder_layers is not None and self.layout != "encoder_decoder":
             raise ValueError("encoder_layers is a setting of layout encoder_decoder")
-        if self.layout != "decoder" and self.fusion.kind != "concat":
-            raise ValueError(f"layout {self.layout} joins modalities by fusion concat only, not by {self.fusion.kind}")
         if self.fusion.kind == "late" and self.tied:
             raise ValueError(
                 "tied needs heads as wide as the embedding of the tokens; those of fusion late read every expert"
@@ -223,6 +222,11 @@ class ModelConfig(Config):
     def brings_weights(self) -> bool:
         """Whether a part of it was trained elsewhere."""
         return bool(self.pretrained or self.image_encoder or self.audio_encoder)
+
+    @property
+    def reading_layers(self) -> int:
+        """Blocks in which modalities meet; of each expert, with fusion late."""
+        return self.encoder_layers or self.layers
 
     @property
     def head_width(self) -> int:

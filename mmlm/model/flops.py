@@ -8,7 +8,7 @@ Norms, softmax, activation functions and embedding look-ups are left out: under 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -170,35 +170,54 @@ class Stack(NamedTuple):
 
 def stacks_of(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> list[Stack]:
     """Those that the heads read come last."""
-    read, prompts = shape.targets if shape.read is None else shape.read, shape.prompts_or_rest
+    read, seen = shape.targets if shape.read is None else shape.read, _read_by(config, shape)
+    if config.layout != "encoder_decoder":
+        return _fused(config, spec, seen, shape.answers if config.layout == "encoder" else read)
+    encoders, decoders = _fused(config, spec, seen, None), []
+    for each in _sequences(config, spec, seen):
+        written = [n - m for n, m, asked in zip(shape.lengths, seen.lengths, each, strict=True) if asked is not None]
+        share = round(read * len(written) / max(len(each), 1))
+        decoders.append(Stack(config.layers, written, share, [n for n in each if n is not None]))
+    return encoders + decoders[::-1]
+
+
+def _read_by(config: ModelConfig, shape: Shape) -> Shape:
+    """What the blocks in which modalities meet read (`layouts.read_by`)."""
     if config.layout == "decoder":
-        return _fused(config, spec, shape, read)
+        return shape
+    prompts = shape.prompts_or_rest
     if config.layout == "encoder":  # of a record also `<answer>`, which a piece of a long one has not
-        answered = [n + (r < shape.answers) for r, n in enumerate(prompts)]
-        return [Stack(config.layers, answered, shape.answers)]
-    written = [length - prompt for length, prompt in zip(shape.lengths, prompts, strict=True)]
-    encoder = Stack(config.encoder_layers or config.layers, prompts, sum(prompts))
-    return [encoder, Stack(config.layers, written, read, prompts)]
+        prompts = tuple(n + (r < shape.answers) for r, n in enumerate(prompts))
+    return replace(shape, lengths=prompts)
 
 
-def _fused(config: ModelConfig, spec: FeatureSpec, shape: Shape, read: int) -> list[Stack]:
-    kind = config.fusion
-    if isinstance(kind, LateConfig):
-        text = shape.among("text")
-        experts = [Stack(config.layers, text, read)]
-        for name in spec.modalities:  # a record that lacks it has no such expert
-            has = [(t + m, m) for t, m in zip(text, shape.among(name), strict=True) if m]
-            experts.append(Stack(config.layers, [n for n, _ in has], round(read * len(has) / max(len(text), 1))))
-        return experts[::-1]
+def _sequences(config: ModelConfig, spec: FeatureSpec, shape: Shape) -> list[list[int | None]]:
+    """Positions of each record in what goes through the blocks, one list an expert (of most fusions there is one): None
+    where a record lacks its modality."""
+    if isinstance(config.fusion, AddConfig | CrossAttentionConfig):
+        tags = shape.tags or (0,) * len(shape.lengths)
+        return [[text + tag for text, tag in zip(shape.among("text"), tags, strict=True)]]
+    if not isinstance(config.fusion, LateConfig):
+        return [list(shape.lengths)]
+    text = shape.among("text")
+    media = [zip(text, shape.among(name), strict=True) for name in spec.modalities]
+    return [list(text), *([t + m if m else None for t, m in each] for each in media)]
+
+
+def _fused(config: ModelConfig, spec: FeatureSpec, shape: Shape, read: int | None) -> list[Stack]:
+    """`read` by default all that goes through the blocks."""
+    kind, layers, stacks = config.fusion, config.reading_layers, []
+    for each in _sequences(config, spec, shape):
+        has = [n for n in each if n is not None]
+        share = sum(has) if read is None else round(read * len(has) / max(len(each), 1))
+        stacks.append(Stack(layers, has, share))
     if not isinstance(kind, AddConfig | CrossAttentionConfig):
-        return [Stack(config.layers, shape.lengths, read)]
+        return stacks[::-1]
     media = [shape.among(name) for name in spec.modalities]
-    stacks = [Stack(kind.layers, [n for n in each if n], sum(each)) for each in media]
-    text = tuple(a + b for a, b in zip(shape.among("text"), shape.tags or (0,) * len(shape.lengths), strict=True))
-    if isinstance(kind, AddConfig):
-        return [*stacks, Stack(config.layers, text, read)]
-    asked = [sum(each) for each in zip(*media, strict=True)] or [0] * len(text)
-    return [*stacks, Stack(config.layers, text, read, asked, -(-config.layers // kind.every))]
+    if isinstance(kind, CrossAttentionConfig):
+        asked = [sum(each) for each in zip(*media, strict=True)] or [0] * len(shape.lengths)
+        stacks = [stacks[0]._replace(asked=asked, gates=-(-layers // kind.every))]
+    return [*(Stack(kind.layers, [n for n in each if n], sum(each)) for each in media), *stacks]
 
 
 def _blocks(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Shape) -> int:
@@ -206,7 +225,8 @@ def _blocks(config: ModelConfig | RecurrentConfig, spec: FeatureSpec, shape: Sha
         return recurrent_blocks(config, shape)
     made = sum(_stack(config, stack) for stack in stacks_of(config, spec, shape))
     if isinstance(config.fusion, AdversarialConfig):  # the discriminator, of each modality that a record has
-        judged = len(shape.lengths) + sum(n > 0 for name in spec.modalities for n in shape.among(name))
+        seen = _read_by(config, shape)
+        judged = sum(n > 0 for name in ("text", *spec.modalities) for n in seen.among(name))
         made += 2 * judged * config.fusion.width * (config.width + 1 + len(spec.modalities))
     return made
 

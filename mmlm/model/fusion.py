@@ -8,9 +8,10 @@
 | `adversarial` 对抗训练 | as `concat` | as `concat`, made so alike that nobody can tell them apart |
 | `late` | each expert its own | in the answer only: the experts' probabilities are multiplied |
 
-A fusion is asked in two ways: `trunk` reads a batch (packed records; or prompts, whose keys and values it keeps), `extend`
-goes on by one token of each record. A modality that a record lacks is a stream with fewer positions, never a special
-value; a batch that lacks it touches its parameters all the same (`Stream.or_nothing`).
+A fusion makes hidden states from what a layout (layouts.py) gives it to read, by the blocks that are its `reader`. It is
+asked in two ways: `trunk` reads a batch (packed records; or prompts, whose keys and values it keeps), `extend` goes on by
+one token of each record. A modality that a record lacks is a stream with fewer positions, never a special value; a batch
+that lacks it touches its parameters all the same (`Stream.or_nothing`).
 
 Axes: B sequence, T position, S position seen so far, X valid position of the batch, Y position of a stream, M position of
 one modality, U position that is read, R record, Z modality of a record, D width, F width of what is read.
@@ -27,15 +28,27 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmlm.features.spec import FeatureSpec
-from mmlm.model.across import CrossAttention, Crossing, Keeping, Remembered, cross
+from mmlm.model.across import GatedLayer, Keeping, Remembered, cross
 from mmlm.model.adversary import Guess, modality_pairs, reversal, reverse
 from mmlm.model.attention import Cache, Filling, Step
-from mmlm.model.block import Block, feed_forward_of, run
-from mmlm.model.classic import last_norm_of, norm_of
+from mmlm.model.block import Block, run
+from mmlm.model.classic import last_norm_of
 from mmlm.model.config import ModelConfig
 from mmlm.model.fusion_config import AddConfig, AdversarialConfig, CrossAttentionConfig, LateConfig
 from mmlm.model.packed import Arrangement
-from mmlm.model.streams import SLOTS, Stream, chosen, means, more_read, placed, records_of, slots_of, without_slots
+from mmlm.model.streams import (
+    SLOTS,
+    Stream,
+    chosen,
+    count_of,
+    means,
+    more_read,
+    of_records,
+    placed,
+    records_of,
+    slots_of,
+    without_slots,
+)
 
 if TYPE_CHECKING:
     from mmlm.model.transformer import FusedTransformer, Inputs
@@ -73,7 +86,12 @@ class Concat(nn.Module):
 
     def stacks(self, model: FusedTransformer) -> list[Sequence[nn.Module]]:
         """Blocks that follow each other."""
-        return [list(model.blocks)]
+        return [list(model.reader.blocks)]
+
+    def sequences(self, batch: Inputs) -> list[torch.Tensor]:
+        """(B, T) each: what goes through the blocks; of several experts, whose hidden states stand side by side, what each
+        one reads."""
+        return [batch.valid_BT]
 
     def read(
         self, model: FusedTransformer, batch: Inputs, read_X: torch.Tensor | None
@@ -88,9 +106,8 @@ class Concat(nn.Module):
 
         Given `caches`, one a block, they are filled for `extend`; each row of the batch is one record then.
         """
-        stream = Stream.of(batch, batch.valid_BT, records_of(batch))
-        x_XD = model.embed(batch, batch.valid_BT)
-        return model.norm(self._through(model, model.blocks, x_XD, stream, chosen(read_X), caches))
+        x_XD, (blocks, norm, _) = model.embed(batch, batch.valid_BT), model.reader
+        return norm(self._through(model, blocks, x_XD, Stream.whole(batch), chosen(read_X), caches))
 
     def extend(
         self, model: FusedTransformer, token_B: torch.Tensor, position_B: torch.Tensor, valid_BS: torch.Tensor | None,
@@ -104,11 +121,14 @@ class Concat(nn.Module):
         read: torch.Tensor | None, caches: list[Cache] | None, before: Before | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Through all of these blocks. `read` numbers positions of the stream."""
-        count = len(x_YD if read is None else read)
+        count, stream = len(x_YD if read is None else read), stream.or_nothing()
         if not caches and before is None:
             stream = stream.rounded(x_YD)
-            x_YD, read = stream.padded(x_YD), more_read(x_YD, read, len(stream.record_Y))
-        arranged = stream.arranged(prefix=self.config.attention == "prefix", dtype=x_YD.dtype, layers=len(blocks))
+            read = more_read(x_YD, read, len(stream.record_Y))
+        x_YD, prefix = stream.padded(x_YD), self.config.attention == "prefix"
+        arranged = stream.arranged(
+            both_ways=model.reader.both_ways, prefix=prefix, dtype=x_YD.dtype, layers=len(blocks)
+        )
         seen: Arrangement | list[Filling] = arranged
         if caches:
             seen = [Filling(cache, stream.keep_BT, arranged) for cache in caches]
@@ -162,22 +182,22 @@ class Adversarial(Concat):
     def read(
         self, model: FusedTransformer, batch: Inputs, read_X: torch.Tensor | None
     ) -> tuple[torch.Tensor, Guess | None]:
-        stream = Stream.of(batch, batch.valid_BT, records_of(batch))
+        (blocks, norm, _), stream = model.reader, Stream.whole(batch)
         guesses: list[Guess] = []
 
         def look(n: int, x_XD: torch.Tensor) -> torch.Tensor:
-            if n == len(model.blocks) - 1:
+            if n == len(blocks) - 1:
                 guesses.append(self._guess(batch, x_XD, stream.record_Y, reversal(model.progress, self.ramp)))
             return x_XD
 
         x_XD = model.embed(batch, batch.valid_BT)
-        x_UD = model.norm(self._through(model, model.blocks, x_XD, stream, chosen(read_X), None, look))
+        x_UD = norm(self._through(model, blocks, x_XD, stream, chosen(read_X), None, look))
         return x_UD, guesses[0]
 
     def _guess(self, batch: Inputs, x_XD: torch.Tensor, record_X: torch.Tensor, strength: float) -> Guess:
         pair_X = modality_pairs(batch, self.modalities, record_X)
         pairs, number_X = torch.unique(pair_X, return_inverse=True)
-        mean_ZD = means(x_XD, number_X, len(pairs))
+        mean_ZD = means(x_XD[: len(pair_X)], number_X, len(pairs))
         return Guess(self.discriminator(reverse(mean_ZD, strength)), pairs % (1 + len(self.modalities)))
 
 
@@ -196,7 +216,7 @@ class Encoder(nn.Module):
         """Normalised hidden states, (M, D)."""
         some = stream.or_nothing()
         x_MD = some.padded(x_MD)
-        seen = some.arranged(prefix=True, dtype=x_MD.dtype, layers=len(self.blocks))
+        seen = some.arranged(both_ways=True, dtype=x_MD.dtype, layers=len(self.blocks))
         table = model._rotary(some.position_Y, x_MD.dtype)
         return self.norm(run(self.blocks, x_MD, table, seen, recompute=model.recompute))[: len(stream.at_Y)]
 
@@ -219,16 +239,19 @@ class WithEncoders(Concat, ABC):
     def stacks(self, model: FusedTransformer) -> list[Sequence[nn.Module]]:
         return [*super().stacks(model), *(list(encoder.blocks) for encoder in self.encoders.values())]  # type: ignore
 
+    def sequences(self, batch: Inputs) -> list[torch.Tensor]:
+        return [without_slots(batch, tags=True)]
+
     def trunk(
         self, model: FusedTransformer, batch: Inputs, read_X: torch.Tensor | None, caches: list[Cache] | None = None
     ) -> torch.Tensor:
         record_X = records_of(batch)
-        text = Stream.of(batch, without_slots(batch, tags=True), record_X)
+        text = Stream.of(batch, self.sequences(batch)[0], record_X)
         media = [self._encoded(model, batch, name, record_X) for name in self.modalities]
         wanted_X = torch.ones_like(text.keep_X) if read_X is None else read_X
         wanted_Y, place_X = wanted_X[text.at_Y], wanted_X.cumsum(0) - 1
         x_YD = model.embed(batch, text.keep_BT, (), text.position_Y)
-        x_UD = model.norm(self._joined(model, x_YD, text, media, chosen(wanted_Y), caches))
+        x_UD = model.reader.norm(self._joined(model, x_YD, text, media, chosen(wanted_Y), caches))
         parts = [(place_X[text.at_Y[wanted_Y]], x_UD)]
         for stream, states_MD in media:  # where a medium's own position is read, its encoder answers
             wanted_M = (wanted_X & ~text.keep_X)[stream.at_Y]
@@ -256,13 +279,13 @@ class Add(WithEncoders):
         self, model: FusedTransformer, x_YD: torch.Tensor, text: Stream, media: list[Encoded],
         read: torch.Tensor | None, caches: list[Cache] | None,
     ) -> torch.Tensor:  # fmt: skip
-        R = int(text.record_Y[-1]) + 1
+        R = count_of(text.record_Y)
         added_RD = x_YD.new_zeros(R, x_YD.shape[1])
         for stream, states_MD in media:
             added_RD = added_RD + means(states_MD, stream.record_Y, R)
         if caches:
             caches[0].aside["added"] = added_RD
-        return self._through(model, model.blocks, x_YD + added_RD[text.record_Y], text, read, caches)
+        return self._through(model, model.reader.blocks, x_YD + added_RD[text.record_Y], text, read, caches)
 
     def extend(
         self, model: FusedTransformer, token_B: torch.Tensor, position_B: torch.Tensor, valid_BS: torch.Tensor | None,
@@ -270,22 +293,6 @@ class Add(WithEncoders):
     ) -> torch.Tensor:  # fmt: skip
         x_BD = model.tokens(token_B) + caches[0].aside["added"]
         return model.norm(self._one_more(model, model.blocks, x_BD, position_B, valid_BS, caches))
-
-
-class GatedLayer(nn.Module):
-    """y = x + tanh(a) · attention(norm(x) → memory), then y + tanh(b) · feed-forward(norm(y)) (Flamingo, Alayrac et al.
-    2022, figure 4)."""
-
-    def __init__(self, config: ModelConfig, gate: float) -> None:
-        super().__init__()
-        self.attention_norm, self.feed_forward_norm = norm_of(config), norm_of(config)
-        self.attention, self.feed_forward = CrossAttention(config), feed_forward_of(config)
-        self.gates = nn.Parameter(torch.full((2,), gate))
-
-    def forward(self, x_YD: torch.Tensor, memory_MD: torch.Tensor | None, crossing: Crossing) -> torch.Tensor:
-        a, b = self.gates.tanh()
-        x_YD = x_YD + a * self.attention(self.attention_norm(x_YD), memory_MD, crossing)
-        return x_YD + b * self.feed_forward(self.feed_forward_norm(x_YD))
 
 
 class GatedCross(WithEncoders):
@@ -296,7 +303,7 @@ class GatedCross(WithEncoders):
     def __init__(self, config: ModelConfig, spec: FeatureSpec, kind: CrossAttentionConfig) -> None:
         super().__init__(config, spec, kind.layers)
         self.every = kind.every
-        self.layers = nn.ModuleList(GatedLayer(config, kind.gate) for _ in range(0, config.layers, kind.every))
+        self.layers = nn.ModuleList(GatedLayer(config, kind.gate) for _ in range(0, config.reading_layers, kind.every))
 
     def _joined(
         self, model: FusedTransformer, x_YD: torch.Tensor, text: Stream, media: list[Encoded],
@@ -315,7 +322,7 @@ class GatedCross(WithEncoders):
             kept = Keeping(caches[n], asked_R, crossing) if caches else crossing
             return self.layers[n // self.every](x_YD, memory_MD, kept)
 
-        return self._through(model, model.blocks, x_YD, text, read, caches, ask)
+        return self._through(model, model.reader.blocks, x_YD, text, read, caches, ask)
 
     def extend(
         self, model: FusedTransformer, token_B: torch.Tensor, position_B: torch.Tensor, valid_BS: torch.Tensor | None,
@@ -351,20 +358,27 @@ class Late(Concat):
         self.norms = nn.ModuleList(last_norm_of(config) for _ in self.modalities)
 
     def stacks(self, model: FusedTransformer) -> list[Sequence[nn.Module]]:
-        L, blocks = self.config.layers, list(model.blocks)
+        L, blocks = self.config.reading_layers, list(model.reader.blocks)
         return [blocks[n : n + L] for n in range(0, len(blocks), L)]
+
+    def sequences(self, batch: Inputs) -> list[torch.Tensor]:
+        record_X = records_of(batch)
+        return [self._seen_by(name, batch, record_X) for name in self.experts]
 
     def trunk(
         self, model: FusedTransformer, batch: Inputs, read_X: torch.Tensor | None, caches: list[Cache] | None = None
     ) -> torch.Tensor:
         record_X, stacks, L = records_of(batch), self.stacks(model), self.config.layers
         wanted_X = torch.ones_like(record_X, dtype=torch.bool) if read_X is None else read_X
-        place_X, parts = wanted_X.cumsum(0) - 1, []
-        for n, (name, norm) in enumerate(zip(self.experts, (model.norm, *self.norms), strict=True)):
-            stream = Stream.of(batch, self._seen_by(name, batch, record_X), record_X)
+        place_X, parts, norms = wanted_X.cumsum(0) - 1, [], (model.reader.norm, *self.norms)
+        for n, (name, keep_BT) in enumerate(zip(self.experts, self.sequences(batch), strict=True)):
+            stream = Stream.of(batch, keep_BT, record_X)
             wanted_Y = wanted_X[stream.at_Y]
+            x_YD = model.embed(batch, keep_BT, (name,) if name in SLOTS else (), stream.position_Y)
             mine = caches[n * L : n * L + L] if caches else None
-            y_UD = norm(self._expert(model, name, stacks[n], batch, stream, wanted_Y, mine))[: len(wanted_Y)]
+            if mine:
+                mine[0].aside["factor"] = keep_BT.any(1)
+            y_UD = norms[n](self._through(model, stacks[n], x_YD, stream, chosen(wanted_Y), mine))
             parts.append(placed([(place_X[stream.at_Y[wanted_Y]], y_UD)], int(wanted_X.sum())))
         return torch.cat(parts, -1)
 
@@ -373,20 +387,9 @@ class Late(Concat):
         keep_BT = without_slots(batch, but=name)
         if name == "text":
             return keep_BT
-        has_R = torch.zeros_like(record_X[: int(record_X[-1]) + 1], dtype=torch.bool)
+        has_R = torch.zeros_like(record_X[: count_of(record_X)], dtype=torch.bool)
         has_R[record_X[slots_of(batch, name)[batch.valid_BT]]] = True
-        return keep_BT & torch.zeros_like(keep_BT).masked_scatter(batch.valid_BT, has_R[record_X])
-
-    def _expert(
-        self, model: FusedTransformer, name: str, blocks: Sequence[nn.Module], batch: Inputs, stream: Stream,
-        wanted_Y: torch.Tensor, caches: list[Cache] | None,
-    ) -> torch.Tensor:  # fmt: skip
-        some = stream.or_nothing()
-        x_YD = some.padded(model.embed(batch, stream.keep_BT, (name,) if name in SLOTS else (), stream.position_Y))
-        if caches:
-            caches[0].aside["factor"] = stream.keep_BT.any(1)
-        read = chosen(wanted_Y) if some is stream else None
-        return self._through(model, blocks, x_YD, some, read, caches)
+        return keep_BT & of_records(batch, has_R, record_X)
 
     def extend(
         self, model: FusedTransformer, token_B: torch.Tensor, position_B: torch.Tensor, valid_BS: torch.Tensor | None,

@@ -6,29 +6,35 @@
 | `encoder` | the prompt up to and with `<answer>`, as BERT reads up to `[CLS]` (Devlin et al. 2019) | nothing |
 | `encoder_decoder` | the prompt up to `<answer>` | `<answer>` and the answer; in a piece of a long record, its text |
 
-A record keeps one clock: positions of the decoder go on from those of the encoder. Classes are read at `<answer>`.
+A layout says what is read and by which blocks, a fusion (fusion.py) how: what is read is a batch of its own, in which there
+is nothing else (`part_of`). A record keeps one clock: positions of the decoder go on from those of the encoder. Classes are
+read at `<answer>`.
 
-Axes: B sequence, T position, X valid position of the batch, S position of the encoder, Y position of the decoder, U
-position that is read, R record, D width, V vocabulary.
+Axes: B sequence, T position, X valid position of the batch, S position of the encoder, M position that a decoder asks, Y
+position of the decoder, U position that is read, R record, D width, F width of what the heads read, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from mmlm.errors import ConfigError
 from mmlm.features.spec import FeatureSpec
 from mmlm.model.across import CrossAttention, Crossing, Remembered, Remembering, cross
+from mmlm.model.adversary import Guess
 from mmlm.model.attention import Cache, Filling, Step, Table
-from mmlm.model.block import Block, run
+from mmlm.model.block import Block, Reader
 from mmlm.model.classic import last_norm_of, norm_of
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import AnswerLoss, Lead
 from mmlm.model.kernels import rows_of
-from mmlm.model.packed import Arrangement, arrange, arrange_both_ways, numbered
+from mmlm.model.packed import Arrangement, arrange
+from mmlm.model.streams import Stream, chosen, count_of, of_records, part_of, placed, places, records_of
 from mmlm.model.transformer import IGNORE, FusedTransformer, Inputs, Output
 
 
@@ -60,29 +66,30 @@ class Encoder(FusedTransformer):
         self.answer = nn.Identity()  # type: ignore[assignment]
         self.vocabulary = spec.vocab_size
 
+    @property
+    def reader(self) -> Reader:
+        return Reader(self.blocks, self.norm, both_ways=True)
+
     def forward(self, batch: Inputs, z_loss: float | None = None, lead: Lead | None = None) -> Output:
         """The words of an answer count nothing: their loss is 0, their logits are all the same."""
         answer_R = (batch.valid_BT.flatten().cumsum(0) - 1)[batch.answer_at_R]
         read_X = torch.zeros_like(batch.valid_BT[batch.valid_BT]).index_fill(0, answer_R, True)
-        x_RD = self.trunk(batch, read_X)
-        label_RC, embedding_RE = self.classify(x_RD)
+        x_RF, guess = self.read(batch, read_X)
+        label_RC, embedding_RE = self.classify(x_RF)
         words = int((batch.target_BT[batch.valid_BT] != IGNORE).sum())
         if z_loss is None:
-            return Output(x_RD.new_zeros(words, self.vocabulary) + 0 * x_RD.sum(), label_RC, None, embedding_RE)
-        none_A = torch.zeros(words, device=x_RD.device)
-        none = AnswerLoss(0 * x_RD.sum().float(), none_A, none_A)
-        return Output(x_RD.new_empty(0, self.vocabulary), label_RC, none, embedding_RE)
+            return Output(x_RF.new_zeros(words, self.vocabulary) + 0 * x_RF.sum(), label_RC, None, embedding_RE, guess)
+        none_A = torch.zeros(words, device=x_RF.device)
+        none = AnswerLoss(0 * x_RF.sum().float(), none_A, none_A)
+        return Output(x_RF.new_empty(0, self.vocabulary), label_RC, none, embedding_RE, guess)
 
-    def trunk(self, batch: Inputs, read_X: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalised hidden states, (U, D), of the valid positions that `read_X` marks, by default of all of them; 0 for
-        those of answers, which it does not read."""
-        keep_BT = or_one(batch.prompt_BT & batch.valid_BT, batch.valid_BT)
+    def read(self, batch: Inputs, read_X: torch.Tensor | None) -> tuple[torch.Tensor, Guess | None]:
+        """0 for the positions of answers, which it does not read."""
+        keep_BT = read_by("encoder", batch)
         keep_X = keep_BT[batch.valid_BT]
         wanted_X = torch.ones_like(keep_X) if read_X is None else read_X
-        wanted_S = wanted_X[keep_X]
-        read = None if bool(wanted_S.all()) else wanted_S.nonzero()[:, 0]
-        x_SD = self.norm(encode(self, self.blocks, self.embed(batch, keep_BT), batch, keep_BT, read))
-        return x_SD if bool(keep_X[wanted_X].all()) else placed([(x_SD, keep_X & wanted_X)], wanted_X)
+        x_UF, guess = self.fusion.read(self, part_of(batch, keep_BT), wanted_X[keep_X])
+        return placed([(places(wanted_X, keep_X), x_UF)], int(wanted_X.sum())), guess
 
     def read_prompts(self, batch: Inputs, caches: list[Cache]) -> torch.Tensor:
         last_B = batch.valid_BT.sum(1).cumsum(0) - 1
@@ -94,79 +101,118 @@ class Encoder(FusedTransformer):
         raise ConfigError("layout encoder was asked for the words of an answer", wanted="a decoder")
 
 
+class Memory(NamedTuple):
+    """What a decoder asks: what the encoder has read, of all experts or of its own."""
+
+    states_MD: torch.Tensor
+    record_M: torch.Tensor
+
+    def asked(self, records: int) -> torch.Tensor:
+        """(R,): positions of each record."""
+        return torch.bincount(self.record_M, minlength=records)
+
+
 class EncoderDecoder(FusedTransformer):
-    """`config.encoder_layers` blocks read, `config.layers` write; each of these also asks what was read."""
+    """`config.encoder_layers` blocks read, `config.layers` write; each of these also asks what was read. With fusion late,
+    each expert is such a pair, and writes only where it has something to say: of records that have its modality."""
 
     def add_blocks(self, config: ModelConfig) -> None:
-        self.encoder = nn.ModuleList(Block(config) for _ in range(config.encoder_layers or config.layers))
+        trunks = self.fusion.trunks
+        self.encoder = nn.ModuleList(Block(config) for _ in range(config.reading_layers * trunks))
         self.encoder_norm = last_norm_of(config)
-        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers * trunks))
+        self.norms = nn.ModuleList(last_norm_of(config) for _ in range(trunks - 1))
+
+    @property
+    def reader(self) -> Reader:
+        return Reader(self.encoder, self.encoder_norm, both_ways=True)
+
+    @property
+    def writers(self) -> list[tuple[list[DecoderBlock], nn.Module]]:
+        """The decoder of each expert, and the norm behind it."""
+        L, blocks = self.config.layers, list(self.blocks)
+        return [(blocks[n * L : n * L + L], norm) for n, norm in enumerate((self.norm, *self.norms))]  # type: ignore[misc]
 
     @property
     def stacks(self) -> list[Sequence[nn.Module]]:
-        return [list(self.encoder), list(self.blocks)]
+        return [*super().stacks, *(blocks for blocks, _ in self.writers)]
 
-    def read(self, batch: Inputs, read_X: torch.Tensor | None) -> tuple[torch.Tensor, None]:
-        return self.trunk(batch, read_X), None
-
-    def trunk(self, batch: Inputs, read_X: torch.Tensor | None = None) -> torch.Tensor:
-        source_BT = source_of(batch)
+    def read(self, batch: Inputs, read_X: torch.Tensor | None) -> tuple[torch.Tensor, Guess | None]:
+        source_BT, record_X = source_of(batch), records_of(batch)
         source_X = source_BT[batch.valid_BT]
-        x_XD = self.embed(batch, batch.valid_BT)
-        source_SD = self.encode(x_XD, batch, source_BT)
-        record_X = numbered(batch.segment_BT)
-        R = int(record_X[-1]) + 1
-        asking_R, asked_R = (torch.bincount(record_X[part_X], minlength=R) for part_X in (~source_X, source_X))
-        crossing = cross(asking_R, asked_R, x_XD.dtype)
-        segment_BT = batch.segment_BT.masked_fill(source_BT, -1)
-        seen = arrange(segment_BT, batch.prompt_BT, prefix=False, dtype=x_XD.dtype, layers=len(self.blocks))
-        wanted_X = torch.ones_like(source_X) if read_X is None else read_X
-        wanted_Y = wanted_X[~source_X]
-        read = None if bool(wanted_Y.all()) else wanted_Y.nonzero()[:, 0]
-        table = self._rotary(batch.position_BT[batch.valid_BT][~source_X], x_XD.dtype)
-        y_YD = x_XD[~source_X]
-        for n, block in enumerate(self.blocks):
-            chosen = read if n == len(self.blocks) - 1 else None
-            y_YD = self.recompute.through(n, block, y_YD, table, seen, chosen, source_SD, crossing)
-        y_UD = self.norm(y_YD)
-        if not bool((wanted_X & source_X).any()):
-            return y_UD
-        written = torch.zeros_like(source_X).masked_scatter(~source_X, wanted_Y)
-        return placed([(y_UD, written), (source_SD, source_X)], wanted_X)
+        wanted_X, parts = torch.ones_like(source_X) if read_X is None else read_X, []
+        x_SF, guess = self.fusion.read(self, part_of(batch, source_BT), None)
+        memories, read = self._memories(batch, source_BT, x_SF), x_SF[wanted_X[source_X]].chunk(len(self.writers), -1)
+        for n, (memory, x_UD) in enumerate(zip(memories, read, strict=True)):
+            keep_BT, asked_R = batch.valid_BT & ~source_BT, memory.asked(count_of(record_X))
+            if n:
+                keep_BT &= of_records(batch, asked_R > 0, record_X)
+            stream = Stream.of(batch, keep_BT, record_X).in_place(batch)
+            y_UD = self._written(n, self.embed(batch, keep_BT, ()), stream, wanted_X[stream.at_Y], memory, asked_R)
+            both = [(places(wanted_X, stream.keep_X), y_UD), (places(wanted_X, source_X), x_UD)]
+            parts.append(placed(both, int(wanted_X.sum())))
+        return torch.cat(parts, -1), guess
 
-    def encode(self, x_XD: torch.Tensor, batch: Inputs, source_BT: torch.Tensor) -> torch.Tensor:
-        """Normalised hidden states, (S, D), of the source; of one position that nobody asks, where there is none."""
-        keep_BT = or_one(source_BT, batch.valid_BT)
-        x_SD = x_XD[keep_BT[batch.valid_BT]]
-        return self.encoder_norm(encode(self, self.encoder, x_SD, batch, keep_BT))
+    def _memories(self, batch: Inputs, source_BT: torch.Tensor, x_SF: torch.Tensor) -> list[Memory]:
+        """Of each expert; of one position, which is nobody's, where there is nothing."""
+        source, record_S, made = part_of(batch, source_BT), records_of(batch)[source_BT[batch.valid_BT]], []
+        sequences = self.fusion.sequences(source)
+        for keep_BT, x_SD in zip(sequences, x_SF.chunk(len(sequences), -1), strict=True):
+            keep_S = keep_BT[source_BT]
+            kept = chosen(keep_S)
+            x_MD = x_SD if kept is None else rows_of(x_SD, kept)
+            made.append(Memory(x_MD if len(x_MD) else F.pad(x_MD, (0, 0, 0, 1)), record_S[keep_S]))
+        return made
+
+    def _written(
+        self, n: int, x_YD: torch.Tensor, stream: Stream, wanted_Y: torch.Tensor, memory: Memory, asked_R: torch.Tensor
+    ) -> torch.Tensor:
+        """Normalised hidden states (U, D) of the wanted positions of expert n's decoder."""
+        (blocks, norm), some = self.writers[n], stream.or_nothing()
+        x_YD = some.padded(x_YD)
+        seen = some.arranged(dtype=x_YD.dtype, layers=len(blocks))
+        crossing = cross(torch.bincount(stream.record_Y, minlength=len(asked_R)), asked_R, x_YD.dtype)
+        table = self._rotary(some.position_Y, x_YD.dtype)
+        for number, block in enumerate(blocks):
+            read = chosen(wanted_Y) if number == len(blocks) - 1 else None
+            x_YD = self.recompute.through(number, block, x_YD, table, seen, read, memory.states_MD, crossing)
+        return norm(x_YD)[: int(wanted_Y.sum())]
 
     def read_prompts(self, batch: Inputs, caches: list[Cache]) -> torch.Tensor:
         """The prompts all end with `<answer>`, which is where the decoder begins."""
-        source_BT = source_of(batch)
-        x_XD = self.embed(batch, batch.valid_BT)
-        source_SD = self.encode(x_XD, batch, source_BT)
-        last_B = batch.valid_BT.sum(1).cumsum(0) - 1
-        one_B1 = torch.ones_like(batch.valid_BT[:, -1:])
-        seen = arrange(one_B1.long() - 1, one_B1, prefix=False, dtype=x_XD.dtype)
+        source_BT, one_B1 = source_of(batch), torch.ones_like(batch.valid_BT[:, -1:])
+        x_SF = self.fusion.trunk(self, part_of(batch, source_BT), None)
+        memories = self._memories(batch, source_BT, x_SF)
+        asked = [memory.asked(len(one_B1)) for memory in memories]
+        x_BD = self.embed(batch, F.pad(one_B1, (batch.valid_BT.shape[1] - 1, 0)), ())
+        seen = arrange(one_B1.long() - 1, one_B1, prefix=False, dtype=x_BD.dtype)
         filling = [Filling(cache, one_B1, seen) for cache in caches]
-        remembering = [Remembering(cache, source_BT.sum(1)) for cache in caches]
-        return self._write(x_XD[last_B], batch.position_BT[:, -1], filling, source_SD, remembering)
+        remembering = [Remembering(cache, asked[n // self.config.layers]) for n, cache in enumerate(caches)]
+        return self._next(x_BD, batch.position_BT[:, -1], filling, memories, remembering)
 
     def extend(
         self, token_B: torch.Tensor, position_B: torch.Tensor, valid_BS: torch.Tensor | None, caches: list[Cache]
     ) -> torch.Tensor:
         """`valid_BS` counts what the encoder read; the decoder sees no padding."""
         x_BD = self._placed(self.tokens(token_B), position_B)
-        return self._write(x_BD, position_B, Step.of(caches, None), None, [Remembered(cache) for cache in caches])
+        return self._next(x_BD, position_B, Step.of(caches, None), None, [Remembered(cache) for cache in caches])
 
-    def _write(
+    def _next(
         self, x_BD: torch.Tensor, position_B: torch.Tensor, seen: list[Filling] | list[Step],
-        source_SD: torch.Tensor | None, crossings: list[Remembering] | list[Remembered],
+        memories: list[Memory] | None, crossings: list[Remembering] | list[Remembered],
     ) -> torch.Tensor:  # fmt: skip
-        table = self._rotary(position_B, x_BD.dtype)
-        for block, one, crossing in zip(self.blocks, seen, crossings, strict=True):
-            x_BD = block(x_BD, table, one, None, source_SD, crossing)
-        return self.norm(x_BD)
+        """Normalised hidden states (B, F) of one token of each record, by all experts."""
+        table, parts = self._rotary(position_B, x_BD.dtype), []
+        for n, (blocks, norm) in enumerate(self.writers):
+            y_BD, states_MD = x_BD, memories[n].states_MD if memories else None
+            mine = slice(n * len(blocks), (n + 1) * len(blocks))
+            for block, one, crossing in zip(blocks, seen[mine], crossings[mine], strict=True):
+                y_BD = block(y_BD, table, one, None, states_MD, crossing)
+            y_BD = norm(y_BD)
+            if n:  # no factor of records that lack its modality
+                y_BD = y_BD * crossings[mine][0].cache.aside["asked"].any(1)[:, None]
+            parts.append(y_BD)
+        return torch.cat(parts, -1)
 
 
 class DecoderBlock(Block):
@@ -191,36 +237,14 @@ class DecoderBlock(Block):
         return self.add(x_YD, self.feed_forward_norm, self.feed_forward)
 
 
-def encode(
-    model: FusedTransformer, blocks: nn.ModuleList, x_SD: torch.Tensor, batch: Inputs, keep_BT: torch.Tensor,
-    read: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Through blocks in which the kept positions of a record all see each other; those that are `read`, by default all."""
-    segment_BT = batch.segment_BT.masked_fill(~keep_BT, -1)
-    seen = arrange_both_ways(segment_BT, dtype=x_SD.dtype, layers=len(blocks))
-    table = model._rotary(batch.position_BT[keep_BT], x_SD.dtype)
-    return run(blocks, x_SD, table, seen, read, recompute=model.recompute)
+def read_by(layout: str, batch: Inputs) -> torch.Tensor:
+    """(B, T) bool: what the blocks in which modalities meet read."""
+    if layout == "encoder":
+        return batch.prompt_BT & batch.valid_BT
+    return source_of(batch) if layout == "encoder_decoder" else batch.valid_BT
 
 
 def source_of(batch: Inputs) -> torch.Tensor:
     """(B, T) bool: what an encoder reads of a record that is answered: all before `<answer>`; of a piece, its media."""
     prompt_N = (batch.prompt_BT & batch.valid_BT).flatten()
     return prompt_N.index_fill(0, batch.answer_at_R, False).view(batch.valid_BT.shape)
-
-
-def or_one(keep_BT: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
-    """Itself; where it is empty, the first valid position: a rank that has nothing to encode touches the parameters all
-    the same, without which ZeRO aborts (1, 2) or waits for ever (3)."""
-    if bool(keep_BT.any()):
-        return keep_BT
-    first = valid_BT.flatten().long().argmax()
-    return keep_BT.flatten().index_fill(0, first, True).view(keep_BT.shape)
-
-
-def placed(parts: list[tuple[torch.Tensor, torch.Tensor]], wanted_X: torch.Tensor) -> torch.Tensor:
-    """(U, D): of the wanted positions, in order. A part is rows, and a mark on each valid position that has one; where no
-    part has any, 0."""
-    rows = torch.cat([rows for rows, _ in parts])
-    x_XD = rows.new_zeros(len(wanted_X), rows.shape[1])
-    x_XD = x_XD.index_copy(0, torch.cat([here_X.nonzero()[:, 0] for _, here_X in parts]), rows)
-    return x_XD[wanted_X]

@@ -7,7 +7,7 @@ D width.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -15,13 +15,20 @@ from torch.nn import functional as F
 from mmlm.features.spec import AUDIO, FIELDS, IMAGE
 from mmlm.model.attention import Cache
 from mmlm.model.kernels import rung
-from mmlm.model.packed import Arrangement, arrange
+from mmlm.model.packed import Arrangement, arrange, arrange_both_ways
 
 if TYPE_CHECKING:
     from mmlm.model.transformer import Inputs
 
 SLOTS = {"image": IMAGE, "audio": AUDIO, "fields": FIELDS}
 """modality → the token that stands at its positions."""
+
+
+def part_of(batch: Inputs, keep_BT: torch.Tensor) -> Inputs:
+    """The batch as if nothing but these valid positions was there, each at its place in its record. All media are among
+    them."""
+    segment_BT = batch.segment_BT.masked_fill(~keep_BT, -1)
+    return cast("Inputs", replace(cast(Any, batch), valid_BT=keep_BT, segment_BT=segment_BT))
 
 
 def slots_of(batch: Inputs, modality: str) -> torch.Tensor:
@@ -48,6 +55,16 @@ def records_of(batch: Inputs) -> torch.Tensor:
     B, T = batch.segment_BT.shape
     number_BT = torch.arange(B, device=batch.segment_BT.device)[:, None] * (T + 1) + batch.segment_BT
     return torch.unique_consecutive(number_BT[batch.valid_BT], return_inverse=True)[1]
+
+
+def count_of(record_X: torch.Tensor) -> int:
+    """How many records there are."""
+    return int(record_X[-1]) + 1 if len(record_X) else 0
+
+
+def of_records(batch: Inputs, which_R: torch.Tensor, record_X: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool: the valid positions of the records that are marked."""
+    return torch.zeros_like(batch.valid_BT).masked_scatter(batch.valid_BT, which_R[record_X])
 
 
 def places_within(group_Y: torch.Tensor) -> torch.Tensor:
@@ -82,8 +99,21 @@ class Stream:
         absent_BT = batch.valid_BT & ~keep_BT
         return cls(keep_BT, keep_X, at_Y, record_Y, places_within(record_Y), segment_BT, batch.prompt_BT, absent_BT)
 
-    def arranged(self, *, prefix: bool, dtype: torch.dtype, layers: int = 1) -> Arrangement:
+    @classmethod
+    def whole(cls, batch: Inputs) -> Stream:
+        """All that there is, each at its place."""
+        return cls.of(batch, batch.valid_BT, records_of(batch)).in_place(batch)
+
+    def in_place(self, batch: Inputs) -> Stream:
+        """With positions within the whole record, whatever is left out."""
+        return replace(self, position_Y=batch.position_BT[self.keep_BT])
+
+    def arranged(
+        self, *, both_ways: bool = False, prefix: bool = False, dtype: torch.dtype, layers: int = 1
+    ) -> Arrangement:
         """`layers` use it."""
+        if both_ways:
+            return arrange_both_ways(self.segment_BT, dtype=dtype, layers=layers)
         return arrange(self.segment_BT, self.prompt_BT, prefix=prefix, dtype=dtype, layers=layers)
 
     def padded(self, x_YD: torch.Tensor) -> torch.Tensor:
@@ -141,6 +171,11 @@ def means(x_YD: torch.Tensor, group_Y: torch.Tensor, groups: int) -> torch.Tenso
     wide = torch.promote_types(x_YD.dtype, torch.float32)
     total = x_YD.new_zeros(groups, x_YD.shape[1], dtype=wide).index_add(0, group_Y, x_YD.to(wide))
     return (total / torch.bincount(group_Y, minlength=groups).clamp_min(1)[:, None]).to(x_YD.dtype)
+
+
+def places(wanted_X: torch.Tensor, here_X: torch.Tensor) -> torch.Tensor:
+    """The numbers, among all wanted positions, of those of them that are `here`."""
+    return (wanted_X.cumsum(0) - 1)[wanted_X & here_X]
 
 
 def placed(parts: list[tuple[torch.Tensor, torch.Tensor]], length: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ from mmlm.features.spec import FeatureSpec
 from mmlm.model.across import CrossGrouped
 from mmlm.model.adversary import Guess
 from mmlm.model.attention import Cache, Table, rotary
-from mmlm.model.block import Block
+from mmlm.model.block import Block, Reader
 from mmlm.model.classic import added_positions, last_norm_of
 from mmlm.model.config import ModelConfig
 from mmlm.model.cross_entropy import AnswerHead, AnswerLoss, Lead
@@ -45,7 +45,7 @@ IGNORE = -100
 
 
 class Inputs(Protocol):
-    """What the model reads; `mmlm.data.collate.Batch` is one."""
+    """What the model reads: a dataclass; `mmlm.data.collate.Batch` is one."""
 
     tokens_BT: torch.Tensor
     valid_BT: torch.Tensor
@@ -108,6 +108,11 @@ class FusedTransformer(nn.Module):
     def add_blocks(self, config: ModelConfig) -> None:
         """What other layouts (layouts.py) have more of."""
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers * self.fusion.trunks))
+
+    @property
+    def reader(self) -> Reader:
+        """The blocks in which modalities meet."""
+        return Reader(self.blocks, self.norm)
 
     @property
     def stacks(self) -> list[Sequence[nn.Module]]:
@@ -173,7 +178,7 @@ class FusedTransformer(nn.Module):
 
     def trunk(self, batch: Inputs, read_X: torch.Tensor | None = None) -> torch.Tensor:
         """Normalised hidden states, (U, F), of the valid positions that `read_X` marks, by default of all of them."""
-        return self.fusion.trunk(self, batch, read_X)
+        return self.read(batch, read_X)[0]
 
     def read_prompts(self, batch: Inputs, caches: list[Cache]) -> torch.Tensor:
         """Normalised hidden states (B, F) of the last column of left-padded prompts; fills `caches`, one a block."""

@@ -22,7 +22,7 @@ FIGURES = (
 
 def metric_names(config: TrainConfig, spec: FeatureSpec) -> list[str]:
     """All that a row of this training may have."""
-    terms = Answering(config.loss, spec, getattr(config.model, "fusion", None), across_ranks=False).names
+    terms = Answering(config.loss, spec, config.model, across_ranks=False).names
     names = ["loss", *(f"loss_{term}" for term in terms), *(f"loss_given/{given}" for given in GIVEN), *FIGURES]
     if config.validation.every:
         seen = Answering(config.loss.model_copy(update={"contrastive": None}), spec).names

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from mmlm.data.collate import IGNORE, Batch
 from mmlm.features.spec import FeatureSpec
+from mmlm.model.baseline_config import AnyModelConfig
+from mmlm.model.config import ModelConfig
 from mmlm.model.flops import Shape
-from mmlm.model.fusion_config import AdversarialConfig, FusionConfig
 from mmlm.model.transformer import FusedTransformer, Output
 from mmlm.train.config import LossConfig
 from mmlm.train.terms.contrast import Contrast
@@ -53,10 +54,10 @@ def loss_of(terms: dict[str, Term], counts: dict[str, float]) -> torch.Tensor:
 
 class Answering:
     """Next token on the answers, and what the head says of the records: one class, several, or a number, where the spec
-    has such tasks; with `loss.z`, also the z-loss; with adversarial `fusion`, what its discriminator pays."""
+    has such tasks; with `loss.z`, also the z-loss; with an adversarial `model`, what its discriminator pays."""
 
     def __init__(
-        self, config: LossConfig, spec: FeatureSpec, fusion: FusionConfig | None = None, across_ranks: bool = True
+        self, config: LossConfig, spec: FeatureSpec, model: AnyModelConfig | None = None, across_ranks: bool = True
     ) -> None:
         """`across_ranks`: all ranks work on the same step at the same time, and may be waited for."""
         self.config = config
@@ -72,7 +73,7 @@ class Answering:
             self.weights["contrastive"] = self.contrast.weight
         if config.z:
             self.weights["z"] = config.z
-        self.modality = Modality(fusion, spec) if isinstance(fusion, AdversarialConfig) else None
+        self.modality = Modality.of(model, spec) if isinstance(model, ModelConfig) else None
         if self.modality:
             self.weights["modality"] = self.modality.weight
         self.names: tuple[str, ...] = tuple(self.weights)
@@ -141,10 +142,10 @@ class Distilling:
 
     def __init__(
         self, config: LossConfig, spec: FeatureSpec, teacher: FusedTransformer, temperature: float, task: float,
-        fusion: FusionConfig | None = None,
+        model: AnyModelConfig | None = None,
     ) -> None:  # fmt: skip
-        """`fusion`: the student's. Embeddings are not distilled."""
-        self.answering = Answering(config.model_copy(update={"contrastive": None}), spec, fusion)
+        """`model`: the student. Embeddings are not distilled."""
+        self.answering = Answering(config.model_copy(update={"contrastive": None}), spec, model)
         self.teacher = teacher
         led = ("answer", *(part.name for part in self.answering.parts))
         self.names: tuple[str, ...] = (*self.answering.names, *(f"{name}_kl" for name in led))

@@ -161,12 +161,11 @@ def _measure(
 
 
 def _objective(config: LoopConfig, sizes: AnyModelConfig, spec: FeatureSpec, teacher: Teaching | None) -> Objective:
-    fusion = getattr(sizes, "fusion", None)
     if teacher is None:
-        return Answering(config.loss, spec, fusion, across_ranks=False)  # each rank looks by itself
+        return Answering(config.loss, spec, sizes, across_ranks=False)  # each rank looks by itself
     leader = weights.build(teacher.model, spec).eval().requires_grad_(False)
     leader = leader.bfloat16() if config.precision == "bf16" else leader
-    return Distilling(config.loss, spec, leader, teacher.temperature, teacher.task, fusion)
+    return Distilling(config.loss, spec, leader, teacher.temperature, teacher.task, sizes)
 
 
 def _update(config: LoopConfig, ranks: int, trained: int) -> float:

@@ -143,7 +143,7 @@ def on_rank(
         model.set_up(
             recompute=settings.recompute, granularity=settings.recompute_granularity, compiled=settings.compile
         )
-    objective = Answering(settings.loss, spec, getattr(settings.model, "fusion", None))
+    objective = Answering(settings.loss, spec, settings.model)
     counts = fit(model, objective, settings, folder, Path(out), "train", there)
     write_counts(Path(out), counts, model)
     engine.stop()

@@ -183,10 +183,11 @@ def test_attributions_add_up_to_the_difference_of_scores(answerer: Any, task: st
 
 
 FORMS = [{"fusion": kind} for kind in ("concat", "add", "cross_attention", "adversarial", "late")]
-FORMS += [{"layout": "encoder"}, {"layout": "encoder_decoder"}, {"image_stem": "conv"}, {"image_stem": "hog"}]
+FORMS += [{**form, "layout": layout} for layout in ("encoder", "encoder_decoder") for form in FORMS]
+FORMS += [{"image_stem": "conv"}, {"image_stem": "hog"}]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: str(*form.values()))
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: " ".join(map(str, form.values())))
 @pytest.mark.parametrize("of", ["label", "text"])
 def test_attributions_add_up_however_modalities_meet(form: dict[str, str], of: str):
     if of == "text" and form.get("layout") == "encoder":
@@ -202,6 +203,8 @@ def test_attributions_add_up_however_modalities_meet(form: dict[str, str], of: s
     found = explain(other, sample, **(label if of == "label" else text))
     assert found.complete and set(found.by_modality) == {"text", "image", "audio", "fields"}
     assert all(value for value in found.by_modality.values())
+    one_sequence = form.get("fusion", "concat") in ("concat", "adversarial")
+    assert found.rolled_out == (one_sequence and form.get("layout") != "encoder_decoder")
     if of == "label":
         assert np.exp(found.score) == pytest.approx(other.answer([sample])[0].label_scores["ne"], rel=1e-3)
 

@@ -18,10 +18,13 @@ SIZES: dict[str, Any] = {"width": 32, "layers": 3, "heads": 4}
 CONFIG = ModelConfig(**SIZES)
 
 
+FUSED = ("add", {"kind": "cross_attention", "every": 2}, "adversarial", "late")
 FORMS: list[dict[str, Any]] = [
     {}, {"kv_heads": 4, "qk_norm": False}, {"mlp": "relu", "norm": "layer", "positions": "learned"}, {"layout": "encoder"},
-    {"layout": "encoder_decoder", "encoder_layers": 2}, {"fusion": "add"}, {"fusion": {"kind": "add", "layers": 2}},
-    {"fusion": {"kind": "cross_attention", "every": 2}}, {"fusion": "late"}, {"fusion": "adversarial"},
+    {"layout": "encoder_decoder", "encoder_layers": 2}, *({"layout": "encoder", "fusion": f} for f in FUSED),
+    *({"layout": "encoder_decoder", "encoder_layers": 2, "fusion": f} for f in FUSED),
+    {"fusion": "add"}, {"fusion": {"kind": "add", "layers": 2}}, {"fusion": {"kind": "cross_attention", "every": 2}},
+    {"fusion": "late"}, {"fusion": "adversarial"},
 ]  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from mmlm.features.spec import AUDIO, EOS, FIELDS, IMAGE, FeatureSpec
 from mmlm.model.adversary import reversal
 from mmlm.model.config import ModelConfig
 from mmlm.model.generation import generate, words_only
+from mmlm.model.layouts import read_by
+from mmlm.model.streams import part_of
 from mmlm.model.transformer import FusedTransformer
 from mmlm.train import weights
 from mmlm.train.config import LossConfig
@@ -45,7 +47,7 @@ def losses_and_gradients(
     net.zero_grad()
     sums: dict[str, float] = {}
     for batch in batches:
-        terms = Answering(LossConfig(), spec, net.config.fusion)(net, batch)
+        terms = Answering(LossConfig(), spec, net.config)(net, batch)
         terms = {name: terms[name] for name in of or terms}
         torch.stack([term.sum for term in terms.values()]).sum().backward()
         for name, term in terms.items():
@@ -112,7 +114,9 @@ def counterparts(whole: FusedTransformer, part: FusedTransformer, away: str) -> 
         found[name] = name
         for beginning, experts, each in (
             ("blocks.", ("text", *SPEC.modalities), 2),
+            ("encoder.", ("text", *SPEC.modalities), 2),
             ("fusion.norms.", SPEC.modalities, 1),
+            ("norms.", SPEC.modalities, 1),
         ):
             if whole.fusion.trunks > 1 and name.startswith(beginning):
                 number, _, rest = name.removeprefix(beginning).partition(".")
@@ -223,7 +227,7 @@ def test_the_gradient_of_the_discriminator_is_turned_round_and_grows():
     net = model({"kind": "adversarial", "weight": 1.0})
     samples = [sample(i, g) for i, g in enumerate([("image", "audio"), ("image",), ()])]
     batch = collate(samples, SPEC)
-    objective = Answering(LossConfig(answer=0, label=0), SPEC, net.config.fusion)
+    objective = Answering(LossConfig(answer=0, label=0), SPEC, net.config)
     assert objective.counts(batch)["modality"] == 3 + 2 + 1  # three texts, two pictures, one sound
     gradients = {}
     for progress in (0.0, 0.3, 1.0):
@@ -240,14 +244,15 @@ def test_the_gradient_of_the_discriminator_is_turned_round_and_grows():
 def cross_entropy_unturned(net: FusedTransformer, batch: Batch) -> torch.Tensor:
     """The discriminator's loss, read off the input of the last block without any reversal, record by record."""
     entering: list[torch.Tensor] = []
-    handle = net.blocks[-1].register_forward_pre_hook(lambda m, inputs: entering.append(inputs[0]))
+    handle = net.reader.blocks[-1].register_forward_pre_hook(lambda m, inputs: entering.append(inputs[0]))
     net(batch)
     handle.remove()
-    tokens, prompt = batch.tokens_BT[batch.valid_BT], batch.prompt_BT[batch.valid_BT]
-    record = batch.valid_BT.nonzero()[:, 0]
+    part = part_of(batch, read_by(net.config.layout, batch))
+    tokens, prompt = part.tokens_BT[part.valid_BT], part.prompt_BT[part.valid_BT]
+    record = part.valid_BT.nonzero()[:, 0]
     total = torch.zeros(())
     slots = {1: AUDIO, 2: FIELDS, 3: IMAGE}
-    for r, kind in itertools.product(range(len(batch.valid_BT)), range(4)):
+    for r, kind in itertools.product(range(len(part.valid_BT)), range(4)):
         media = sum(((tokens == s) & prompt for s in slots.values()), torch.zeros_like(prompt))
         here = (record == r) & ((tokens == slots[kind]) & prompt if kind else ~media)
         if here.any():

@@ -95,7 +95,7 @@ FORMS: list[dict[str, Any]] = [
     {"fusion": {"kind": "cross_attention"}},
     {"fusion": {"kind": "adversarial"}},
     {"fusion": {"kind": "late"}},
-    {"layout": "encoder_decoder"},
+    *({"layout": "encoder_decoder", "fusion": kind} for kind in ("concat", "add", "cross_attention", "late")),
 ]
 
 

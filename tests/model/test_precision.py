@@ -22,6 +22,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "LayerNorm, GELU, learned": {"norm": "layer", "mlp": "gelu", "positions": "learned"},
     "Vaswani's": {**CLASSIC, "layout": "encoder_decoder", "positions": "sinusoidal"},
     "encoder-decoder": {"layout": "encoder_decoder"},
+    "encoder of experts": {"layout": "encoder", "fusion": {"kind": "late"}},
+    "gated encoder-decoder": {"layout": "encoder_decoder", "fusion": {"kind": "cross_attention"}},
     "BERT's": {**CLASSIC, "layout": "encoder", "positions": "learned"},
     "muP": {"initialisation": {"kind": "mup", "base_width": 32, "base_head_width": 8}},
 }

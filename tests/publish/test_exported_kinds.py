@@ -29,6 +29,7 @@ from mmlm.publish.answering import Responder
 from mmlm.publish.export import export
 from mmlm.train import pretrained, weights
 from mmlm.train.config import TrainConfig
+from tests.model.test_fusion import FUSIONS
 from tests.model.test_layouts import CLASSIC
 from tests.publish.conftest import QUESTIONS
 from tests.shards.test_encoders import save_whisper
@@ -44,6 +45,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "encoder": {"layout": "encoder", "embedding": 6},
     "encoder_decoder": {"layout": "encoder_decoder", "embedding": 6},
     "classic": {"layout": "encoder_decoder", "encoder_layers": 3, "tied": True, **CLASSIC},
+    **{f"encoder, {f}": {"layout": "encoder", "fusion": f, "embedding": 6} for f in FUSIONS if f != "concat"},
+    **{f"encoder_decoder, {f}": {"layout": "encoder_decoder", "fusion": f} for f in FUSIONS if f != "concat"},
     "concat": {"embedding": 6, "attention": "prefix", "image_stem": "conv", "rope_scaling": YARN},
     "add": {"fusion": "add", "embedding": 6, "image_stem": "hog", "image_places": "grid"},
     "cross_attention": {"fusion": "cross_attention", "embedding": 6, "positions": "learned"},
@@ -55,7 +58,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 FEW = {"encoder", "encoder_decoder", "add"}
 """Tried in every run."""
-SILENT = ("encoder", "cnn", "bert")
+SILENT = ("encoder", "cnn", "bert", *(f"encoder, {f}" for f in FUSIONS))
 LIMIT = 6
 GIVEN: list[tuple[str, ...]] = [
     ("image", "audio"),

@@ -17,10 +17,14 @@ from tests.model.test_fusion import FUSIONS
 from tests.publish.conftest import QUESTIONS, World
 
 
+@pytest.mark.parametrize("layout", ["decoder", "encoder_decoder"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_questions_with_any_inputs_are_answered_alone_as_together(fusion: str, world: World, tmp_path: Path):
+def test_questions_with_any_inputs_are_answered_alone_as_together(
+    fusion: str, layout: str, world: World, tmp_path: Path
+):
     torch.manual_seed(1)
-    config = parse(ModelConfig, {"width": 16, "layers": 2, "heads": 2, "fusion": fusion, "attention": "prefix"}, "test")
+    sizes = {"width": 16, "layers": 2, "heads": 2, "attention": "prefix"}
+    config = parse(ModelConfig, {**sizes, "fusion": fusion, "layout": layout}, "test")
     model = weights.build(config, feature_spec.load(world.shards.path))
     weights.save_model(tmp_path, model.state_dict(), config, world.shards.path)
     responder = Responder.load(tmp_path)

@@ -78,7 +78,8 @@ def settings(changes: dict[str, Any]) -> TrainConfig:
 
 def build(config: TrainConfig) -> FusedTransformer:
     torch.manual_seed(3)
-    model = weights.build(config.model, SPEC)
+    encodes = getattr(config.model, "layout", "decoder") == "encoder"  # which has classes alone
+    model = weights.build(config.model, SPEC.model_copy(update={"tasks": SPEC.tasks[:1]}) if encodes else SPEC)
     model.set_up(recompute=config.recompute, granularity=config.recompute_granularity)
     return model
 
@@ -89,7 +90,7 @@ def loss_of_all(model: FusedTransformer, step: int) -> torch.Tensor:
     targets = batch.target_BT[batch.target_BT != IGNORE]
     output = model(batch)
     logits_RC = own_classes(output.label_RC, batch.task_R, class_masks(SPEC))
-    answer = F.cross_entropy(output.answer_AV, targets, reduction="sum") / len(targets)
+    answer = F.cross_entropy(output.answer_AV, targets, reduction="sum") / len(targets) * model.generates
     labelled = (batch.label_R != IGNORE).sum()
     label = F.cross_entropy(logits_RC, batch.label_R, ignore_index=IGNORE, reduction="sum") / labelled
     guess = output.modality
@@ -192,7 +193,7 @@ class Run:
 
     def __init__(self, changes: dict[str, Any]) -> None:
         self.config, self.world = settings(changes), worlds.from_environment()
-        self.objective = Answering(self.config.loss, SPEC, getattr(self.config.model, "fusion", None))
+        self.objective = Answering(self.config.loss, SPEC, self.config.model)
         self.device = engine.device_of(self.world)
         self.trainer = engine.DeepSpeedEngine(build(self.config).to(self.device), self.config, self.world)
         self.gradients: dict[str, torch.Tensor] = {}

@@ -134,7 +134,9 @@ def test_selective_recomputation_keeps_what_maps_give(form: dict[str, Any], prec
         {"layout": "encoder"}, {"layout": "encoder_decoder"},
         {"layout": "encoder_decoder", "encoder_layers": 3, "qk_norm": False}, {"fusion": "add"},
         {"fusion": "cross_attention"}, {"fusion": {"kind": "cross_attention", "every": 2, "layers": 2}},
-        {"fusion": "late"}, {"fusion": "adversarial"},
+        {"fusion": "late"}, {"fusion": "adversarial"}, {"layout": "encoder", "fusion": "cross_attention"},
+        {"layout": "encoder", "fusion": "late"}, {"layout": "encoder_decoder", "fusion": "add"},
+        {"layout": "encoder_decoder", "fusion": "cross_attention"}, {"layout": "encoder_decoder", "fusion": "late"},
     ],
 )  # fmt: skip
 def test_activations_of_other_forms(form: dict[str, Any]) -> None:
