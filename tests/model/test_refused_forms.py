@@ -17,7 +17,7 @@ from mmlm.train.config import TrainConfig
     [
         ({"fusion": "late", "tied": True}, "tied needs heads as wide"),
         ({"fusion": "late", "pretrained": {"folder": "/models/qwen"}}, "a trunk for each modality"),
-        ({"layout": "encoder", "fusion": "add"}, "by fusion concat only"),
+        ({"layout": "encoder", "fusion": "add", "encoder_layers": 2}, "a setting of layout encoder_decoder"),
     ],
 )
 def test_forms_that_do_not_go_together(model: dict[str, Any], said: str):
