@@ -24,8 +24,10 @@ import numpy as np
 import torch
 
 from benchmarks.harness.command import write
-from benchmarks.ours.av_digits import Recipe, data_of, trained
+from benchmarks.ours.av_digits import Recipe, data_of, linear, trained
 
+LINEAR = "linear"
+"""Logistic regressions on the same samples, for reference."""
 FUSIONS = ("concat", "add", "cross_attention", "adversarial", "late")
 ALONE = ("image", "audio")
 GIVEN = {"both": ALONE, "image": ("image",), "audio": ("audio",)}
@@ -35,6 +37,7 @@ T4 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 
 
 def jobs(seeds: int) -> Iterator[tuple[str, int]]:
     for seed in range(seeds):
+        yield LINEAR, seed
         for name in (*(f"only-{m}" for m in ALONE), *FUSIONS):
             yield name, seed
 
@@ -44,6 +47,11 @@ def run(name: str, seed: int, recipe: Recipe, part: str) -> dict[str, Any]:
     alone = name.removeprefix("only-") if name.startswith("only-") else None
     start = time.process_time()
     data = data_of(seed, recipe)
+    if name == LINEAR:
+        return {
+            "model": name, "seed": seed, "part": part, "n": len(data[part]), "accuracy": linear(data, part),
+            "cpu_seconds": time.process_time() - start, "recipe": recipe._asdict(),
+        }  # fmt: skip
     model = trained("concat" if alone else name, alone, data["train"], recipe, seed)
     given = [alone] if alone else list(GIVEN)
     right = {g: model.right(data[part], GIVEN[g]) for g in given}
@@ -86,6 +94,18 @@ def rows(found: dict[tuple[str, int], dict[str, Any]]) -> list[dict[str, Any]]:
                 }
             )  # fmt: skip
     return made
+
+
+def reference(found: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """The linear models, as a sentence."""
+    kinds: dict[str, list[float]] = {}
+    for (name, _), result in sorted(found.items()):
+        for kind, accuracy in result["accuracy"].items() if name == LINEAR else ():
+            kinds.setdefault(kind, []).append(accuracy)
+    shown = (
+        f"{kind} {mean:.3f} [{low:.3f}, {high:.3f}]" for kind, v in kinds.items() for mean, low, high in [interval(v)]
+    )
+    return f"Logistic regression: {', '.join(shown)}."
 
 
 def table(made: list[dict[str, Any]]) -> str:
@@ -139,6 +159,7 @@ def main() -> int:
         made = rows(found)
         write(made, asked.json)
         print(table(made))
+        print(reference(found))
     return 0
 
 

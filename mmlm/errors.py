@@ -68,6 +68,12 @@ class WorkLost(LaunchError):
     exit_code = Interrupted.exit_code
 
 
+class RankLost(LaunchError):
+    """Another rank is gone, nobody here knows why: if it failed, the same command fails again, so a job is not queued again."""
+
+    exit_code = 1
+
+
 class ServeError(MmlmError):
     """A request to a served model, or the server itself, is wrong."""
 

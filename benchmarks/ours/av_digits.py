@@ -91,6 +91,42 @@ def rendered(name: str, picture: np.ndarray, digit: int, rng: np.random.Generato
     return Sample(name, "digit", tokens, 4, [pixels[..., None]], [sound], label=str(digit))
 
 
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Of a linear model's regularization (sklearn's C); the validation part chooses."""
+
+
+def linear(data: dict[str, list[Sample]], part: str) -> dict[str, float]:
+    """Accuracies of multinomial logistic regressions on pixels, on the mean log-mel row of a sound, and on both: side by side
+    (`concat`), and as the product of the two that know one modality (`product`)."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    seen = {
+        name: {
+            "image": np.stack([s.images[0].ravel() / 255 for s in samples]),
+            "audio": np.stack([s.sounds[0].astype(np.float32).mean(0) for s in samples]),
+        }
+        for name, samples in data.items()
+    }  # fmt: skip
+    for views in seen.values():
+        views["concat"] = np.concatenate([views["image"], views["audio"]], 1)
+    digits = {name: np.array([int(s.label or "") for s in samples]) for name, samples in data.items()}
+    chance, right = {}, {}
+    for view in ("image", "audio", "concat"):
+        fitted = [
+            make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=500)).fit(
+                seen["train"][view], digits["train"]
+            )
+            for c in STRENGTHS
+        ]
+        best = max(fitted, key=lambda model: model.score(seen["val"][view], digits["val"]))
+        chance[view] = best.predict_log_proba(seen[part][view])
+        right[view] = float(np.mean(chance[view].argmax(1) == digits[part]))
+    product = chance["image"] + chance["audio"]  # of ten digits that are equally many
+    return {**right, "product": float(np.mean(product.argmax(1) == digits[part]))}
+
+
 class Trained:
     def __init__(self, model: FusedTransformer) -> None:
         self.model, self.parameters = model.eval(), count_parameters(model)

@@ -21,6 +21,7 @@ from mmlm.train.keeper import Keeper
 from mmlm.train.objectives import Answering, loss_of
 from mmlm.train.proof import Part
 from mmlm.train.weights import build
+from mmlm.world import World
 
 SPEC = FeatureSpec(vocab_size=4096, tokenizer_digest="", max_len=64, tasks=[TaskSpec(name="text")])
 
@@ -46,39 +47,44 @@ def on_rank(model: dict[str, Any], stage: int, rounds: int, out: str) -> None:
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(rounds):
         for form in ("full", "sharded", "deepspeed"):
-            folder = Path(out, form)
-            engine.total([0.0], device)
-            began = time.perf_counter()
-            if form == "deepspeed":
-                trainer.model.save_checkpoint(str(folder), tag="one")
-                engine.total([0.0], device)
-                waited = safe = time.perf_counter() - began
-            else:
-                keeper = Keeper(
-                    folder, config.model_copy(update={"checkpoint_format": form}), world, trainer, no_probe, {}, device
-                )
-                keeper.save(number + 1, {}, wait=False)
-                waited = time.perf_counter() - began
-                keeper.finish()
-                safe = time.perf_counter() - began
-            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if world.is_main else 0
-            began = time.perf_counter()
-            if form != "deepspeed":
-                saved = keeper.newest()
-                assert saved is not None
-                trainer.load(saved.tensors(), saved.state["scalars"])
-            else:
-                trainer.model.load_checkpoint(str(folder), tag="one")
-            engine.total([0.0], device)
-            loaded = time.perf_counter() - began
-            row = {"waited": waited, "safe": safe, "bytes": size, "loaded": loaded, "step": step()}
-            found.setdefault(form, []).append(row)
-            engine.total([0.0], device)
+            row = one(form, number + 1, Path(out, form), config, world, trainer, device)
+            found.setdefault(form, []).append({**row, "step": step()})
+            engine.total([0.0], device)  # nobody goes on before all are here
             if world.is_main:
-                shutil.rmtree(folder)
+                shutil.rmtree(Path(out, form))
             engine.total([0.0], device)
     if world.is_main:
         Path(out, "found.json").write_text(json.dumps(found))
+
+
+def one(
+    form: str, step: int, folder: Path, config: TrainConfig, world: World, trainer: engine.DeepSpeedEngine, device: Any
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of saving in one form and of going on, of this rank."""
+    engine.total([0.0], device)
+    keeper = Keeper(
+        folder, config.model_copy(update={"checkpoint_format": form}), world, trainer, no_probe, {}, device
+    ) if form != "deepspeed" else None  # fmt: skip
+    began = time.perf_counter()
+    if keeper:
+        keeper.save(step, {}, wait=False)
+    else:
+        trainer.model.save_checkpoint(str(folder), tag="one")
+    waited = time.perf_counter() - began
+    if keeper:
+        keeper.finish()
+    engine.total([0.0], device)
+    safe = time.perf_counter() - began
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if world.is_main else 0
+    began = time.perf_counter()
+    if keeper:
+        saved = keeper.newest()
+        assert saved is not None
+        trainer.load(saved.tensors(), saved.state["scalars"])
+    else:
+        trainer.model.load_checkpoint(str(folder), tag="one")
+    engine.total([0.0], device)
+    return {"waited": waited, "safe": safe, "bytes": size, "loaded": time.perf_counter() - began}
 
 
 def no_probe(parts: int) -> list[Part]:

@@ -149,7 +149,8 @@ def _require_new_store(size: int) -> None:
     if _outlives() and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and _store().add("mmlm/starts", 1) > size:
         raise LaunchError(
             "torchrun started the ranks of several nodes again, with a store that their last attempt used",
-            wanted="a store for each attempt", cure="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node",
+            wanted="a store for each attempt",
+            cure="give torchrun --rdzv-backend c10d, and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node",
         )  # fmt: skip
 
 

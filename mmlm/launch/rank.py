@@ -56,9 +56,9 @@ LOST = (
 
 
 def call(target: str, args: dict[str, Any]) -> None:
-    """`target` with `args` in this process, one of several whose launcher is not ours. Raises WorkLost when another one is
+    """`target` with `args` in this process, one of several whose launcher is not ours. Raises RankLost when another one is
     gone, which is that one's fault."""
-    from mmlm.errors import WorkLost
+    from mmlm.errors import RankLost
 
     try:
         resolve(target)(**args)
@@ -67,7 +67,7 @@ def call(target: str, args: dict[str, Any]) -> None:
         if not (("gloo" in words or "NCCL" in words or "nccl" in words) and any(said in words for said in LOST)):
             raise
         cure = "see what that one said; the same command goes on from the last checkpoint"
-        raise WorkLost("the connection to another rank is lost", cure=cure) from error
+        raise RankLost("the connection to another rank is lost", cure=cure) from error
 
 
 def rebuild(said: dict[str, Any]) -> Exception:

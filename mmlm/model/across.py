@@ -189,12 +189,7 @@ class Remembering:
 
     def attend(self, q_YNH: torch.Tensor, k_SKH: torch.Tensor | None, v_SKH: torch.Tensor | None) -> torch.Tensor:
         assert k_SKH is not None and v_SKH is not None
-        longest = max(1, int(self.asked_R.max()))
-        here_RS = torch.arange(longest, device=q_YNH.device) < self.asked_R[:, None]
-        at_RS = (here_RS.flatten().cumsum(0) - 1).clamp_min(0).view(here_RS.shape)
-        aside = self.cache.aside
-        aside["asked_keys"], aside["asked_values"] = taken(k_SKH, at_RS), taken(v_SKH, at_RS)
-        aside["asked"] = here_RS
+        keep(self.cache, self.asked_R, k_SKH, v_SKH)
         return Remembered(self.cache).attend(q_YNH)
 
 

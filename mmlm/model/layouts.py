@@ -7,8 +7,9 @@
 | `encoder_decoder` | the prompt up to `<answer>` | `<answer>` and the answer; in a piece of a long record, its text |
 
 A layout says what is read and by which blocks, a fusion (fusion.py) how: what is read is a batch of its own, in which there
-is nothing else (`part_of`). A record keeps one clock: positions of the decoder go on from those of the encoder. Classes are
-read at `<answer>`.
+is nothing else (`part_of`). A record keeps one clock where all of it is one sequence (concat, adversarial): positions of the
+decoder go on from those of the encoder. In the other fusions the encoder counts what it reads, the decoder the whole record.
+Classes are read at `<answer>`.
 
 Axes: B sequence, T position, X valid position of the batch, S position of the encoder, M position that a decoder asks, Y
 position of the decoder, U position that is read, R record, D width, F width of what the heads read, V vocabulary.
@@ -184,7 +185,8 @@ class EncoderDecoder(FusedTransformer):
         x_SF = self.fusion.trunk(self, part_of(batch, source_BT), None)
         memories = self._memories(batch, source_BT, x_SF)
         asked = [memory.asked(len(one_B1)) for memory in memories]
-        x_BD = self.embed(batch, F.pad(one_B1, (batch.valid_BT.shape[1] - 1, 0)), ())
+        last_BT = batch.valid_BT & (batch.valid_BT.flip(1).cumsum(1).flip(1) == 1)  # on whichever side padding is
+        x_BD = self.embed(batch, last_BT, ())
         seen = arrange(one_B1.long() - 1, one_B1, prefix=False, dtype=x_BD.dtype)
         filling = [Filling(cache, one_B1, seen) for cache in caches]
         remembering = [Remembering(cache, asked[n // self.config.layers]) for n, cache in enumerate(caches)]

@@ -15,6 +15,7 @@ import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from mmlm.publish import asked_chat, asked_encoders
 from mmlm.publish.asked_fields import read_asked
 from mmlm.publish.asked_generation import read_generation
 from mmlm.publish.asked_keys import ASKED, check_keys
-from mmlm.publish.asked_media import all_bytes, listed, message_media, missing
+from mmlm.publish.asked_media import all_bytes, listed, message_media, missing, require_pixels
 
 MEDIA = {"image": "picture", "audio": "sound"}
 NO_ADAPTER = "none"
@@ -166,7 +167,12 @@ class Responder:
         """The question as features. Raises DataError with a sentence for the person who asked."""
         if asked_chat.is_chat(row):
             parts, said = asked_chat.read_messages(row, lambda kind, value: self._medium(kind, value, paths))
-            return self.encode(Record("question", tuple(parts), route(said, self.spec).name), _no_read)
+            require_pixels([part.data for part in parts if part.kind == "image" and part.data])
+            parts = [
+                replace(part, fields=read_asked(part.fields, self.spec.fields)) if part.kind == "fields" else part
+                for part in parts
+            ]
+            return self.encode(Record("question", tuple(parts), task_of(row, said, self.spec).name), _no_read)
         check_keys(row)
         parts = self._media(row, paths)
         text = row.get("text")
@@ -189,10 +195,20 @@ class Responder:
             if missing(value := row.get(kind)) or not (several := listed(value)):
                 continue
             self._require(kind)
-            parts += [Part(kind, data=data) for data in all_bytes(several, word, paths, self.spec.max_len)]
+            found = all_bytes(several, word, paths, self._most(kind))
+            if kind == "image":
+                require_pixels(found)
+            parts += [Part(kind, data=data) for data in found]
         if not missing(fields := row.get("fields")):
             parts.append(Part("fields", fields=read_asked(fields, self.spec.fields)))
         return parts
+
+    def _most(self, kind: str) -> int:
+        """How many pictures or sounds a question has room for, at most."""
+        pictures = self.spec.image if kind == "image" else None
+        encoder = self.spec.encoder("image" if kind == "image" else "audio")
+        each = encoder.tokens if encoder else pictures.tokens if pictures and pictures.padding != "drop" else 1
+        return max(1, self.spec.max_len // each)
 
     def _medium(self, kind: str, value: Any, paths: bool) -> Part:
         """A picture or sound in a message."""
@@ -238,6 +254,16 @@ def _told(answer: Answer) -> dict[str, Any]:
 
 def _no_read(part: Part) -> bytes:
     raise DataError(f"the {part.kind} was not read")
+
+
+def task_of(row: Mapping[str, Any], said: str, spec: FeatureSpec) -> TaskSpec:
+    """The task that a line names, else the one that its text is a question of. Raises DataError for a name that is none."""
+    if missing(name := row.get("task")):
+        return route(said, spec)
+    found = next((task for task in spec.tasks if task.name == name), None)
+    if found is None:
+        raise DataError(f"no task {str(name)[:40]!r}", wanted=" or ".join(task.name for task in spec.tasks))
+    return found
 
 
 def route(question: str, spec: FeatureSpec) -> TaskSpec:

@@ -15,7 +15,8 @@ from mmlm.publish.asked_media import missing
 MESSAGES = ("messages", "conversations")
 LISTS = ("image", "images", "audio", "audios")
 """Media that placeholders in the texts hand out."""
-_KEYS = (*MESSAGES, *LISTS, "tools", "adapter", "generation")
+_KEYS = (*MESSAGES, *LISTS, "tools", "task", "source", "license", "adapter", "generation")
+"""What a corpus line holds beside its question (`check_keys` knows the rest of it), and how it is to be answered."""
 
 
 def is_chat(row: Mapping[str, Any]) -> bool:
@@ -27,7 +28,7 @@ def read_messages(row: Mapping[str, Any], make: Callable[[str, Any], Part]) -> t
     what stands for it. Raises DataError for messages that a corpus would not be taken from either."""
     check_keys((key for key in row if key not in ASKED or not missing(row[key])), _KEYS)
     try:
-        parts = asked(dict(row), make)
+        parts = asked({key: value for key, value in row.items() if key not in MESSAGES or not missing(value)}, make)
     except RefuseError as error:
         raise DataError(f"the messages cannot be read: {error.detail}") from None
     except RecursionError:

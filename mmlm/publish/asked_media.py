@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+import io
 import math
 import os
 import re
@@ -12,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mmlm.errors import DataError
+from mmlm.features.image import MAX_PIXELS
 from mmlm.storage import is_remote, read_uri
 
 _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[^;,]*)*;base64,", re.I)
@@ -36,12 +40,10 @@ def listed(value: Any) -> list[Any]:
 
 
 def all_bytes(values: Sequence[Any], word: str, paths: bool, most: int) -> list[bytes]:
-    """The bytes of each, in order. Raises DataError for an empty one, and for more than `most`, which a sequence of so many
-    tokens has no room for."""
+    """The bytes of each, in order. Raises DataError for an empty one, and for more than `most`, which is what a sequence has
+    room for."""
     if len(values) > most:
-        raise DataError(
-            f"{len(values)} {word}s", wanted=f"at most {most}: each takes a token, and this model reads so many"
-        )
+        raise DataError(f"{len(values)} {word}s", wanted=f"at most {most}: a question has no room for more")
     found = []
     for number, value in enumerate(values, 1):
         one = word if len(values) == 1 else f"{word} {number} of {len(values)}"
@@ -51,13 +53,26 @@ def all_bytes(values: Sequence[Any], word: str, paths: bool, most: int) -> list[
     return found
 
 
+def require_pixels(pictures: Sequence[bytes]) -> None:
+    """Raise DataError when several pictures have more pixels together than one may have, by their headers."""
+    total = 0
+    for data in pictures if len(pictures) > 1 else ():
+        with (
+            contextlib.suppress(Exception),
+            Image.open(io.BytesIO(data)) as picture,
+        ):  # decoding says what is wrong with it
+            total += picture.width * picture.height
+    if total > MAX_PIXELS:
+        raise DataError(f"{len(pictures)} pictures of {total:,} pixels together", wanted=f"at most {MAX_PIXELS:,}")
+
+
 def message_media(value: Any, word: str, paths: bool) -> bytes:
     """The bytes of a picture or sound in a message, where it may also be `{"url"}`, `{"path"}` or `{"data": base64}`."""
     if isinstance(value, dict):
         name = next((key for key in ("data", "bytes", "url", "path", "uri") if value.get(key)), None)
         if name is None:
             raise DataError(f"no {word} in {sorted(map(str, value))[:8]}", wanted="`url`, `path` or `data`")
-        return media_bytes(value[name], word, paths and name != "data")
+        return media_bytes(value[name], word, paths and name not in ("data", "bytes"))
     return media_bytes(value, word, paths)
 
 

@@ -116,9 +116,14 @@ def save_pieces(temporary: Path, rank: int, pieces: Pieces) -> None:
 
 
 def have_written(temporary: Path, ranks: int) -> bool:
-    """Whether the parts of all ranks are there, with as many bytes as they say."""
+    """Whether the parts of all ranks are there, with as many bytes as they say.
+
+    Asked for by a listing first: a name that is asked for too early may be taken for missing for a minute on NFS.
+    """
+    files = [temporary / RANK.format(rank) for rank in range(ranks)]
     try:
-        return all(_size_is_told(temporary / RANK.format(rank)) for rank in range(ranks))
+        there = set(os.listdir(temporary))
+        return all(f.with_suffix(".json").name in there for f in files) and all(_size_is_told(f) for f in files)
     except FileNotFoundError:
         return False
 
@@ -129,10 +134,12 @@ def _size_is_told(path: Path) -> bool:
 
 
 def commit(temporary: Path, step: int, state: Mapping[str, Any], policy: Policy) -> None:
-    """Give the parts that all ranks have written the name of a checkpoint, then drop those that `policy` does not keep."""
+    """Give the parts that the `ranks` of `state` have written the name of a checkpoint, then drop those that `policy` does
+    not keep. Raises FileNotFoundError without the part of one."""
     hashes = {}
-    for word in sorted(temporary.glob("rank-*.json")):
-        hashes[word.with_suffix(".safetensors").name] = json.loads(word.read_text(encoding="utf-8"))["sha256"]
+    for rank in range(state["ranks"]):
+        word = (temporary / RANK.format(rank)).with_suffix(".json")
+        hashes[RANK.format(rank)] = json.loads(word.read_text(encoding="utf-8"))["sha256"]
         word.unlink()
     _publish(temporary, step, {**state, "sha256": hashes})
     _drop_others(temporary.parent, policy)
@@ -228,6 +235,8 @@ def intact(folder: Path, step: int, say: Callable[[str], None] = tell) -> Saved 
     try:
         saved = read(folder, step)
         hashes = {name: wanted for name, wanted in saved.state["sha256"].items() if name != STATE}
+        if RANK.format(0) in hashes and hashes.keys() != {RANK.format(rank) for rank in range(saved.state["ranks"])}:
+            raise ValueError(f"{sorted(hashes)} are not the parts of {saved.state['ranks']} ranks")
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for name, found in zip(hashes, pool.map(lambda name: sha256_file(path / name), hashes), strict=True):
                 if found != hashes[name]:

@@ -20,7 +20,7 @@ FIRST_SAVE = 20.0
 """Assumed length of a save, seconds, at least, until one was measured."""
 SAVE_RATE = 50e6
 """Assumed rate of a save, bytes/s, until one was measured: gathering, hashing and writing 689 MB took 10 s on a busy CPU with
-a disk of its own (train/keeper.py), and a shared disk may be slower."""
+a disk of its own, and a shared disk may be slower."""
 LOOK_EVERY = 1.0
 """Seconds between two looks for the stop file."""
 _DURATION = re.compile(r"(?:(?P<d>\d+)-)?(?:(?:(?P<h>\d+):)?(?P<m>\d+):)?(?P<s>\d+(?:\.\d+)?)$")

@@ -293,7 +293,8 @@ class DeepSpeedEngine:
                         share.run_of(flat.data, number).copy_(run_of(state[kind], run.name, run.there, run.elements))
             self.rules.state[share.tensor]["step"].fill_(scalars[f"updates.{share.group['name']}"])
         self._set_resting({name: state["weight"][name] for name in self._resting_names})
-        self.resting = {name: state["weight"][name].float() for name in self.resting}
+        # a copy: else the file stays mapped, and its space taken, for as long as this training runs
+        self.resting = {name: state["weight"][name].float().clone() for name in self.resting}
         self.taken, self.updates, self.skipped = (int(scalars[k]) for k in ("taken", "updates", "skipped"))
         zero.set_scaler_state(self.optimizer, scalars)
         self._freeze()

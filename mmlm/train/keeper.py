@@ -33,8 +33,8 @@ from mmlm.world import World
 FOLDER = "checkpoints"
 LOOK_SECONDS = 0.05
 """Between two looks for the files of other ranks."""
-SIGHT_SECONDS = 15.0
-"""For which a file that another node has written may not be seen (shared file systems keep listings for a while)."""
+SIGHT_SECONDS = 90.0
+"""For which a file that another node has written may not be seen: Linux's NFS looks at a folder again after 60 s at most."""
 SECONDS = "seconds.json"
 """Of the longest save so far; beside the checkpoints, since one does not know how long it took itself."""
 

@@ -113,6 +113,9 @@ def test_messages_that_say_nothing_get_a_sentence(made: tuple[Path, Path, Path])
     user = {"role": "user", "content": ASK}
     for line, said in (
         ({"messages": [user], "text": ASK}, "unknown field `text`"),
+        ({"messages": [user], "task": "nobody's"}, 'no task "nobody\'s"; wanted '),
+        ({"messages": [{**user, "content": [{"type": "fields", "fields": {"age": 1}}]}]}, "this model takes no fields"),
+        ({"messages": None, "conversations": [{"role": "nobody", "content": ASK}]}, "role 'nobody'"),
         ({"messages": [user], "imagse": []}, "unknown field `imagse` (did you mean `image`?)"),
         ({"messages": [user], "image": ["gone.png"]}, "gone.png"),
         ({"messages": [{"role": "nobody", "content": ASK}]}, "the messages cannot be read: role 'nobody'; wanted user"),

@@ -13,6 +13,7 @@ from mmlm.features.sample import Sample
 from mmlm.features.spec import ANSWER, EOS, PAD, SPECIAL_TOKENS, FeatureSpec
 from mmlm.model.baseline_config import CONFIGS
 from mmlm.model.generation import generate
+from mmlm.model.layouts import EncoderDecoder
 from mmlm.train import weights
 from tests.publish.test_exported_kinds import GIVEN, KINDS, ends_somewhere, inputs, kinds, shards
 from tests.small import sample
@@ -92,6 +93,20 @@ def test_a_step_with_the_cache_says_what_a_whole_pass_says(model: Model, left: b
             assert whole.past_key_values is None
             assert torch.allclose(step.logits[:, 0], whole.logits[:, -1], atol=1e-5)
             assert whole.logits[:, -1].std(0).max() > 1e-3  # what is given matters
+
+
+@pytest.mark.parametrize("name", kinds(silent=False))
+def test_the_mark_that_ends_a_question_may_come_as_a_step(model: Model):
+    """With it a question is read in both directions, where the model does so; what was kept was not."""
+    given = inputs(model.batch(left=True))
+    mask, ids = given["attention_mask"], given["input_ids"]
+    if isinstance(model.net, EncoderDecoder):
+        pytest.skip("it asks for the mark in the prompt")
+    with torch.no_grad():
+        made = model.theirs(**{**given, "input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]})
+        step = model.theirs(ids[:, -1:], attention_mask=mask, past_key_values=made.past_key_values)
+        whole = model.theirs(**given, use_cache=False)
+    assert torch.allclose(step.logits[:, -1], whole.logits[:, -1], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", kinds(silent=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from mmlm.cli import main
 from mmlm.config import parse
@@ -179,6 +181,13 @@ def test_the_registered_model_takes_lists_in_a_table(made: Made, tmp_path: Path)
     assert model.predict(pd.read_parquet(tmp_path / "asked.parquet"))[names].to_dict("records") == wanted
 
 
+def black(side: int) -> bytes:
+    """A PNG of a few kilobytes that takes half a second to decode."""
+    written = io.BytesIO()
+    Image.new("L", (side, side)).save(written, "PNG")
+    return written.getvalue()
+
+
 def test_what_is_no_list_of_pictures_gets_a_sentence(made: Made) -> None:
     path = made.asked(rows()[0])["image"][0]
     for image, said in (
@@ -187,8 +196,9 @@ def test_what_is_no_list_of_pictures_gets_a_sentence(made: Made) -> None:
         ([[path]], "the picture is a list; wanted bytes, or a path"),
         ([path, 7], "the picture 2 of 2 is a int; wanted bytes, or a path"),
         ([path, str(made.data / "gone.png")], "gone.png"),
-        ([path] * 65, "65 pictures; wanted at most 64: each takes a token"),
+        ([path] * 65, "65 pictures; wanted at most 64: a question has no room for more"),
         ([path] * 60, "tokens; wanted at most 64"),
+        ([black(6000)] * 2, "2 pictures of 72,000,000 pixels together; wanted at most 64,000,000"),
         (np.zeros(3, np.uint8), "the picture is a ndarray"),
     ):
         assert said in Responder(made.model).answer([{"text": QUESTION, "image": image}])[0]["error"]

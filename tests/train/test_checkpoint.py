@@ -21,7 +21,7 @@ from mmlm.shards.faultpoints import VARIABLE
 from mmlm.storage import sha256_file
 from mmlm.train import checkpoint
 from mmlm.train.checkpoint import STATE, Policy
-from mmlm.train.saved_tensors import RANK, Piece
+from mmlm.train.saved_tensors import RANK, Piece, open_tensors
 from mmlm.train.weights import write_tensors
 from tests.faults.stage import ROOT, Hold, wait_for
 from tests.train.runs import SMALL
@@ -162,7 +162,7 @@ def save_by_ranks(folder: Path, step: int) -> None:
             assert not checkpoint.have_written(temporary, RANKS)
             (temporary / "elsewhere").rename(temporary / missing)
     assert checkpoint.have_written(temporary, RANKS)
-    checkpoint.commit(temporary, step, {"probe": step / 7}, KEEP)
+    checkpoint.commit(temporary, step, {"probe": step / 7, "ranks": RANKS}, KEEP)
 
 
 def test_what_ranks_wrote_in_pieces_is_read_whole_and_in_any_other_pieces(tmp_path: Path):
@@ -208,7 +208,7 @@ def test_ranks_killed_at_any_boundary_of_their_save_never_shadow_a_good_one(tmp_
     assert names(folder) == [checkpoint.name_of(saved.step), "step-00000003"]
 
 
-@pytest.mark.parametrize("victim", ["missing", "flipped", "of another save"])
+@pytest.mark.parametrize("victim", ["missing", "flipped", "of another save", "never told of"])
 def test_a_rank_whose_piece_is_damaged_costs_the_checkpoint_and_no_other(tmp_path: Path, victim: str):
     save_by_ranks(tmp_path, 1)
     save_by_ranks(tmp_path, 2)
@@ -219,6 +219,11 @@ def test_a_rank_whose_piece_is_damaged_costs_the_checkpoint_and_no_other(tmp_pat
         data = bytearray(path.read_bytes())
         data[-2] ^= 8
         path.write_bytes(data)
+    elif victim == "never told of":
+        state = path.with_name(STATE)
+        told = json.loads(state.read_text())
+        del told["sha256"][path.name]
+        state.write_text(json.dumps(checkpoint.sealed(told)))
     else:
         path.write_bytes((tmp_path / "step-00000001" / RANK.format(1)).read_bytes())
     said: list[str] = []
@@ -230,8 +235,10 @@ def test_pieces_that_do_not_make_a_whole_are_not_read_as_one(tmp_path: Path):
     temporary = checkpoint.begin(tmp_path, 1)
     assert temporary is not None
     checkpoint.save_pieces(temporary, 0, pieces_of(0, 1))
-    checkpoint.commit(temporary, 1, {"probe": 0.0}, KEEP)
-    found = checkpoint.read(tmp_path, 1).tensors()["weight"]
+    with pytest.raises(FileNotFoundError, match="rank-00001"):
+        checkpoint.commit(temporary, 1, {"probe": 0.0, "ranks": RANKS}, KEEP)
+    assert checkpoint.newest(tmp_path) is None
+    found = open_tensors(temporary, [RANK.format(0)])["weight"]
     with pytest.raises(ValueError, match=r"2 of 8 elements of b.norm are in its files"):
         _ = found["b.norm"]
 
@@ -351,7 +358,7 @@ def test_steps_go_on_while_a_slow_disk_takes_a_checkpoint(keypad_shards: Artifac
         pytest.skip(f"strace cannot work here ({done.stderr.strip()})")
     assert done.returncode == 0, done.stderr
     calls = [(float(line.split()[1]), line) for line in seen.read_text().splitlines() if "DELAYED" in line]
-    times = {step: [at for at, line in calls if f"/.step-{step:08d}.tmp" in line] for step in (8, 16, 24)}
+    times = {step: [at for at, line in calls if f"/.step-{step:08d}." in line] for step in (8, 16, 24)}
     assert all(len(each) >= 9 and each[-1] - each[0] > 1.5 for each in times.values())
     rows = {
         row["step"]: row["time"] / 1000 for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())

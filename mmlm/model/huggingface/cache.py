@@ -67,6 +67,8 @@ class MmlmCache(Cache):
             return None
         if not torch.equal(whole.valid[:, :-1], self.read.valid):
             return None
+        if getattr(net.config, "attention", "") == "prefix" and bool((ids_BN == ANSWER).any()):
+            return None  # with its <answer> a question is read in both directions
         valid_BS = None if bool(whole.valid.all()) else whole.valid
         x_BD = net.extend(ids_BN[:, 0], self.read.valid.sum(1), valid_BS, self.blocks)
         self.read = whole
