@@ -25,7 +25,8 @@ from mmlm.train.weights import write_tensors
 
 RANK = "rank-{:05d}.safetensors"
 LARGE = 1 << 30
-"""Bytes of a checkpoint beyond which gathering it on rank 0 is not worth its form."""
+"""Bytes of a checkpoint beyond which gathering it on rank 0 is not worth its form: it takes two seconds of every save then
+(docs/benchmarks.md, "Saving"), and below it whole tensors are easier to look at."""
 
 
 class Piece(NamedTuple):
