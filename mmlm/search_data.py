@@ -19,9 +19,10 @@ from mmlm.config import identity
 from mmlm.corpus.config import KeypadSource, ScanConfig
 from mmlm.corpus.scan import listing
 from mmlm.errors import ConfigError, DataError
-from mmlm.progress import tell
+from mmlm.features.text import FILE as TOKENIZER
+from mmlm.progress import Progress, tell
 from mmlm.search_space import TrialSettings
-from mmlm.storage import sha256_json
+from mmlm.storage import sha256_file, sha256_json
 from mmlm.story import Places, Story
 from mmlm.train.config import TrainConfig
 
@@ -66,7 +67,8 @@ class DataSets:
         for at, numbers in enumerate(groups.values(), start=1):
             trial = trials[numbers[0]]
             named = ", ".join(f"{key}={value}" for key, value in trial.of_data.items())
-            tell(f"data {at} of {len(groups)}: {named}")
+            if not Progress.quiet:
+                tell(f"data {at} of {len(groups)}: {named}")
             made: Artifact | str
             try:
                 made = self._shards(trial)
@@ -131,14 +133,22 @@ def _name_of_scan(scan: ScanConfig) -> str:
     return sha256_json({"scan": identity(scan)})[:12]
 
 
-def tell_records(sets: Iterable[Artifact]) -> None:
-    """Say so where the sets do not hold the same records: no metric of theirs is of the same ones."""
-    found = {(made.parents["manifest"], made.counts["samples"]) for made in sets}
+def tell_differences(sets: Iterable[Artifact], metric: str, trials: Iterable[TrialSettings]) -> None:
+    """Say so where the sets do not hold the same records, for no metric is of the same ones then; or where, for a metric in
+    nats per token, one of them kept the tokenizer of an earlier set."""
+    made = {each.path: each for each in sets}
+    found = {(each.parents["manifest"], each.counts["samples"]) for each in made.values()}
     if len(found) > 1:
         counts = sorted(count for _, count in found)
         tell(
             f"the shard sets do not hold the same records (there are {counts[0]:,} to {counts[-1]:,} samples): "
             "trials are compared by what they score on other ones, too"
+        )
+    same = len({sha256_file(path / TOKENIZER) for path in made}) < 2
+    if not same and any(_per_token(metric, trial.train) for trial in trials):
+        tell(
+            f"the shard sets do not have the same tokenizer, and {metric} is in nats per token: "
+            "give all of them one (shard.features.tokenizer.file), or another --metric"
         )
 
 

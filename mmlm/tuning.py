@@ -101,7 +101,7 @@ def tune(config: TuneConfig, story: Story, places: Places, where: Where) -> Arti
     if work.artifact:
         return work.artifact
     with tracker.run("tune", config, work):
-        shards = _sets(config, sets, every, refused) if sets else dict.fromkeys(every, parents["shards"])
+        shards = _sets(config, metric, sets, every, refused) if sets else dict.fromkeys(every, parents["shards"])
         plans = [_plan(number, every[number], shards[number], where, tracker) for number in sorted(shards)]
         outcomes = _searched(plans, config, metric, story.train.steps, where) if plans else []
         rows = _rows(config, outcomes, refused)
@@ -121,7 +121,11 @@ def _made_of_data(story: Story, every: Mapping[int, TrialSettings], sets: search
 
 
 def _sets(
-    config: TuneConfig, sets: search_data.DataSets, every: Mapping[int, TrialSettings], refused: dict[int, str]
+    config: TuneConfig,
+    metric: str,
+    sets: search_data.DataSets,
+    every: Mapping[int, TrialSettings],
+    refused: dict[int, str],
 ) -> dict[int, Artifact]:
     """number → the shard set of the trial. One that cannot be made puts its trials to those that are `refused`.
 
@@ -137,7 +141,7 @@ def _sets(
         if config.metric and not shards:
             metric_names.require(config.metric, [trial.train for trial in every.values()], made.path)
         shards |= dict.fromkeys(numbers, made)
-    search_data.tell_records(shards.values())
+    search_data.tell_differences(shards.values(), metric, every.values())
     return shards
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,28 +23,16 @@ from mmlm.launch.local import ranks
 from mmlm.search_data import DataSets
 from mmlm.search_space import TuneConfig
 from mmlm.tracking import NullTracker
+from tests import digits
 from tests.faults.stage import MARK, ROOT, marked, wait_for
 
-KEYPAD = {"kind": "keypad", "images": 60, "renderings": 1, "renderings_held_out": 1}
-TRAIN: dict[str, Any] = {
-    "steps": 12, "log_every": 2, "precision": "fp32", "model": {"width": 32, "layers": 1, "heads": 2}, "data": {"batch": 12},
-    "validation": {"every": 6, "records": 8},
-}  # fmt: skip
 SIZE, LENGTH = "shard.features.image.size", "shard.features.max_len"
 VOCAB = {"shard.features.tokenizer.vocab_size": [300, 400]}
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A story of 60 digits."""
-    folder = tmp_path / "story"
-    shutil.copytree(stories.library() / "demo", folder)
-    (folder / "distill.yaml").unlink()
-    (folder / "scan.yaml").write_text(yaml.safe_dump({"sources": [KEYPAD]}))
-    (folder / "train.yaml").write_text(yaml.safe_dump(TRAIN))
-    shard = yaml.safe_load((folder / "shard.yaml").read_text()) | {"ray_from": 10**9}
-    (folder / "shard.yaml").write_text(yaml.safe_dump(shard))
-    return folder
+    return digits.story(tmp_path / "story")
 
 
 def make(folder: Path, out: Path, search: dict[str, Any]) -> dict[str, Artifact | str]:
@@ -110,8 +97,14 @@ def test_settings_of_scan_have_a_manifest_and_a_built_in_corpus_of_their_own(
     assert len(manifests) == 2 and len(list(out.rglob("keypad/images"))) == 2
     tests = [artifacts.read(path.parent).counts["test"] for path in (out / "search").rglob("records-*.parquet")]
     assert len(tests) == 1 and tests[0] > artifacts.read(out / "manifest").counts["test"]
-    search_data.tell_records(sets)
-    assert "the shard sets do not hold the same records" in capsys.readouterr().err
+    trials, _ = search_space.trials_of(TuneConfig(search={SIZE: [8]}), stories.load(str(small)).written)
+    search_data.tell_differences(sets, "val/loss", trials.values())
+    told = capsys.readouterr().err
+    assert (
+        "do not hold the same records (there are 60 to 60 samples)" in told and "val/loss is in nats per token" in told
+    )
+    search_data.tell_differences(sets[:1] * 2, "val/loss", trials.values())
+    assert not capsys.readouterr().err
 
 
 def test_another_set_in_the_place_of_the_storys_own_stays(small: Path, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_bad_trial_is_stopped_and_who_did_all_steps_is_finished_however_bad_it
         )
         for n, (command, *words) in enumerate(commands)
     ]  # fmt: skip
-    with tuning._session(tuning.Where(tmp_path, "", parallel=1)):
+    with tuning._session(tuning.Where(tmp_path, "", parallel=1)), ray_tune.connected():  # joined already, as a job has
         outcomes = ray_tune.search(plans, objective, parallel=1, ranks=1, gpu=False, storage=tmp_path / "ray")
     *finished, bad = outcomes
     assert [(o.number, o.value, o.step, o.finished, o.error) for o in finished] == [
