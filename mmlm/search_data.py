@@ -139,9 +139,10 @@ def tell_differences(sets: Iterable[Artifact], metric: str, trials: Iterable[Tri
     made = {each.path: each for each in sets}
     found = {(each.parents["manifest"], each.counts["samples"]) for each in made.values()}
     if len(found) > 1:
-        counts = sorted(count for _, count in found)
+        least, *_, most = sorted(count for _, count in found)
+        counted = f"{least:,} to {most:,} samples" if least < most else "in the same splits"
         tell(
-            f"the shard sets do not hold the same records (there are {counts[0]:,} to {counts[-1]:,} samples): "
+            f"the shard sets do not hold the same records ({counted}): "
             "trials are compared by what they score on other ones, too"
         )
     same = len({sha256_file(path / TOKENIZER) for path in made}) < 2
