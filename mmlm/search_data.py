@@ -54,7 +54,7 @@ class DataSets:
                 found[name] = listing(trial.scan, self.places.data)
             except DataError as error:
                 errors.append(error)
-                found[name] = error.found
+                found[name] = "unreadable"
         if len(errors) == len(found):
             raise errors[0]
         return found
@@ -80,11 +80,10 @@ class DataSets:
     def _shards(self, trial: TrialSettings) -> Artifact:
         """The story's own set where it has these settings, else one below `search`."""
         manifest, data = self._manifest(trial)
-        if identity(trial.scan) == identity(self.story.scan) and identity(trial.shard) == identity(self.story.shard):
-            with contextlib.suppress(ArtifactConflict):  # what others made there stays
-                return stories.perform(
-                    self.story, "shard", dataclasses.replace(self.places, manifest=manifest.path, data=data)
-                )[0]
+        beside = self.places.out / stories.NOUNS["scan"] == manifest.path
+        if beside and identity(trial.shard) == identity(self.story.shard):
+            with contextlib.suppress(ArtifactConflict):  # what other settings made there stays
+                return stories.perform(self.story, "shard", self.places)[0]
         return self._perform(trial, "shard", trial.data_identity[:12], manifest=manifest.path, data=data)
 
     def _manifest(self, trial: TrialSettings) -> tuple[Artifact, Path | str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,14 @@ def test_another_set_in_the_place_of_the_storys_own_stays(small: Path, tmp_path:
     sixteen = make(small, out, {SIZE: [16]})["16"]
     assert isinstance(sixteen, Artifact) and sixteen.path.is_relative_to(out / "search")
     assert artifacts.read(out / "shards").digest == eight.digest
+
+    shutil.rmtree(out / "shards")
+    manifest = yaml.safe_load((small / "scan.yaml").read_text()) | {"split": {"test": 0.3}}
+    (small / "scan.yaml").write_text(
+        yaml.safe_dump(manifest)
+    )  # no shards are put beside the manifest of other settings
+    other = make(small, out, {SIZE: [16]})["16"]
+    assert isinstance(other, Artifact) and other.path.is_relative_to(out / "search") and not (out / "shards").exists()
 
 
 def test_a_search_knows_the_raw_corpora(small: Path, tmp_path: Path) -> None:
