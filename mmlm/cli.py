@@ -212,12 +212,12 @@ def _before_training(commands: Any) -> None:
     new.add_argument("--name", help="the story's name (default: the folder's)")
 
     tune = _command(
-        commands, "tune", "search for better settings of the training, bad trials stopped early (Ray Tune)", _tune
+        commands, "tune", "search for better settings of training and data, bad trials stopped early (Ray Tune)", _tune
     )
     _story_flags(tune)
     tune.add_argument(
         "--search", action="append", default=[], metavar="KEY=SPACE", help="such as train.optimizer.lr=log(1e-4,1e-2), "
-        "uniform(…), int(…) or train.model.width=[64,128]; or write tune.yaml into the story",
+        "uniform(…), int(…) or shard.features.image.size=[16,32], of train, shard or scan; or write the story's tune.yaml",
     )  # fmt: skip
     tune.add_argument("--trials", type=int, metavar="N", help="settings that are tried (default: 16)")
     tune.add_argument("--parallel", type=int, metavar="N", help="trials side by side (default: one a GPU, or a core)")
@@ -397,18 +397,17 @@ def _new(arguments: argparse.Namespace) -> int:
 def _tune(arguments: argparse.Namespace) -> int:
     if _elsewhere(arguments):
         return _submit(arguments, "tune")
+    from mmlm import search_space, tuning
     from mmlm import story as stories
-    from mmlm import tuning
 
     story, places = _prepare(arguments)
-    config = tuning.read(
+    config = search_space.read(
         story.folder, arguments.search, trials=arguments.trials, metric=arguments.metric, mode=arguments.mode
     )
     where = tuning.Where.choose(
         places.out, places.tracker.uri, arguments.parallel, arguments.ranks, inside_ray=arguments.inside_ray
     )
-    shards = stories.noun(places, "shard")
-    make = functools.partial(tuning.tune, config, story.written["train"], shards, where, places.tracker)
+    make = functools.partial(tuning.tune, config, story, places, where)
     with places.tracker:
         made = stories.settle(make) if arguments.replace else make()
     found = json.loads((made.path / "results.json").read_text(encoding="utf-8"))

@@ -101,6 +101,8 @@ class Places:
     ray_address: str | None = None
     shards: str | None = None
     """A shard set, published or in a folder, to read instead of the one below `out`."""
+    manifest: Path | None = None
+    """A manifest to read instead of the one below `out`."""
     retry: str | None = None
     """Reason for which samples were lost that `shard` tries again."""
 
@@ -208,6 +210,8 @@ def noun(places: Places, verb: str) -> Artifact:
         from mmlm.data.files import open_files
 
         return artifacts.read(open_files(places.shards).folder, KINDS[verb])
+    if verb == "scan" and places.manifest:
+        return artifacts.read(places.manifest, KINDS[verb])
     return artifacts.read(places.out / NOUNS[verb], KINDS[verb])
 
 

@@ -264,8 +264,8 @@ class Tracker:
         return client
 
     def _waiting(self) -> list[spool.State]:
-        """Spools below `out`, those of a search's trials too, that nobody works on, with lines left or without an end."""
-        nouns = ("", "*/", ".aside/*/", "*/trials/*/model/", ".aside/*/trials/*/model/")
+        """Spools below `out`, those of a search's trials and data too, that nobody works on, with lines left or no end."""
+        nouns = ("", "*/", ".aside/*/", "*/trials/*/model/", ".aside/*/trials/*/model/", "search/data/*/*/")
         places = [path for noun in nouns for path in self.out.glob(f"{noun}{spool.STATE}")]
         states = [s for p in places if (s := spool.State.load(p.parent)) is not None]
         open_ones = [s for s in states if s.uri == self._key and (s.waiting or (s.run_id and not s.ended))]

@@ -1,39 +1,38 @@
-"""`mmlm tune`: a search for better settings of a story's training, its trials side by side on Ray.
+"""`mmlm tune`: a search for better settings of a story's training and data, its trials side by side on Ray.
 
     mmlm tune STORY --search 'train.optimizer.lr=log(1e-4,1e-2)' --search 'train.model.width=[64,128]' --trials 8
 
 Trial N is a pure function of the search and N. Each is a training in a folder of its own, and a child run of the search
 in MLflow. A search that was stopped goes on from those folders; a trial that fails is reported and the others go on.
+Where settings of `shard` or `scan` are searched, trials read shard sets of their own (`mmlm.search_data`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
-import math
 import os
-import random
-import re
 import shutil
 import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import Field, field_validator
 
-from mmlm import artifacts
+from mmlm import artifacts, search_data
+from mmlm import story as stories
 from mmlm import tracking_store as store
-from mmlm.artifacts import Artifact
-from mmlm.config import Config, apply_override, leaves, parse, read_yaml, resolved
+from mmlm.artifacts import Artifact, Work
+from mmlm.config import identity, parse, resolved
 from mmlm.data.files import address, folder_of
-from mmlm.errors import ConfigError, Interrupted, LaunchError, MmlmError
+from mmlm.errors import Interrupted, LaunchError, MmlmError
+from mmlm.search_space import SECTIONS, TrialSettings, TuneConfig, nested, searches_data, settings_of, trials_of
 from mmlm.storage import sha256_json, write_bytes, write_json
+from mmlm.story import Places, Story
 from mmlm.tracking import Run, Tracker
 from mmlm.train.config import TrainConfig
 from mmlm.world import cores
@@ -43,80 +42,6 @@ TRACKING = "MLFLOW_TRACKING_URI"
 """How a trial is told the tracking store, whose address may hold a password: never by a file."""
 FOLDER = "search"
 """The noun's folder below `--out`."""
-SPACES = "log(low,high), uniform(low,high), int(low,high) or [a, b, c]"
-_RANGE = re.compile(r"(log|uniform|int)\(\s*([^,]+),\s*([^,)]+)\)")
-
-
-class TuneConfig(Config):
-    """`tune.yaml` of a story, or the flags of `mmlm tune`."""
-
-    search: Annotated[dict[str, str | list[Any]], Field(min_length=1)]
-    """key of train.yaml → `log(1e-4,1e-2)`, `uniform(0,0.5)`, `int(1,8)`, or a list of choices."""
-    trials: int = Field(16, ge=1)
-    """Settings that are tried."""
-    seed: int = Field(0, ge=0)
-    """Of the settings that are drawn."""
-    metric: str | None = None
-    """A column of metrics.jsonl; by default `val/loss` where the story validates while training, else `loss`."""
-    mode: Literal["min", "max"] = "min"
-    grace: float = Field(0.2, gt=0, le=1)
-    """Share of the steps before which no trial is stopped."""
-    reduction: int = Field(3, ge=2)
-    """Of how many trials that reach a rung one goes on (ASHA; Li et al. 2020); rungs are this many times apart."""
-
-    @field_validator("search", mode="before")
-    @classmethod
-    def _written(cls, search: Any) -> Any:
-        for key, space in search.items() if isinstance(search, dict) else ():
-            if not isinstance(space, str | list):
-                raise ValueError(f"{key} = {space}: wanted {SPACES}")
-        return search
-
-    @field_validator("search")
-    @classmethod
-    def _spaces(cls, search: dict[str, str | list[Any]]) -> dict[str, str | list[Any]]:
-        for key, space in search.items():
-            if not key.startswith("train."):
-                raise ValueError(f"{key}: settings of training are searched, such as train.optimizer.lr")
-            draw(space, random.Random(0), key)
-        return search
-
-
-def draw(space: str | list[Any], rng: random.Random, key: str = "") -> Any:
-    """One value of a space. Raises ValueError when it is none."""
-    if isinstance(space, list):
-        if not space:
-            raise ValueError(f"{key}: an empty list of choices")
-        return rng.choice(space)
-    found = _RANGE.fullmatch(space.strip())
-    try:
-        low, high = (float(found[2]), float(found[3])) if found else (1.0, 0.0)
-    except ValueError:
-        found = None
-    if not found or not -math.inf < low < high < math.inf or (found[1] == "log" and low <= 0):
-        raise ValueError(f"{key} = {space}: wanted {SPACES}")
-    if found[1] == "int" and (first := math.ceil(low)) > (last := math.floor(high)):
-        raise ValueError(f"{key} = {space}: no whole number lies there; wanted int(1,8), or uniform({low:g},{high:g})")
-    if found[1] == "int":
-        return rng.randint(first, last)
-    if found[1] == "log":
-        return float(f"{math.exp(rng.uniform(math.log(low), math.log(high))):.4g}")
-    return float(f"{rng.uniform(low, high):.4g}")
-
-
-def settings_of(config: TuneConfig) -> list[dict[str, Any]]:
-    """The settings of each trial, key → value; no two alike, so there are fewer where there are no more to choose."""
-    drawn: list[dict[str, Any]] = []
-    for number in range(config.trials):
-        for attempt in range(100):
-            settings = {
-                key: draw(space, random.Random(f"{config.seed}/{number}/{attempt}/{key}"), key)
-                for key, space in sorted(config.search.items())
-            }
-            if settings not in drawn:
-                drawn.append(settings)
-                break
-    return drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,128 +75,122 @@ class Where:
         return cls(out, tracking_uri, parallel, each, here > 0, inside_ray)
 
 
-def read(folder: Path, search: Sequence[str], **given: Any) -> TuneConfig:
-    """The settings of `tune.yaml`, if there is one, with what the flags say over it."""
-    path = folder / "tune.yaml"
-    data: dict[str, Any] = (read_yaml(path) or {}) if path.is_file() else {}
-    if search:
-        data["search"] = {}
-    for text in search:
-        key, equals, space = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--search {text}", wanted="KEY=SPACE, such as 'train.optimizer.lr=log(1e-4,1e-2)'")
-        listed = space.strip().startswith("[")
-        data["search"][key.strip()] = [_number(v) for v in yaml.safe_load(space)] if listed else space.strip()
-    data |= {key: value for key, value in given.items() if value is not None}
-    if not data.get("search"):
-        raise ConfigError(
-            "nothing to search", wanted="--search 'train.optimizer.lr=log(1e-4,1e-2)'", cure=f"or write {path}"
-        )
-    return parse(TuneConfig, data, "tune")
-
-
-def _number(value: Any) -> Any:
-    """YAML takes `3e-4` for a text, and only `3.0e-4` for a number."""
-    with contextlib.suppress(TypeError, ValueError):
-        return float(value) if isinstance(value, str) else value
-    return value
-
-
-def tune(config: TuneConfig, written: Mapping[str, Any], shards: Artifact, where: Where, tracker: Tracker) -> Artifact:
-    """ShardSet → Search: `results.json`, and `best.yaml` with the settings of the best trial.
-
-    `written` is what `train.yaml` and `--set` say, without the defaults: those of another `kind` are others.
+def tune(config: TuneConfig, story: Story, places: Places, where: Where) -> Artifact:
+    """ShardSet → Search, or raw corpora → Search: `results.json`, and `best.yaml` with the settings of the best trial.
 
     Raises LaunchError when every trial failed, Interrupted when a time limit came first, ConfigError for a metric that
-    training does not write.
+    training does not write or that says nothing between the trials.
     """
-    from mmlm.launch import ray_tune
     from mmlm.train import metric_names
 
-    out, base = where.out / FOLDER, parse(TrainConfig, copy.deepcopy(dict(written)), "train.yaml")
-    every, refused = _trials(config, written)
-    if config.metric:
-        metric_names.require(config.metric, every.values(), shards.path)
-    tried = sha256_json({str(number): resolved(trial) for number, trial in every.items()})
-    work = artifacts.begin(
-        out, "search", recipe=RECIPE, config=config, parents={"shards": shards},
-        extra={"train": resolved(base), "tried": tried},
-    )  # fmt: skip
+    out, tracker = where.out / FOLDER, places.tracker
+    every, refused = trials_of(config, story.written)
+    metric = config.metric or ("val/loss" if story.train.validation.every else "loss")
+    sets, parents = None, dict[str, Artifact]()
+    if searches_data(config):
+        search_data.require_comparable(metric, every.values())
+        sets = search_data.DataSets(story, places, out, lambda title, folder: _child(title, folder, places, out))
+        made_of = _made_of_data(story, every, sets)
+    else:
+        parents = {"shards": stories.noun(places, "shard")}
+        if config.metric:
+            metric_names.require(config.metric, [trial.train for trial in every.values()], parents["shards"].path)
+        tried = sha256_json({str(number): resolved(trial.train) for number, trial in every.items()})
+        made_of = {"train": resolved(story.train), "tried": tried}
+    work = artifacts.begin(out, "search", recipe=RECIPE, config=config, parents=parents, extra=made_of)
     if work.artifact:
         return work.artifact
-    metric = config.metric or ("val/loss" if base.validation.every else "loss")
-    objective = ray_tune.Objective(
-        metric=metric, mode=config.mode, mean_of=1 if metric.startswith("val/") else 5, steps=base.steps,
-        grace=max(1, int(base.steps * config.grace)), reduction=config.reduction,
-    )  # fmt: skip
     with tracker.run("tune", config, work):
-        plans = [_plan(number, every[number], shards, where, tracker) for number in sorted(every)]
-        with _session(where):
-            outcomes = ray_tune.search(
-                plans,
-                objective,
-                parallel=where.parallel,
-                ranks=where.ranks,
-                gpu=where.gpu,
-                storage=out / "ray",
-                secrets={TRACKING: where.tracking_uri},
-            )
-        shutil.rmtree(out / "ray", ignore_errors=True)
+        shards = _sets(config, metric, sets, every, refused) if sets else dict.fromkeys(every, parents["shards"])
+        plans = [_plan(number, every[number], shards[number], where, tracker) for number in sorted(shards)]
+        outcomes = _searched(plans, config, metric, story.train.steps, where) if plans else []
         rows = _rows(config, outcomes, refused)
-        if all(row["error"] for row in rows):
-            raise LaunchError(f"all {len(rows)} trials failed; the first: {rows[0]['error']}", cure=f"see {out}/trials")
-        if rows[0]["value"] is None:
-            raise LaunchError(f"no trial had a {metric} that is a number", cure=f"see {out}/trials")
-        best = rows[0]
-        write_json(out / "results.json", {"metric": metric, "mode": config.mode, "trials": rows, "best": best["trial"]})
-        write_bytes(out / "best.yaml", _override(best, metric).encode())
-        counts = {
-            "trials": len(rows), "finished": sum(r["state"] == "finished" for r in rows),
-            "stopped": sum(r["state"] == "stopped" for r in rows), "failed": sum(r["state"] == "failed" for r in rows),
-            "best_trial": best["trial"], "best": best["value"],
-        }  # fmt: skip
-        return work.finish(counts=counts, digest_of=("results.json", "best.yaml"))
+        if sets:
+            rows = [row | _read_by(row["trial"], shards, where) for row in rows]
+        return _finish(work, config, metric, rows)
+
+
+def _made_of_data(story: Story, every: Mapping[int, TrialSettings], sets: search_data.DataSets) -> dict[str, Any]:
+    """What a search over settings of data is, beside its own settings: those of its trials, and the raw corpora."""
+    tried = {
+        str(number): {"train": resolved(t.train), "shard": identity(t.shard), "scan": identity(t.scan)}
+        for number, t in every.items()
+    }
+    base = {section: resolved(getattr(story, section)) for section in SECTIONS}
+    return {**base, "tried": sha256_json(tried), "corpora": sets.corpora(every.values())}
+
+
+def _sets(
+    config: TuneConfig,
+    metric: str,
+    sets: search_data.DataSets,
+    every: Mapping[int, TrialSettings],
+    refused: dict[int, str],
+) -> dict[int, Artifact]:
+    """number → the shard set of the trial. One that cannot be made puts its trials to those that are `refused`.
+
+    Raises ConfigError at the first set where training on it will not write the metric.
+    """
+    from mmlm.train import metric_names
+
+    shards: dict[int, Artifact] = {}
+    for numbers, made in sets.make(every):
+        if isinstance(made, str):
+            refused |= dict.fromkeys(numbers, made)
+            continue
+        if config.metric and not shards:
+            metric_names.require(config.metric, [trial.train for trial in every.values()], made.path)
+        shards |= dict.fromkeys(numbers, made)
+    search_data.tell_differences(shards.values(), metric, every.values())
+    return shards
+
+
+def _searched(plans: list[Any], config: TuneConfig, metric: str, steps: int, where: Where) -> list[Any]:
+    """What came of the trials. `steps`: of the story's training."""
+    from mmlm.launch import ray_tune
+
+    objective = ray_tune.Objective(
+        metric=metric, mode=config.mode, mean_of=1 if metric.startswith("val/") else 5, steps=steps,
+        grace=max(1, int(steps * config.grace)), reduction=config.reduction,
+    )  # fmt: skip
+    storage = where.out / FOLDER / "ray"
+    with _session(where):
+        outcomes = ray_tune.search(
+            plans, objective, parallel=where.parallel, ranks=where.ranks, gpu=where.gpu, storage=storage,
+            secrets={TRACKING: where.tracking_uri},
+        )  # fmt: skip
+    shutil.rmtree(storage, ignore_errors=True)
+    return outcomes
+
+
+def _finish(work: Work, config: TuneConfig, metric: str, rows: list[dict[str, Any]]) -> Artifact:
+    out, best = work.path, rows[0]
+    if all(row["error"] for row in rows):
+        raise LaunchError(f"all {len(rows)} trials failed; the first: {best['error']}", cure=f"see {out}/trials")
+    if best["value"] is None:
+        raise LaunchError(f"no trial had a {metric} that is a number", cure=f"see {out}/trials")
+    write_json(out / "results.json", {"metric": metric, "mode": config.mode, "trials": rows, "best": best["trial"]})
+    write_bytes(out / "best.yaml", _override(best, metric).encode())
+    counts = {
+        "trials": len(rows), "finished": sum(r["state"] == "finished" for r in rows),
+        "stopped": sum(r["state"] == "stopped" for r in rows), "failed": sum(r["state"] == "failed" for r in rows),
+        "best_trial": best["trial"], "best": best["value"],
+    }  # fmt: skip
+    return work.finish(counts=counts, digest_of=("results.json", "best.yaml"))
 
 
 def _sign(config: TuneConfig) -> int:
     return 1 if config.mode == "min" else -1
 
 
-def _trials(config: TuneConfig, written: Mapping[str, Any]) -> tuple[dict[int, TrainConfig], dict[int, str]]:
-    """The settings of every trial, and why some of them are none. Raises ConfigError when none is any good."""
-    every: dict[int, TrainConfig] = {}
-    refused: dict[int, str] = {}
-    for number, settings in enumerate(settings_of(config)):
-        data: dict[str, Any] = {"train": copy.deepcopy(dict(written))}
-        try:
-            for key, value in leaves(_nested(settings)):  # as `--set @best.yaml` will
-                apply_override(data, key, json.dumps(value), {"train": TrainConfig})
-            every[number] = parse(TrainConfig, data["train"], f"trial {number}")
-        except ConfigError as error:
-            refused[number] = error.found.removeprefix(f"trial {number}: ")
-    if not every:
-        raise ConfigError(refused[0])
-    return every, refused
-
-
-def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as sections. Outer ones come first, and first of each its `kind` or `preset`, which decide what else
-    there is."""
-    data: dict[str, Any] = {}
-    order = sorted(settings, key=lambda key: (key.count("."), key.rpartition(".")[2] not in ("kind", "preset"), key))
-    for key in order:
-        apply_override(data, key, json.dumps(settings[key]))
-    return data
-
-
-def _plan(number: int, config: TrainConfig, shards: Artifact, where: Where, tracker: Tracker) -> Any:
+def _plan(number: int, trial: TrialSettings, shards: Artifact, where: Where, tracker: Tracker) -> Any:
     from mmlm.launch.ray_tune import TrialPlan
 
     folder = where.out / FOLDER / "trials" / f"{number:03d}"
     folder.mkdir(parents=True, exist_ok=True)
     told = {
-        "number": number, "config": config.model_dump(mode="json"), "shards": address(shards.path), "digest": shards.digest,
-        "out": str(folder),
+        "number": number, "config": trial.train.model_dump(mode="json"), "data": trial.of_data,
+        "shards": address(shards.path), "digest": shards.digest, "out": str(folder),
         "ranks": where.ranks, "story": tracker.story, "parent": tracker.parent,
         "search_run": _search_run(where.out / FOLDER),
     }  # fmt: skip
@@ -282,7 +201,7 @@ def _plan(number: int, config: TrainConfig, shards: Artifact, where: Where, trac
         number=number, command=[sys.executable, "-m", "mmlm.tuning", str(folder / "trial.json")],
         environment={"PYTHONPATH": path, "OMP_NUM_THREADS": str(max(1, cores() // (where.parallel * where.ranks)))},
         rows=str(folder / "model" / "metrics.jsonl"),
-        done=str(folder / "model" / artifacts.NAME), log=str(folder / "log.txt"), steps=config.steps,
+        done=str(folder / "model" / artifacts.NAME), log=str(folder / "log.txt"), steps=trial.train.steps,
     )  # fmt: skip
 
 
@@ -313,10 +232,15 @@ def _rows(config: TuneConfig, outcomes: Sequence[Any], refused: dict[int, str]) 
     return sorted(rows, key=lambda r: (r["value"] is None, (r["value"] or 0.0) * _sign(config), r["trial"]))
 
 
+def _read_by(number: int, shards: Mapping[int, Artifact], where: Where) -> dict[str, str | None]:
+    """The shard set of a trial, below the folder of the run."""
+    return {"shards": str(shards[number].path.relative_to(where.out)) if number in shards else None}
+
+
 def _override(best: dict[str, Any], metric: str) -> str:
     """The best settings as YAML that `--set @FILE` takes."""
     head = f"# trial {best['trial']} of `mmlm tune`: {metric} {best['value']:.6g} at step {best['step']}\n"
-    return head + yaml.safe_dump(_nested(best["settings"]), sort_keys=False, allow_unicode=True)
+    return head + yaml.safe_dump(nested(best["settings"]), sort_keys=False, allow_unicode=True)
 
 
 @contextlib.contextmanager
@@ -355,13 +279,26 @@ def words(found: dict[str, Any], out: Path) -> str:
         for row in [head, *body]
     ]
     best = out / FOLDER / "best.yaml"
-    return "\n".join([*lines, f"the best settings: {best}   (mmlm train STORY --set @{best})"])
+    return "\n".join([*lines, f"the best settings: {best}   ({_next(keys, best)})"])
+
+
+def _next(keys: Sequence[str], best: Path) -> str:
+    """The commands that take the best settings: of training alone, or of the data before."""
+    first = min(list(SECTIONS).index(key.partition(".")[0]) for key in keys)
+    if first == list(SECTIONS).index("train"):
+        return f"mmlm train STORY --set @{best}"
+    verbs = [f"mmlm {verb} STORY --set @{best} --replace" for verb in list(SECTIONS)[first:]]
+    return f"{', then '.join(verbs)}; or all stages: mmlm run STORY --set @{best}"
 
 
 class _Child(Tracker):
-    """The tracking of a trial: its run is a child of the search's, and named after the trial."""
+    """The tracking of a trial, or of the data of some: its run is a child of the search's, and named after it."""
 
-    number = 0
+    title = ""
+    marks: Mapping[str, Any] = {}
+    """Tags of the run."""
+    told: Mapping[str, Any] = {}
+    """Parameters that its own settings do not have."""
 
     def _begin(self) -> None:
         """A trial needs no store to start: what it says is sent when one answers, if need be when the search ends."""
@@ -373,9 +310,17 @@ class _Child(Tracker):
 
     @contextlib.contextmanager
     def run(self, name: str, config: Any, work: Any) -> Iterator[Run]:
-        with super().run(f"trial-{self.number:03d}", config, work) as run:
-            run.tags({"trial": self.number})
+        with super().run(self.title or name, config, work) as run:
+            run.tags(self.marks)
+            run.params(self.told)
             yield run
+
+
+def _child(title: str, folder: Path, places: Places, search: Path) -> Tracker:
+    """For the set of data in `folder`."""
+    tracker = _Child(places.tracker.uri, places.tracker.story, folder)
+    tracker.title, tracker.parent = title, _search_run(search) or places.tracker.parent
+    return tracker
 
 
 def _shards(told: dict[str, Any]) -> Artifact:
@@ -390,7 +335,8 @@ def trial(told: dict[str, Any]) -> int:
 
     out = Path(told["out"])
     tracker = _Child(os.environ[TRACKING], told["story"], out)
-    tracker.number, tracker.parent = told["number"], told["search_run"] or told["parent"]
+    tracker.title, tracker.marks, tracker.told = f"trial-{told['number']:03d}", {"trial": told["number"]}, told["data"]
+    tracker.parent = told["search_run"] or told["parent"]
     config = parse(TrainConfig, told["config"], "trial")
     try:
         train(

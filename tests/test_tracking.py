@@ -181,7 +181,7 @@ def test_a_trial_starts_without_a_store_and_is_sent_later(
     parent.open()
     for number, stops in enumerate((False, True)):
         trial = _Child("http://127.0.0.1:9", "trials", tmp_path / "search" / "trials" / f"00{number}")
-        trial.number, trial.parent, trial._key = number, "a" * 32, parent._key
+        trial.title, trial.parent, trial._key = f"trial-00{number}", "a" * 32, parent._key
         work = begin(trial.out / "model")
         with contextlib.suppress(Interrupted), trial.run("train", {"a": 1}, work) as run:
             run.metrics({"loss": 1.5}, step=1)

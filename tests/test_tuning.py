@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mmlm import search_space, tuning
 from mmlm import story as stories
-from mmlm import tuning
 from mmlm.artifacts import Artifact
 from mmlm.cli import main
 from mmlm.config import parse
@@ -23,12 +23,12 @@ from mmlm.errors import ConfigError, Interrupted
 from mmlm.features import spec as feature_spec
 from mmlm.launch import ray_tune
 from mmlm.launch.local import ranks
+from mmlm.search_space import TuneConfig
 from mmlm.tracking import NullTracker, Tracker
 from mmlm.train import metric_names
 from mmlm.train.config import AdamWConfig, LionConfig, TrainConfig
 from mmlm.train.telemetry import GIVEN
 from mmlm.train.train import train
-from mmlm.tuning import TuneConfig
 from mmlm.world import cores
 from tests.train.runs import SMALL
 
@@ -37,9 +37,9 @@ SPACES = {"train.optimizer.lr": "log(1e-4,1e-2)", "train.model.layers": "int(1,3
 
 def test_trials_are_the_same_each_time_and_all_different() -> None:
     config = TuneConfig(search=SPACES, trials=40)
-    drawn = tuning.settings_of(config)
-    assert drawn == tuning.settings_of(config)
-    assert drawn[:10] == tuning.settings_of(config.model_copy(update={"trials": 10}))
+    drawn = search_space.settings_of(config)
+    assert drawn == search_space.settings_of(config)
+    assert drawn[:10] == search_space.settings_of(config.model_copy(update={"trials": 10}))
     assert all(a != b for n, a in enumerate(drawn) for b in drawn[:n])
     rates = [s["train.optimizer.lr"] for s in drawn]
     assert 1e-4 <= min(rates) < 3e-4 and 3e-3 < max(rates) <= 1e-2  # even in the logarithm
@@ -49,7 +49,7 @@ def test_trials_are_the_same_each_time_and_all_different() -> None:
 
 def test_a_grid_has_as_many_trials_as_it_has_points() -> None:
     config = TuneConfig(search={"train.model.width": [64, 128], "train.seed": [1, 2]}, trials=50)
-    assert len(tuning.settings_of(config)) == 4
+    assert len(search_space.settings_of(config)) == 4
 
 
 @pytest.mark.parametrize("space", ["log(0,1)", "log(2,1)", "int(1,inf)", "uniform(1)", "gauss(0,1)", "int(a,b)", []])
@@ -57,7 +57,7 @@ def test_a_space_that_is_none_is_refused(space: Any) -> None:
     with pytest.raises(ConfigError, match=r"wanted log|empty list"):
         parse(TuneConfig, {"search": {"train.optimizer.lr": space}}, "tune")
     with pytest.raises(ValueError):
-        tuning.draw(space, random.Random(0))
+        search_space.draw(space, random.Random(0))
 
 
 @pytest.mark.parametrize("space", [{"kind": "log", "low": 0.1}, 0.5, None])
@@ -70,19 +70,17 @@ def test_a_space_of_another_form_is_told_by_its_key(space: Any) -> None:
 def test_a_range_without_a_whole_number_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"int\(0.2,0.8\): no whole number lies there; wanted int\(1,8\), or uniform"):
         parse(TuneConfig, {"search": {"train.seed": "int(0.2,0.8)"}}, "tune")
-    assert tuning.draw("int(0.2,1.8)", random.Random(0)) == 1
+    assert search_space.draw("int(0.2,1.8)", random.Random(0)) == 1
 
 
 def test_flags_stand_over_the_file(tmp_path: Path) -> None:
     (tmp_path / "tune.yaml").write_text("search:\n  train.seed: [1, 2]\ntrials: 3\nmetric: val/loss\n")
-    assert tuning.read(tmp_path, [], trials=None).trials == 3
-    read = tuning.read(tmp_path, ["train.optimizer.lr=[3e-4, 1]", "train.seed=int(1,9)"], trials=5, metric=None)
+    assert search_space.read(tmp_path, [], trials=None).trials == 3
+    read = search_space.read(tmp_path, ["train.optimizer.lr=[3e-4, 1]", "train.seed=int(1,9)"], trials=5, metric=None)
     assert (read.trials, read.metric) == (5, "val/loss")
     assert read.search == {"train.optimizer.lr": [3e-4, 1], "train.seed": "int(1,9)"}
     with pytest.raises(ConfigError, match="nothing to search"):
-        tuning.read(tmp_path / "elsewhere", [])
-    with pytest.raises(ConfigError, match="settings of training"):
-        tuning.read(tmp_path, ["shard.seed=[1]"])
+        search_space.read(tmp_path / "elsewhere", [])
 
 
 def test_rows_that_are_half_written_wait(tmp_path: Path) -> None:
@@ -155,7 +153,7 @@ def test_a_bad_trial_is_stopped_and_who_did_all_steps_is_finished_however_bad_it
         )
         for n, (command, *words) in enumerate(commands)
     ]  # fmt: skip
-    with tuning._session(tuning.Where(tmp_path, "", parallel=1)):
+    with tuning._session(tuning.Where(tmp_path, "", parallel=1)), ray_tune.connected():  # joined already, as a job has
         outcomes = ray_tune.search(plans, objective, parallel=1, ranks=1, gpu=False, storage=tmp_path / "ray")
     *finished, bad = outcomes
     assert [(o.number, o.value, o.step, o.finished, o.error) for o in finished] == [
@@ -171,14 +169,18 @@ def test_a_metric_that_training_will_not_write_is_refused_before_the_first_trial
     keypad_shards: Artifact, tmp_path: Path
 ) -> None:
     where, tracker = tuning.Where(tmp_path, "", parallel=1), Tracker(f"sqlite:///{tmp_path}/none.db", "demo", tmp_path)
+    places = stories.Places(tmp_path, tmp_path, ranks(1), tracker, shards=str(keypad_shards.path))
+    folder = tmp_path / "story"
+    shutil.copytree(stories.library() / "demo", folder)
     for metric, validation, said in (
         ("nonsense", {}, r"'nonsense'; wanted one of loss, loss_answer, loss_label, .*lr, "),
         ("val/los", {"every": 5}, "did you mean 'val/loss'"),
         ("val/loss", {}, "set train.validation.every"),
     ):
         config = TuneConfig(search={"train.seed": [1, 2]}, metric=metric)
+        (folder / "train.yaml").write_text(yaml.safe_dump({**SMALL, "validation": validation}))
         with pytest.raises(ConfigError, match=said):
-            tuning.tune(config, {**SMALL, "validation": validation}, keypad_shards, where, tracker)
+            tuning.tune(config, stories.load(str(folder)), places, where)
     assert not list(tmp_path.rglob("trial.json"))
 
 
@@ -241,6 +243,8 @@ FUSIONS = ["concat", {"kind": "adversarial", "weight": 0.2}, {"kind": "add"}]
             {"train.model.fusion": FUSIONS, "train.ema": [None, {"use": False}]},
         ),
         ({"lr_factors": {"image": 0.5}}, {"train.lr_factors": [{"blocks.*": 0.1}, {"audio": 2.0}]}),
+        ({}, {"shard.features.image": [None, {"patch": 4}], "shard.image_codec": ["raw", "png"], "train.seed": [1, 2]}),
+        ({}, {"scan.curate.near_text.threshold": "uniform(0.5,0.9)", "scan.split.salt": ["a", "b"]}),
     ],
 )
 def test_the_winner_is_what_is_trained_then(written: dict[str, Any], search: dict[str, Any], tmp_path: Path) -> None:
@@ -248,23 +252,25 @@ def test_the_winner_is_what_is_trained_then(written: dict[str, Any], search: dic
     shutil.copytree(stories.library() / "demo", folder)
     (folder / "train.yaml").write_text(yaml.safe_dump(written))
     config = TuneConfig(search=search, trials=12)
-    every, refused = tuning._trials(config, stories.load(str(folder)).written["train"])
-    assert not refused and len(every) == len(tuning.settings_of(config)) > 1
-    for number, settings in enumerate(tuning.settings_of(config)):
+    every, refused = search_space.trials_of(config, stories.load(str(folder)).written)
+    assert not refused and len(every) == len(search_space.settings_of(config)) > 1
+    for number, settings in enumerate(search_space.settings_of(config)):
         row = {"trial": number, "value": 0.5, "step": 9, "settings": settings}
         (tmp_path / "best.yaml").write_text(tuning._override(row, "loss"))
-        trained = stories.load(str(folder), [f"@{tmp_path}/best.yaml"]).train
-        tried = parse(TrainConfig, every[number].model_dump(mode="json"), "trial")  # the trial is told so
-        assert tried == every[number] == trained, settings
+        story, trial = stories.load(str(folder), [f"@{tmp_path}/best.yaml"]), every[number]
+        tried = parse(TrainConfig, trial.train.model_dump(mode="json"), "trial")  # the trial is told so
+        assert tried == trial.train == story.train, settings
+        assert (trial.shard, trial.scan) == (story.shard, story.scan), settings
 
 
 def test_a_trial_of_another_kind_has_that_kinds_defaults() -> None:
     search = TuneConfig(search={"train.optimizer.kind": ["adamw", "lion"]}, trials=2)
-    every, _ = tuning._trials(search, {"optimizer": {"clip": 0.5}})
-    assert {c.optimizer for c in every.values()} == {AdamWConfig(clip=0.5), LionConfig(clip=0.5)}
+    written = stories.load("demo").written
+    every, _ = search_space.trials_of(search, {**written, "train": {"optimizer": {"clip": 0.5}}})
+    assert {trial.train.optimizer for trial in every.values()} == {AdamWConfig(clip=0.5), LionConfig(clip=0.5)}
     search = TuneConfig(search={"train.schedule.kind": ["cosine"], "train.schedule.decay": [0.1]}, trials=1)
     with pytest.raises(ConfigError, match=r"unknown key `schedule\.decay`"):  # which a cosine has not
-        tuning._trials(search, {"schedule": {"kind": "wsd"}})
+        search_space.trials_of(search, {**written, "train": {"schedule": {"kind": "wsd"}}})
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def scan(
             write_keypad(source, config.split, data)
         if isinstance(source, FolderSource | SidecarSource) and not is_remote(source.path):
             _require_outside(Path(out), data / source.path)
-    made_of: dict[str, Any] = {"sources": _listing(config, data)}
+    made_of: dict[str, Any] = {"sources": listing(config, data)}
     made_of |= {"libraries": found} if (found := libraries(config.curate)) else {}
     work = artifacts.begin(out, "manifest", recipe=RECIPE, config=config, extra=made_of)
     if work.artifact:
@@ -320,7 +320,7 @@ def _warn(config: ScanConfig, counts: dict[str, Any]) -> None:
             tell(f"scan: {name}: {counts[name]:,} {what}")
 
 
-def _listing(config: ScanConfig, data: Path | str) -> str:
+def listing(config: ScanConfig, data: Path | str) -> str:
     """Hash of (path, size, time of change) of every file that the sources name, pictures and sounds of tables included.
 
     A sum of hashes, so that order does not matter and memory stays small. Of an object elsewhere its version counts

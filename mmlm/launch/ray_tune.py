@@ -217,7 +217,11 @@ def _worst(mode: str) -> float:
 
 @contextlib.contextmanager
 def connected(folder: Path | None = None, cpus: int = 1) -> Iterator[None]:
-    """This process on a Ray of its own with `cpus`, whose files lie in `folder`; without one on that of its job."""
+    """This process on a Ray of its own with `cpus`, whose files lie in `folder`; without one on that of its job, which it may
+    have joined already and stays in then."""
+    if folder is None and ray.is_initialized():
+        yield
+        return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     handler = signal.getsignal(signal.SIGTERM)  # Ray would put its own in place of the caller's
     try:

@@ -16,10 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from mmlm.cli import main
 from mmlm.errors import Interrupted, LaunchError
 from mmlm.launch import ray_jobs
 from mmlm.world import quiet_environment
+from tests import digits
 
 ROOT = Path(__file__).parents[2]
 
@@ -211,6 +214,21 @@ def test_ranks_of_a_job_are_placed_on_both_nodes(cluster: str, tmp_path: Path) -
     assert ray_jobs.submit([sys.executable, "-c", code], cluster) == "SUCCEEDED"
     assert [(tmp_path / f"sum-{r}.txt").read_text() for r in (0, 1)] == ["3.0", "3.0"]
     assert len({(tmp_path / f"node-{r}.txt").read_text() for r in (0, 1)}) == 2
+
+
+@pytest.mark.slow
+def test_a_search_over_data_makes_its_sets_and_trials_on_the_cluster(
+    cluster: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    story = digits.story(tmp_path / "story")
+    shard = yaml.safe_load((story / "shard.yaml").read_text()) | {"ray_from": 0}
+    (story / "shard.yaml").write_text(yaml.safe_dump(shard))
+    command = ["tune", str(story), "--out", str(tmp_path / "out"), "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    command += ["--on", "ray", "--address", cluster, "--search", "shard.features.image.size=[8,16]", "--json"]
+    assert main(command) == 0, capfd.readouterr().err
+    found = json.loads((tmp_path / "out" / "search" / "results.json").read_text())
+    assert len({trial["shards"] for trial in found["trials"]}) == 2
+    assert any(trial["state"] == "finished" for trial in found["trials"])
 
 
 @pytest.mark.slow
