@@ -243,7 +243,7 @@ def test_without_checkpoints_it_begins_anew_whatever_was_skipped(
     assert "begun anew, without a checkpoint; the 2 steps that were skipped are tried again" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("form", ["full", "sharded"])
+@pytest.mark.parametrize("form", ["full", pytest.param("sharded", marks=pytest.mark.slow)])
 def test_a_save_that_fails_ends_every_rank_and_leaves_the_checkpoint_before_it(
     first: Artifact, keypad_shards: Artifact, tmp_path: Path, form: str
 ):

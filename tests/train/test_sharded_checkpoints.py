@@ -74,7 +74,8 @@ def test_pieces_are_the_whole_bit_for_bit(full: Artifact, pieces: Artifact):
 @pytest.mark.parametrize(
     ("count", "way"),
     [
-        (2, {}), (1, {"zero": {"stage": 0}}), (2, {"zero": {"stage": 3}, "checkpoint_format": "full"}),
+        (2, {}), (1, {"zero": {"stage": 0}}),
+        pytest.param(2, {"zero": {"stage": 3}, "checkpoint_format": "full"}, marks=pytest.mark.slow),
         pytest.param(3, {"zero": {"stage": 1}}, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
@@ -91,7 +92,8 @@ def test_pieces_go_on_on_any_ranks_at_any_stage(
     assert ("rank-00000.safetensors" in files(out, 4)) == cut
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
 def test_whole_tensors_go_on_in_pieces_at_other_stages(
     full: Artifact, keypad_shards: Artifact, tmp_path: Path, stage: int
 ):
@@ -103,10 +105,8 @@ def test_whole_tensors_go_on_in_pieces_at_other_stages(
         assert torch.allclose(tensors(out, 4)[name], tensor, atol=1e-5), name
 
 
-KILLS = [pytest.param(n, marks=() if n in (3, 7) else pytest.mark.slow) for n in range(1, 8)]
-
-
-@pytest.mark.parametrize("boundary", KILLS)
+@pytest.mark.slow  # each boundary is killed in tests/train/test_checkpoint.py, too, without a training around it
+@pytest.mark.parametrize("boundary", range(1, 8))
 def test_ranks_killed_while_they_save_go_on_from_a_good_one(
     full: Artifact, keypad_shards: Artifact, tmp_path: Path, boundary: int
 ):

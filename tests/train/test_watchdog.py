@@ -53,9 +53,8 @@ def test_waiting_for_the_pack_plan_is_no_hang(keypad_shards: Artifact, tmp_path:
     assert time.monotonic() - began > 30
 
 
-@pytest.mark.parametrize(
-    "target", ["mmlm.train.train:on_rank", pytest.param("tests.train.targets:train_poisoned", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # it waits for 18 s
+@pytest.mark.parametrize("target", ["mmlm.train.train:on_rank", "tests.train.targets:train_poisoned"])
 def test_a_start_that_hangs_is_ended_in_the_end(keypad_shards: Artifact, tmp_path: Path, target: str):
     """In what comes before the loop, as the command runs it, and in the loop's own planning."""
     shards = Path(shutil.copytree(keypad_shards.path, tmp_path / "shards"))
