@@ -97,7 +97,8 @@ def test_two_steps_and_two_more_after_a_stop_equal_four(two_ranks: Artifact, key
     assert resumed.digest == two_ranks.digest
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=SLOW), 2, pytest.param(3, marks=SLOW)])
+@pytest.mark.slow  # 20 s each
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_what_no_step_trains_costs_nothing_and_stays_in_the_model(keypad_shards: Artifact, tmp_path: Path, stage: int):
     """Frozen without an end: as frozen up to the last step, but without gradients and optimizer state; also resumed."""
     rules = {"zero": {"stage": stage}, "ema": {"decay": 0.5, "use": True}}
@@ -128,7 +129,8 @@ def test_what_no_step_trains_costs_nothing_and_stays_in_the_model(keypad_shards:
     assert losses(out) == losses(rests.path) and resumed.digest == rests.digest
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=SLOW)])
+@pytest.mark.slow  # 12 s each
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_computing_with_averaged_weights_leaves_the_training_alone(
     keypad_shards: Artifact, tmp_path: Path, precision: str
 ):
