@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -103,7 +104,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-class Store:
+class Store(ABC):
     """One kind of store. All of its methods run in fsspec's own loop, which `loop` is."""
 
     scheme = ""
@@ -113,28 +114,29 @@ class Store:
     def loop(self) -> Any:
         return self.files.loop
 
+    @abstractmethod
     async def stat(self, uri: str) -> Stat:
-        raise NotImplementedError
+        """What is known of an object without reading it."""
 
+    @abstractmethod
     async def read(self, uri: str, stat: Stat, start: int, stop: int | None, sink: Callable[[bytes], Any]) -> Stat:
         """Give bytes `start` to `stop` (None: the end) of the object to `sink`; returns what the answer told of it.
 
         Raises Changed when the object is no longer the one of `stat`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def list(self, uri: str) -> list[tuple[str, Stat]]:
         """All objects whose URI begins with `uri`."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def put(self, uri: str, path: Path, sha256: str) -> None:
         """Store the file `path` without replacing anything. Raises Exists."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def copy(self, source: str, stat: Stat, uri: str) -> None:
         """Store under `uri` the object `source` of the same store, of which `stat` is known, without replacing anything;
         its bytes stay in the store. Raises Exists, or Changed when `source` is no longer the one of `stat`."""
-        raise NotImplementedError
 
 
 def answered(status: int, uri: str, scheme: str, said: str = "", wait: str | None = None) -> Exception:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,9 @@ class _Web(Store):
         except (aiohttp.ClientError, OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             raise Transient(f"{blank(uri)}: {words(error)}") from None
 
+    @abstractmethod
     async def _session(self) -> Any:
-        raise NotImplementedError
+        """The aiohttp session in which is asked."""
 
     def _headers(self, headers: dict[str, str]) -> dict[str, str]:
         return headers
@@ -251,7 +253,14 @@ class Http(_Web):
         raise DataError(f"{blank(uri)}: a web server has no listing", wanted="the address of one file")
 
     async def put(self, uri: str, path: Path, sha256: str) -> None:
-        raise DataError(f"{blank(uri)}: nothing is published to a web server", wanted="s3://, gs:// or a folder")
+        raise _reads_only(uri)
+
+    async def copy(self, source: str, stat: Stat, uri: str) -> None:
+        raise _reads_only(uri)
+
+
+def _reads_only(uri: str) -> DataError:
+    return DataError(f"{blank(uri)}: nothing is published to a web server", wanted="s3://, gs:// or a folder")
 
 
 def _http_stat(answer: Any) -> Stat:

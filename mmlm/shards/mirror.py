@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import uuid
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -151,34 +152,36 @@ def _target(to: str) -> _Target:
     return _Bucket(to.rstrip("/"))
 
 
-class _Target:
+class _Target(ABC):
     """Where a set is published."""
 
     def __init__(self, to: str) -> None:
         self.to = to
 
+    @abstractmethod
     def names(self) -> set[str]:
         """What is there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def folders(self) -> set[str]:
         """The folders that are there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put(self, path: Path, sha256: str) -> bool:
         """Store a file under its name; False, and nothing done, when something of that name is there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, older: str, name: str, sha256: str) -> bool:
         """Store under `name` what the set in the place `older` has under it, if it is that; False, and nothing done, if
         not, or when something of that name is here."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sha256(self, name: str) -> str:
-        raise NotImplementedError
+        """Of what lies under a name."""
 
+    @abstractmethod
     def read(self, name: str) -> bytes:
-        raise NotImplementedError
+        """What lies under a name."""
 
 
 class _Bucket(_Target):

@@ -201,4 +201,5 @@ def test_the_tracker_is_told(tmp_path: Path) -> None:
     "path", sorted(Path(__file__).parents[2].glob("jobs/configs/*/scan.yaml")), ids=lambda p: p.parent.name
 )
 def test_the_configs_parse(path: Path) -> None:
-    parse(ScanConfig, read_yaml(path), str(path))
+    written = read_yaml(path)
+    assert len(parse(ScanConfig, written, str(path)).sources) == len(written["sources"]) > 0

@@ -157,16 +157,11 @@ def test_seeds_decide_what_is_drawn() -> None:
     assert len({tuple(ids) for ids in generate(net, prompts(one), LIMIT, config, seeds=list(range(8))).ids}) > 4
 
 
-def test_answers_that_have_ended_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, sizes = model(), []
-    inner = net.extend
-
-    def counted(token_B: torch.Tensor, *rest: Any) -> torch.Tensor:
-        sizes.append(len(token_B))
-        return inner(token_B, *rest)
-
-    monkeypatch.setattr(net, "extend", counted)
+def test_answers_that_have_ended_cost_nothing() -> None:
+    net, sizes = model(), list[int]()
+    net.tokens.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     ids = generate(net, prompts(asked()), LIMIT).ids
+    sizes = sizes[1:]  # the first are all tokens of the prompts
     passes = [min(len(one) + 1, LIMIT) - 1 for one in ids]  # the first token comes from the prompt
     assert sum(sizes) == sum(passes) and len(sizes) == max(passes)
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
